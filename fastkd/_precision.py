@@ -1,0 +1,14 @@
+"""Which dtype sums and stored gradients are held in; the one rule of every backend."""
+
+import torch
+from torch import Tensor
+
+
+def accumulator(*tensors: Tensor) -> torch.dtype:
+    """The dtype of sums and scalar results: float64 if any input is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def stored_gradient(x: Tensor) -> torch.dtype:
+    """float16 gradients wait in float32: the incoming gradient (GradScaler's scale) must come before the rounding."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype

@@ -1,0 +1,40 @@
+"""What the autograd functions share: when a gradient is wanted, how a stored one is scaled, what is refused."""
+
+import torch
+from torch import Tensor
+
+_SCALE_CHUNK = 1 << 20  # elements; bounds the float32 temporary of a mixed-dtype product
+
+
+def wants_grad(*tensors: Tensor) -> bool:
+    """Whether forward should form gradients (needs_input_grad stays True under no_grad)."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def refuse_transforms(function: str) -> None:
+    """vmap, torch.func.grad and the like cannot look inside a fused kernel."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{function} does not support torch.vmap or torch.func transforms; fastkd.reference.{function} does"
+        )
+
+
+def refuse_double_backward(function: str) -> None:
+    """Call first in backward: grad mode is on there only under create_graph=True."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{function} cannot be differentiated twice: its gradient is a constant of the kernel. "
+            f"Use fastkd.reference.{function} for gradient penalties"
+        )
+
+
+def scaled(stored: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    """stored * dloss, rounded once to dtype, in a new tensor. The product is taken in float32 or better."""
+    if torch.compiler.is_compiling() or dtype in (torch.float32, torch.float64):
+        return (stored * dloss).to(dtype)
+    out = torch.empty_like(stored, dtype=dtype)
+    # A one-element tensor, unlike a 0-dim one, keeps its dtype in promotion: dloss is not rounded to 16 bits.
+    dloss = dloss.reshape(1)
+    for o, g in zip(out.view(-1).split(_SCALE_CHUNK), stored.view(-1).split(_SCALE_CHUNK), strict=True):
+        torch.mul(g, dloss, out=o)
+    return out

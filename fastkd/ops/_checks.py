@@ -1,0 +1,57 @@
+"""What every public function checks of its arguments before anything runs. Shapes and types only, never values."""
+
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensor(name: str, x: Tensor, ndim: int | Collection[int], shape: str) -> None:
+    """A floating-point tensor of the given rank; `shape` is how the message writes it, e.g. "(B, N, D)"."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.ndim not in ((ndim,) if isinstance(ndim, int) else ndim):
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def not_empty(name: str, x: Tensor) -> None:
+    if 0 in x.shape:
+        raise ValueError(f"{name} must not be empty, got {tuple(x.shape)}")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    (first, x), *rest = [(k, v) for k, v in tensors.items() if v is not None]
+    for name, y in rest:
+        if y.device != x.device:
+            raise ValueError(f"{name} must be on the device of {first}, {x.device}, got {y.device}")
+
+
+def constant(name: str, x: Tensor) -> None:
+    if x.requires_grad:
+        raise ValueError(f"{name} is a constant here but requires a gradient: detach it (or use fastkd.reference)")
+
+
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def number(name: str, value: float, *, low: float = -math.inf, open_low: bool = False) -> None:
+    """A finite Python number, at least `low` (above it if open_low)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < low or (open_low and value == low):
+        bound = "" if low == -math.inf else f" {'>' if open_low else '>='} {low:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value}")
+
+
+def positive_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value <= 0:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,89 @@
+"""Which implementation runs. A backend named by the caller runs or raises; "auto" never raises."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from fastkd import _extension
+from fastkd.ops import _schemas
+
+Backend = Literal["auto", "eager", "native", "triton"]
+NAMES = get_args(Backend)
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.getenv("TRITON_INTERPRET") == "1"
+
+_default: Backend = "auto"  # what "auto" means now: FASTKD_BACKEND, or the innermost `with fastkd.backend(...)`
+
+
+def _named(name: str, where: str) -> Backend:
+    if name not in NAMES:
+        raise ValueError(f"{where} must be one of {', '.join(NAMES)}, got {name!r}")
+    return cast(Backend, name)
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Use one backend for every call inside that leaves backend="auto" (process-wide, as torch's own switches are).
+
+    Raises:
+        ValueError: name is not "auto", "eager", "native" or "triton".
+    """
+    global _default
+    before, _default = _default, _named(name, "backend")
+    try:
+        yield
+    finally:
+        _default = before
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot look into the dispatcher; the answer never changes
+def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run an operator on tensors of this device type and dtype; None if it can."""
+    if name == "native":
+        if not _extension.HAS_NATIVE:
+            return _extension.WHY_NOT
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkd::{op}", key):
+            return f"{op} has no compiled implementation for {device} tensors in this build"
+    if name == "triton":
+        if not HAS_TRITON:
+            return "triton is not installed (pip install triton)"
+        if importlib.util.find_spec(f"fastkd_kernels.{_schemas.STEMS[op]}") is None:
+            return f"{op} has no Triton kernel"
+        if device != ("cpu" if INTERPRETED else "cuda"):
+            return f"Triton needs CUDA tensors, got {device} ones (cpu ones under TRITON_INTERPRET=1, for tests)"
+        if dtype == torch.float64:
+            return "Triton kernels take float32, bfloat16 and float16, got float64"
+    return None
+
+
+def resolve(name: str, op: str, x: Tensor) -> Backend:
+    """Name the implementation of op for tensors like x. "auto": native, then triton on GPUs, then eager."""
+    name = _named(name, "backend")
+    if name == "auto":
+        name = _default
+    if name == "auto":
+        candidates = ("native", "triton") if x.device.type == "cuda" else ("native",)
+        for candidate in candidates:
+            if why_not(op, candidate, x.device.type, x.dtype) is None:
+                return cast(Backend, candidate)
+        return "eager"
+    reason = why_not(op, name, x.device.type, x.dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
+    return cast(Backend, name)
+
+
+def call(impl: Backend, op: str, *args: Any) -> Any:
+    """Run op's implementation by name."""
+    return getattr(torch.ops.fastkd, op if impl == "native" else f"{op}_{impl}").default(*args)
+
+
+if (_from_env := os.getenv("FASTKD_BACKEND")) is not None:
+    _default = _named(_from_env, "FASTKD_BACKEND")

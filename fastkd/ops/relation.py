@@ -1,0 +1,188 @@
+"""Relation losses: mean squared differences of Gram maps, without the maps."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastkd._precision import accumulator
+from fastkd.ops import _checks as check
+from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
+from fastkd.ops._dispatch import Backend, call, resolve
+
+Scope = Literal["intra", "inter", "batch"]
+Rectify = Literal["none", "both", "teacher"]
+Algorithm = Literal["tile", "gram", "auto"]
+
+
+class _Relation(torch.autograd.Function):
+    """Forward forms the student's gradient while the maps' tiles are at hand; backward scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, impl: Backend, with_grad: bool, *options: Any) -> Tensor:
+        loss, dstudent = call(impl, "relation_fwd", student, teacher, *options, with_grad)
+        ctx.save_for_backward(dstudent)
+        ctx.dtype, ctx.n_options = student.dtype, len(options)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("relation_loss")
+        (dstudent,) = ctx.saved_tensors
+        return scaled(dstudent, dloss, ctx.dtype), *(None,) * (3 + ctx.n_options)
+
+
+def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device) -> str:
+    """Cheaper of tile and gram, counted in float32 multiply-adds per row; a float64 one counts twice.
+
+    tile: n (2 Ds + Dt).  gram: 2 (Ds² + Ds Dt + Dt²) + Ds (Ds + Dt), never with rectification,
+    and never on a GPU whose float64 is crippled (all but compute capability 8.0, 9.0 and 10.0).
+    """
+    if rectify != "none":
+        return "tile"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[1] != 0:
+        return "tile"
+    gram = 2 * (Ds * Ds + Ds * Dt + Dt * Dt) + Ds * (Ds + Dt)
+    return "gram" if gram < n * (2 * Ds + Dt) else "tile"
+
+
+def _take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` of the flattened batch as one group (1, K, D), read in place."""
+    N = x.shape[1]
+    return x[index // N, index % N].unsqueeze(0)
+
+
+def relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    scope: Scope = "intra",
+    index: Tensor | None = None,
+    normalize: bool = True,
+    rectify: Rectify = "none",
+    eps: float = 1e-12,
+    algorithm: Algorithm = "auto",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mean squared difference of relation maps: Hao et al. 2022 (arXiv:2107.01378, L_intra and L_inter; the code's
+    element mean) and the Gram loss of DINOv3 (arXiv:2508.10104, L_Gram).
+
+        L = 1/(G n²) Σ_g || f(S_g S_gᵀ) - f(T_g T_gᵀ) ||²,  rows of S_g and T_g of unit length
+
+    Args:
+        student: (B, N, Ds), float64 | float32 | bfloat16 | float16, any strides. Differentiable.
+        teacher: (B, N, Dt), its dtype and width may differ. A constant.
+        scope: what is related: "intra", the N tokens of an image (B maps N x N); "inter", a token across images
+            (N maps B x B); "batch", all tokens of the batch (one map B*N x B*N, exact).
+        index: (K,) int64 rows of the flattened (B*N, D) tokens, for scope "batch": the K x K map of those rows.
+            Repeated rows are allowed. On the device of student, or moved there.
+        normalize: relate unit vectors (cosines) rather than raw ones.
+        rectify: clamp negative similarities to 0 in no map, "both" or the "teacher"'s alone.
+        eps: a row whose norm is at most eps relates as 0 and gets gradient 0.
+        algorithm: "tile" visits the maps, O(n² D); "gram" needs D x D matrices only, O(n D²), and no rectification;
+            "auto" takes the cheaper (pick_algorithm).
+        backend: "auto", "eager", "native" or "triton".
+
+    Returns:
+        Scalar, float32 (float64 if an input is).
+
+    Raises:
+        TypeError: not floating-point tensors, or index not int64.
+        ValueError: shapes that do not fit or are empty, devices that differ, an unknown option, eps < 0, index
+            without scope "batch", algorithm "gram" with rectification, or a teacher that requires a gradient.
+        RuntimeError: the named backend cannot run here; a row index out of range; differentiated twice; under vmap
+            or torch.func.
+    """
+    check.tensor("student", student, 3, "(B, N, Ds)")
+    check.tensor("teacher", teacher, 3, "(B, N, Dt)")
+    check.not_empty("student", student)
+    check.not_empty("teacher", teacher)
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            "student and teacher must agree in images and tokens (B, N), "
+            f"got {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])}: drop class tokens or resize a grid first"
+        )
+    check.same_device(student=student, teacher=teacher)
+    check.one_of("scope", scope, ("intra", "inter", "batch"))
+    check.one_of("rectify", rectify, ("none", "both", "teacher"))
+    check.one_of("algorithm", algorithm, ("tile", "gram", "auto"))
+    check.number("eps", eps, low=0)
+    check.constant("teacher", teacher)
+    if algorithm == "gram" and rectify != "none":
+        raise ValueError(f"algorithm='gram' never forms the similarities that rectify={rectify!r} clamps; use 'tile'")
+    if index is not None:
+        if scope != "batch":
+            raise ValueError(f"index needs scope='batch', got {scope!r}")
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            raise TypeError(f"index must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+        if index.ndim != 1 or index.numel() == 0:
+            raise ValueError(f"index must have shape (K,) with K >= 1, got {tuple(index.shape)}")
+    refuse_transforms("relation_loss")
+
+    if index is not None:
+        index = index.to(student.device, non_blocking=True)
+        total = student.shape[0] * student.shape[1]
+        torch._assert_async(((index >= 0) & (index < total)).all(), f"index must lie in [0, B*N = {total})")
+        student, teacher, scope = _take_rows(student, index), _take_rows(teacher, index), "intra"
+    B, N, Ds = student.shape
+    if algorithm == "auto":
+        n = {"intra": N, "inter": B, "batch": B * N}[scope]
+        algorithm = pick_algorithm(n, Ds, teacher.shape[-1], rectify, student.device)
+    impl = resolve(backend, "relation_fwd", student)
+    return _Relation.apply(
+        student, teacher, impl, wants_grad(student), scope, normalize, rectify, float(eps), algorithm
+    )
+
+
+def manifold_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    intra: float = 4.0,
+    inter: float = 0.1,
+    random: float = 0.2,
+    num_samples: int = 192,
+    generator: torch.Generator | None = None,
+    index: Tensor | None = None,
+    return_terms: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Fine-grained manifold distillation of one layer: Hao et al. 2022 (arXiv:2107.01378), weights of its code.
+
+        L = intra L_intra + inter L_inter + random L_random
+
+    with L_intra, L_inter the relation_loss of those scopes and L_random that of K rows drawn from all B*N tokens.
+
+    Args:
+        student: (B, N, Ds), float64 | float32 | bfloat16 | float16, any strides. Differentiable.
+        teacher: (B, N, Dt). A constant.
+        intra, inter, random: weights >= 0; a term of weight 0 is not computed unless return_terms.
+        num_samples: K distinct rows of the random term; all of them where K > B*N.
+        generator: source of the draw (not under torch.compile); torch's default generator if None.
+        index: (K,) int64 rows to take instead of drawing them.
+        return_terms: also give the unweighted (intra, inter, random).
+        backend: "auto", "eager", "native" or "triton".
+
+    Returns:
+        Scalar, float32 (float64 if an input is), or (scalar, (intra, inter, random)).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as relation_loss; a weight < 0, num_samples < 1.
+    """
+    for name, weight in (("intra", intra), ("inter", inter), ("random", random)):
+        check.number(name, weight, low=0)
+    check.positive_int("num_samples", num_samples)
+    check.tensor("student", student, 3, "(B, N, Ds)")
+    check.not_empty("student", student)
+    if index is None:
+        device = student.device if generator is None else generator.device
+        index = torch.randperm(student.shape[0] * student.shape[1], generator=generator, device=device)[:num_samples]
+
+    def term(weight: float, **options: Any) -> Tensor:
+        if weight == 0 and not return_terms:
+            return student.new_zeros((), dtype=accumulator(student, teacher))
+        return relation_loss(student, teacher, backend=backend, **options)
+
+    terms = (term(intra, scope="intra"), term(inter, scope="inter"), term(random, scope="batch", index=index))
+    loss = intra * terms[0] + inter * terms[1] + random * terms[2]
+    return (loss, terms) if return_terms else loss

@@ -1,0 +1,43 @@
+"""Batch moments and the batch-norm statistic losses."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def batch_moments(x: Tensor, *, dims: str = "batch") -> tuple[Tensor, Tensor]:
+    """mean_c = 1/M Σ x, var_c = 1/M Σ (x - mean_c)², over batch and space ("batch") or space alone ("image")."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    over = [d for d in range(x.ndim) if d != 1 and not (d == 0 and dims == "image")]
+    mean = x.mean(over, keepdim=True)
+    return mean.squeeze(over), (x - mean).square().mean(over)
+
+
+def bn_stat_loss(
+    inputs: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    *,
+    distance: str = "l2",
+    layer_weights: Sequence[float] | None = None,
+    momentum: float | None = None,
+    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+) -> Tensor:
+    """Distance of batch statistics to running ones, summed over layers; arguments as in fastkd.bn_stat_loss."""
+    total = torch.zeros((), dtype=torch.promote_types(inputs[0].dtype, torch.float32), device=inputs[0].device)
+    weights = layer_weights or [1.0] * len(inputs)
+    for i, (x, mu, var, w) in enumerate(zip(inputs, running_means, running_vars, weights, strict=True)):
+        m, v = batch_moments(x, dims="image" if distance == "image" else "batch")
+        if momentum is not None and ema is not None:
+            m = (1 - momentum) * m + momentum * ema[0][i]
+            v = (1 - momentum) * v + momentum * ema[1][i]
+        if distance == "l2":
+            total = total + w * ((var - v).norm() + (mu - m).norm())
+        elif distance == "mse":
+            total = total + w * ((var - v).square().mean() + (mu - m).square().mean()) / len(inputs)
+        else:
+            n = x[0, 0].numel()
+            sigma, sigma_running = (v * n / (n - 1) + 1e-6).sqrt(), (var + 1e-6).sqrt()
+            total = total + w * ((mu - m).square().sum() + (sigma_running - sigma).square().sum()) / len(x)
+    return total

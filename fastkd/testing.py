@@ -1,0 +1,73 @@
+"""How this project decides that two tensors agree, and the inputs it tests on."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """max|a - b| / max|b|: how golden values are compared (absolute where b is all zeros)."""
+    scale = b.abs().max().item()
+    return (a.to(b) - b).abs().max().item() / (scale or 1.0)
+
+
+def assert_matches_oracle(actual: Tensor, eager: Tensor, oracle: Tensor, reduced: int, name: str) -> None:
+    """Bound the error of actual by that of eager, both measured against a float64 oracle.
+
+        row-max error <= 2 (eager + eps(dtype) + sqrt(reduced) eps(accumulator))      a wrong element
+        relative L2   <= 2 (eager + sqrt(reduced) eps(accumulator))                   a small bias
+
+    Args:
+        actual: the result under test.
+        eager: the reference computed in the dtype of the test.
+        oracle: the reference computed in float64 from the same (already rounded) inputs.
+        reduced: how many terms a sum that leads to one element has.
+        name: what the message calls it.
+    """
+    assert actual.dtype == eager.dtype and oracle.dtype == torch.float64, f"{name}: {actual.dtype} vs {eager.dtype}"
+    assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    assert actual.isfinite().all(), f"{name}: non-finite values"
+    eps = torch.finfo(actual.dtype).eps
+    eps_sum = reduced**0.5 * torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps
+    tiny = torch.finfo(torch.float32).tiny
+    scale = oracle.abs().amax(-1, keepdim=True) if oracle.ndim else oracle.abs()
+
+    def errors(x: Tensor) -> tuple[float, float]:
+        d = (x.double() - oracle).abs()
+        return (d / scale.clamp_min(tiny)).max().item(), (d.norm() / oracle.norm().clamp_min(tiny)).item()
+
+    (a_max, a_l2), (e_max, e_l2) = errors(actual), errors(eager)
+    assert a_max <= 2 * (e_max + eps + eps_sum), f"{name}: max error {a_max:.2e}, eager {e_max:.2e}"
+    assert a_l2 <= 2 * (e_l2 + eps_sum), f"{name}: L2 error {a_l2:.2e}, eager {e_l2:.2e}"
+
+
+def loss_and_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], incoming: float = 1.0
+) -> tuple[Tensor, ...]:
+    """(loss, gradient of each input) for fresh leaves with the values and strides of `inputs`."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    loss = function(*leaves)
+    return loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, incoming))
+
+
+@contextlib.contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """torch.empty and its kin return NaN inside, so that an element nobody wrote is seen."""
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocated(*args: object, **kwargs: object) -> Tensor:
+            x = allocate(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return allocated
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(torch, "empty_strided", poison(torch.empty_strided)),
+        mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
+    ):
+        yield

@@ -1,0 +1,95 @@
+"""What a run leaves: log, picture, weights, summary. One rule: a file is there whole or not at all."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from torch import nn
+
+Row = dict[str, Any]
+COLUMNS = (
+    "network", "epoch", "lr", "loss", "task_loss", "manifold_loss", "intra", "inter", "random", "top1",
+    "steps", "seconds", "loss_seconds",
+)  # fmt: skip
+COLOURS = {"teacher": "#7a7a7a", "student alone": "#d1783c", "student distilled": "#2563a8"}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when the block ends well."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_log(path: Path, rows: list[Row]) -> None:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def write_weights(path: Path, model: nn.Module, name: str, args: dict[str, Any]) -> None:
+    """Weights that timm.create_model(name, checkpoint_path=path, **args) loads; name and args go into the metadata."""
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    with replacing(path) as partial:
+        save_file(tensors, partial, {"format": "pt", "architecture": name, "model_args": json.dumps(args)})
+
+
+def write_curve(path: Path, rows: list[Row], teacher_top1: float, title: str) -> None:
+    """Top-1 of the students over epochs beside the teacher's, and the terms of the loss."""
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    figure.suptitle(title, x=0.012, ha="left", fontweight="bold")
+    top1, terms = figure.subplots(1, 2, width_ratios=(3, 2))
+    top1.axhline(teacher_top1, color=COLOURS["teacher"], linestyle="--", linewidth=1.2)
+    top1.annotate(
+        f"teacher {teacher_top1:.1f}", (1, teacher_top1), (-4, -4), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="right", va="top", color=COLOURS["teacher"], fontsize=9,
+    )  # fmt: skip
+    for label in ("student alone", "student distilled"):
+        own = [row for row in rows if row["network"] == label]
+        if own:
+            epochs, values = [row["epoch"] for row in own], [row["top1"] for row in own]
+            top1.plot(epochs, values, color=COLOURS[label], linewidth=2, label=f"{label} {values[-1]:.1f}")
+            top1.plot(epochs[-1:], values[-1:], "o", color=COLOURS[label], markersize=5)
+    top1.set(xlabel="epoch", ylabel="top-1 on validation images, %", ylim=(0, 102))
+    top1.legend(loc="lower right", frameon=False)
+    distilled = [row for row in rows if row["network"] == "student distilled"]
+    for name, colour in zip(("intra", "inter", "random"), ("#2563a8", "#5f9e6e", "#b3558c"), strict=True):
+        terms.plot([row["epoch"] for row in distilled], [row[name] for row in distilled], color=colour, label=name)
+    terms.set(xlabel="epoch", ylabel="terms of the loss, unweighted", yscale="log")
+    terms.legend(frameon=False)
+    for axes in (top1, terms):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
+
+
+def table(results: list[Row]) -> str:
+    """The closing table: one line per network."""
+    lines = [("network", "top-1 (%)", "seconds per step", "share of the step in the loss")]
+    for row in results:
+        share = "-" if row["loss_share"] is None else f"{row['loss_share']:.1%}"
+        seconds = "-" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.4f}"
+        lines.append((row["network"], f"{row['top1']:.2f}", seconds, share))
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    lines.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )

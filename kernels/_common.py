@@ -1,0 +1,59 @@
+"""What every Triton kernel here shares."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if not __name__.startswith("fastkd_kernels."):
+    raise ImportError(f"import fastkd_kernels, not {__name__.rpartition('.')[0]!r}")
+
+Strides = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Planes:
+    """(B, C, ...) tensors of one shape seen as (B, C, H, W), with each one's strides."""
+
+    B: int
+    C: int
+    H: int
+    W: int
+    strides: list[Strides]
+
+
+def fold_planes(*xs: Tensor) -> Planes | None:
+    """Merge positions adjacent in memory in every tensor; None if more than two dimensions are left."""
+    sizes: list[int] = []  # innermost first
+    strides: list[list[int]] = []
+    for d in range(xs[0].ndim - 1, 1, -1):
+        if xs[0].shape[d] == 1:
+            continue
+        here = [x.stride(d) for x in xs]
+        if sizes and here == [sizes[-1] * s for s in strides[-1]]:
+            sizes[-1] *= xs[0].shape[d]
+        else:
+            sizes.append(xs[0].shape[d])
+            strides.append(here)
+    if len(sizes) > 2:
+        return None
+    W, H = [*sizes, 1, 1][:2]
+    w, h = [*strides, [1] * len(xs), [0] * len(xs)][:2]
+    per_tensor = [(x.stride(0), x.stride(1), h[i], w[i]) for i, x in enumerate(xs)]
+    return Planes(xs[0].shape[0], xs[0].shape[1], H, W, per_tensor)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side; 1 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def merge_moments(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
+    """Moments (count, mean, sum of squared deviations) of two sets joined; either may be empty."""
+    n = n_a + n_b
+    share = n_b / tl.maximum(n, 1.0)
+    delta = mean_b - mean_a
+    return n, mean_a + delta * share, m2_a + m2_b + delta * delta * n_a * share
