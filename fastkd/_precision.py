@@ -12,3 +12,10 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 def stored_gradient(x: Tensor) -> torch.dtype:
     """float16 gradients wait in float32: the incoming gradient (GradScaler's scale) must come before the rounding."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def has_fast_float64(device: torch.device) -> bool:
+    """Whether a float64 product costs about two float32 ones; of NVIDIA's GPUs, on those of an x.0 architecture."""
+    if device.type == "cuda" and torch.version.hip is None:
+        return torch.cuda.get_device_capability(device)[1] == 0
+    return True

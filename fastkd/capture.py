@@ -1,10 +1,10 @@
-"""What a loss needs from a live model, by forward hooks; the only file that hooks one, and every hook goes when its `with` ends."""
+"""Context managers that collect what a loss needs from a live model; a hook lives no longer than its `with`."""
 
 import difflib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,10 @@ _CLASS_TOKENS = ("cls_token", "dist_token", "class_token", "class_embedding")
 
 
 class QKV(NamedTuple):
-    """What enters one attention: softmax(q k^T * scale + bias) v, with q, k, v (B,H,N,d).
+    """What one attention is given: it computes softmax(q k^T * scale + bias) v.
 
-    `bias` broadcasts to (B,H,N,N), -inf where a boolean mask forbids, None where there is none. Windows are folded into B.
+    q, k, v are (B,H,N,d), with windows folded into B and grouped heads repeated. bias broadcasts to (B,H,N,N) and is
+    -inf where a boolean mask forbids; None: there is none.
     """
 
     q: Tensor
@@ -37,10 +38,15 @@ class QKV(NamedTuple):
 class Captured(Sequence[T], Generic[T]):
     """What the latest forward pass left, in the order asked for: by position, by module name, by iteration.
 
-    Each forward pass replaces what the one before left; activation checkpointing's recomputation changes nothing.
-    Read it inside the `with`: at its end everything is let go. `names` are the modules' names.
+    Each forward pass replaces what the one before left (of a module that runs twice in it, the last run stays);
+    the recomputation of activation checkpointing replaces nothing. Read it inside the `with`: at its end all is let go.
 
-    Raises RuntimeError when read before a forward pass, after the `with`, or when a tensor was overwritten in place.
+    names: the modules' names.
+
+    Raises:
+        RuntimeError: read before a forward pass, of a module that never fired, after the `with`, or when what was
+            captured has been overwritten in place since.
+        KeyError, IndexError: nothing captured under that name or position.
     """
 
     def __init__(self, slots: "list[_Slot]", order: list[int], finish: "Callable[[_Slot], T]") -> None:
@@ -72,7 +78,9 @@ class Captured(Sequence[T], Generic[T]):
 
     def _read(self, slot: "_Slot") -> T:
         if not slot.is_open:
-            raise RuntimeError(f"{slot.name!r} was read after the `with` ended: captured tensors are let go there; read inside it")
+            raise RuntimeError(
+                f"{slot.name!r} is read after its `with`, which lets go of what it captured; read inside"
+            )
         if slot.value is None:
             raise RuntimeError(_silent([slot.name], slot.hint))
         if slot.result is None:
@@ -117,36 +125,48 @@ class BatchNormInputs:
 def tokens(
     model: nn.Module,
     blocks: Sequence[int | str],
-    prefix: str | int = "drop",
+    prefix: Literal["drop", "keep"] | int = "drop",
     *,
-    layout: str = "auto",
+    layout: Literal["auto", "NLC", "NCHW", "NHWC"] = "auto",
 ) -> Iterator[Captured[Tensor]]:
-    """Collect the outputs of `blocks` as tokens (B,N,D), row-major, while `model` runs; gradients flow through them.
+    """Collect the outputs of `blocks` as tokens (B,N,D), row-major, while `model` runs. Gradients flow through them.
 
-    model: bare, or wrapped by DistributedDataParallel or torch.compile. Enter before the first compiled call and stay
-        inside: PyTorch ignores hooks that come later.
-    blocks: module names as in `named_modules()`, or integers, which count (negative ones from the end)
-        - the children of `model.blocks` (ViT, DeiT, CaiT, EVA, BEiT; EfficientNet's stages),
-        - Swin's blocks through all stages (whole stages are the names "layers.0", ...),
-        - in other timm models the modules of `feature_info`, as in `forward_intermediates` (a ResNet's stem, layer1, ...),
-        - else the model's children.
-    prefix: class, distillation and register tokens, the first of the sequence: "drop" (as many as the model's
-        `num_prefix_tokens`; none before CaiT's, XCiT's and ConViT's class token joins), "keep", or how many to drop.
-    layout: "auto", "NLC", "NCHW" or "NHWC". "auto" takes a 3-D output as NLC; for a 4-D one the model decides: its
-        `output_fmt` (Swin: NHWC), its `feature_info`'s channel counts, else NCHW unless attention is inside.
+        with capture.tokens(student, [5, 11]) as s:
+            logits = student(images)
+            loss = manifold_loss(s[-1], teacher_tokens)
 
-    Returns Captured[Tensor]. Raises ValueError or TypeError at entry for a block that is not there (the message lists
-    those that are); ValueError when read, for an output whose layout or prefix the model does not tell, or no token left;
-    RuntimeError for a block that never fired, when read or at the end of the `with`.
+    Args:
+        model: bare, or wrapped by DistributedDataParallel or torch.compile. Enter before the first compiled call:
+            PyTorch ignores hooks that come later. Activation checkpointing must be the non-reentrant kind; compiled
+            with fullgraph=True it needs torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint.
+        blocks: module names as in `named_modules()`, or ints (negative: from the end), which count
+            the children of `model.blocks` (ViT, DeiT, CaiT, EVA, BEiT; the stages of an EfficientNet);
+            Swin's blocks through all stages (a whole stage is the name "layers.0");
+            in other timm models the modules of `feature_info`, as `forward_intermediates` (ResNet: stem, layer1, ..);
+            the children of any other model.
+        prefix: the class, distillation and register tokens that lead the sequence. "drop": as many as the model's
+            `num_prefix_tokens`, none before the class token joins (CaiT, XCiT, ConViT); "keep"; or how many to drop.
+        layout: of the outputs. "auto": NLC in 3 dimensions; in 4 what the model tells by `output_fmt` (Swin: NHWC) or
+            by the channels in `feature_info`, and NCHW where it tells nothing and holds no attention.
+
+    Returns:
+        Captured[Tensor], filled by the forward pass.
+
+    Raises:
+        TypeError, ValueError: at entry, of the arguments; an unknown block's message lists those there are.
+            When read: an output that is no (B,N,D) or map, a layout or class token the model does not tell of.
+        RuntimeError: a block that never fired, when read and at the end; one run without gradients by reentrant
+            checkpointing in a model that is trained.
     """
     if layout not in ("auto", "NLC", "NCHW", "NHWC"):
         raise ValueError(f"layout must be 'auto', 'NLC', 'NCHW' or 'NHWC', got {layout!r}")
-    if isinstance(prefix, bool) or prefix not in ("drop", "keep") and not (isinstance(prefix, int) and prefix >= 0):
+    is_count = isinstance(prefix, int) and not isinstance(prefix, bool) and prefix >= 0
+    if not is_count and prefix not in ("drop", "keep"):
         raise ValueError(f"prefix must be 'drop', 'keep' or a number of tokens to drop, got {prefix!r}")
     root = _unwrap(model)
     names = _resolve(root, blocks)
     if hasattr(root, "reroll"):
-        raise ValueError(f"{type(root).__name__} keeps its tokens in unrolled, not row-major order; call its `reroll` yourself")
+        raise ValueError(f"{type(root).__name__} keeps its tokens unrolled, not row-major: use its `reroll` instead")
 
     def attach(slot: _Slot, state: _State) -> list[RemovableHandle]:
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -165,66 +185,75 @@ def tokens(
 
 @contextmanager
 def bn_inputs(model: nn.Module, *, layers: Sequence[str] | None = None) -> Iterator[BatchNormInputs]:
-    """Collect what enters every batch norm of `model` while it runs, beside the running statistics; gradients flow.
+    """Collect what enters each batch norm of `model` while it runs, beside its running statistics. Gradients flow.
 
-    BatchNorm1d, 2d, 3d, SyncBatchNorm, timm's BatchNormAct2d and frozen ones, in the order of `named_modules()`. Put the
-    model in eval mode, or its forward pass updates the statistics it is compared with.
+    Put the model in eval mode: in train mode its forward pass moves the statistics towards what they are compared with.
 
-    layers: names of the layers to take, None for all.
+    Args:
+        model: as in tokens. BatchNorm1d to 3d, SyncBatchNorm, timm's BatchNormAct2d and frozen ones are found.
+        layers: names of the layers to take; None for all. Their order is that of `named_modules()`.
 
-    Returns BatchNormInputs. Raises ValueError at entry for a model without batch norm, a layer that is not one or keeps
-    no running statistics; RuntimeError for a layer that never fired, when read or at the end of the `with`.
+    Returns:
+        BatchNormInputs, filled by the forward pass.
+
+    Raises:
+        ValueError: at entry: no batch norm in the model, a name that is none, a layer without running statistics.
+        RuntimeError: as tokens.
     """
     root = _unwrap(model)
     found = {name: module for name, module in root.named_modules() if _is_batch_norm(module)}
     if not found:
         raise ValueError(
-            f"{type(root).__name__} has no batch norm layer, so it stores no statistics to compare with; "
-            "use a teacher with BatchNorm (a ResNet, say), or another prior"
+            f"{type(root).__name__} has no batch norm, so no statistics to compare with; use one that has (a ResNet)"
         )
     if layers is not None:
-        wrong = [name for name in layers if name not in found]
-        if wrong or not layers or isinstance(layers, str):
+        if isinstance(layers, str) or not layers or not found.keys() >= set(layers):
             raise ValueError(f"layers must name batch norm layers, got {layers!r}; there are {', '.join(found)}")
         found = {name: module for name, module in found.items() if name in layers}
     bare = [name for name, module in found.items() if not isinstance(module.running_mean, Tensor)]
     if bare:
         raise ValueError(
-            f"{', '.join(bare)} keep no running statistics (track_running_stats=False), which are what the inputs are "
-            "compared with; build them with track_running_stats=True, or leave them out with `layers=`"
+            f"{', '.join(bare)} keep no running statistics to compare with (track_running_stats=False); "
+            "name the layers that do with layers="
         )
 
     def attach(slot: _Slot, state: _State) -> list[RemovableHandle]:
-        def before(module: nn.Module, args: Any) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not _recomputing():
-                slot.put(args[0], state)
+                slot.put(args[0] if args else kwargs["input"], state)
 
-        return [slot.module.register_forward_pre_hook(before)]
+        return [slot.module.register_forward_pre_hook(before, with_kwargs=True)]
 
-    slots = [_Slot(name, module, "; take the layers that do with `layers=`") for name, module in found.items()]
+    slots = [_Slot(name, module, "; name the layers that are with layers=") for name, module in found.items()]
     with _hooked(root, slots, attach):
         yield BatchNormInputs(Captured(slots, list(range(len(slots))), lambda slot: slot.value), list(found.values()))
 
 
 @contextmanager
 def qkv(model: nn.Module, blocks: Sequence[int | str]) -> Iterator[Captured[QKV]]:
-    """Collect q, k, v of the attention in each of `blocks` while `model` runs, its fused attention left on; gradients flow.
+    """Collect q, k and v of the attention in each of `blocks` while `model` runs. Gradients flow through them.
 
-    They are what the attention itself multiplies: after q/k norm and rotary embedding, before the scale. No map is formed and
-    the model's output keeps its bits. Read from the arguments of `scaled_dot_product_attention`; from the projection in
-    Swin, whose windows come folded into B, with the relative position bias and the shifted windows' mask as `bias`.
+    They are what the attention multiplies, after q/k norm and rotary embedding and before the scale. Fused attention
+    stays on, the output keeps its bits, and no map is formed. They are the arguments of
+    `scaled_dot_product_attention`; Swin's come from its projection, fused or not, with its windows folded into B (the
+    windows of an image adjacent) and relative position bias and shifted window mask as `bias`.
 
-    model, blocks: as in `tokens`; a block holds one attention, or is the attention itself.
+    Args:
+        model: as in tokens.
+        blocks: as in tokens; each holds one attention or is one.
 
-    Returns Captured[QKV]. Raises ValueError or TypeError at entry for a block that is not there (the message lists those
-    that are), mixes heads around the softmax (CaiT), or has fused attention switched off; RuntimeError for a block
-    with more than one attention, and for one that never fired, when read or at the end of the `with`.
+    Returns:
+        Captured[QKV], filled by the forward pass.
+
+    Raises:
+        TypeError, ValueError: at entry, as tokens; a block that mixes heads around the softmax (CaiT), or has fused
+            attention switched off.
+        RuntimeError: as tokens; a block that runs more than one attention.
     """
     root = _unwrap(model)
     names = _resolve(root, blocks)
-    slots = []
-    for name in dict.fromkeys(names):
-        slots.append(_Slot(name, _attention(name, root.get_submodule(name)), "; its attention must call scaled_dot_product_attention"))
+    hint = ", or its attention does not call scaled_dot_product_attention"
+    slots = [_Slot(name, _attention(name, root.get_submodule(name)), hint) for name in dict.fromkeys(names)]
 
     def attach(slot: _Slot, state: _State) -> list[RemovableHandle]:
         return _attach_window(slot, state) if _is_window(slot.module) else _attach_sdpa(slot, state)
@@ -237,10 +266,17 @@ def qkv(model: nn.Module, blocks: Sequence[int | str]) -> Iterator[Captured[QKV]
 
 
 class _State:
-    """Whether the model is inside a forward pass that records gradients."""
+    """What the hooks of one `with` share."""
 
     def __init__(self) -> None:
+        self.grad = False  # inside a forward pass of the model that records gradients ..
+        self.input_grad = False  # .. and whose input wants one
+        self.watches: list[_Watch] = []
+
+    def leave(self) -> None:
         self.grad = False
+        for watch in self.watches:
+            watch.stop()  # still on after an exception
 
 
 class _Slot:
@@ -258,13 +294,13 @@ class _Slot:
         self.result: Any = None
 
     def put(self, value: Any, state: _State) -> None:
-        if state.grad and self.is_trained and not torch.is_grad_enabled():
+        if state.grad and not torch.is_grad_enabled() and (self.is_trained or state.input_grad):
             raise RuntimeError(
-                f"{self.name!r} runs without gradients in a model that is trained, so a loss on what it gives would train nothing: "
-                "use non-reentrant activation checkpointing (use_reentrant=False)"
+                f"{self.name!r} runs without gradients inside a pass that records them, so a loss on it would train "
+                "nothing; use non-reentrant activation checkpointing (use_reentrant=False)"
             )
+        self.reset()
         self.value = value
-        self.result = None
         self.has_fired = True
         if not torch.compiler.is_compiling():
             self.version = value._version if isinstance(value, Tensor) and not value.is_inference() else None
@@ -283,18 +319,19 @@ def _hooked(
 
     def before(module: nn.Module, args: Any) -> None:
         if not _recomputing():
+            state.leave()
             state.grad = torch.is_grad_enabled()
+            state.input_grad = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
             for slot in slots:
                 slot.reset()
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if not _recomputing():
-            state.grad = False
+            state.leave()
 
-    handles = []
+    # No always_call: torch.compile would recompile for the hooks' ids, that is each time the `with` is entered.
+    handles = [root.register_forward_pre_hook(before), root.register_forward_hook(after)]
     try:
-        handles.append(root.register_forward_pre_hook(before))
-        handles.append(root.register_forward_hook(after, always_call=True))
         for slot in slots:
             handles += attach(slot, state)
         yield
@@ -302,6 +339,7 @@ def _hooked(
         if silent:
             raise RuntimeError(_silent([slot.name for slot in silent], silent[0].hint))
     finally:
+        state.leave()
         for handle in handles:
             handle.remove()
         for slot in slots:
@@ -316,55 +354,57 @@ def _recomputing() -> bool:
 
 def _silent(names: list[str], hint: str) -> str:
     return (
-        f"{', '.join(names)} never fired: no forward pass went through inside the `with`, or the model was compiled and called "
-        f"before it (PyTorch ignores hooks added after that: enter before the first compiled call), or it is not used{hint}"
+        f"{', '.join(names)} never fired: no forward pass inside the `with`, or the model was compiled and called "
+        f"before it (PyTorch ignores later hooks: enter before the first compiled call), or it is not used{hint}"
     )
 
 
 # Finding modules
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    inner: Any = model
     while True:
-        if isinstance(model, nn.DataParallel):
-            raise ValueError("model is a DataParallel, whose replicas are not the modules hooked; use DistributedDataParallel")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+        if isinstance(inner, nn.DataParallel):
+            raise ValueError("model is a DataParallel, which runs copies of its modules; use DistributedDataParallel")
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
         else:
-            return model
+            return inner
 
 
-def _resolve(root: nn.Module, blocks: Sequence[int | str]) -> list[str]:
+def _resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
     if isinstance(blocks, str) or not isinstance(blocks, Sequence):
         raise TypeError(f"blocks must be a list of block indices or module names, got {blocks!r}")
     if not blocks:
         raise ValueError("blocks is empty: name at least one")
     modules = dict(root.named_modules())
     numbered = _block_names(root, modules)
+    kind = type(root).__name__
     names = []
     for block in blocks:
         if isinstance(block, bool) or not isinstance(block, (int, str)):
             raise TypeError(f"blocks must hold ints or strings, got {block!r}")
         if isinstance(block, int):
             if not -len(numbered) <= block < len(numbered):
-                raise ValueError(f"block {block} is not in {type(root).__name__}: it has {len(numbered)}: {', '.join(numbered)}")
+                raise ValueError(f"block {block} is not among the {len(numbered)} of {kind}: {', '.join(numbered)}")
             block = numbered[block]
         elif block not in modules or not block:
             close = difflib.get_close_matches(block, modules, n=8, cutoff=0.5)
             other = [name for name, _ in root.named_children() if name not in numbered]
             raise ValueError(
-                f"block {block!r} is not in {type(root).__name__}. Blocks: {', '.join(numbered)}. "
-                f"Other modules: {', '.join(other)}" + (f". Did you mean {', '.join(close)}?" if close else "")
+                f"block {block!r} is not in {kind}. Blocks: {', '.join(numbered)}. Other modules: {', '.join(other)}"
+                + (f". Did you mean {', '.join(close)}?" if close else "")
             )
         names.append(block)
     return names
 
 
-def _block_names(root: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+def _block_names(root: Any, modules: dict[str, nn.Module]) -> list[str]:
     def inside(prefix: str) -> list[str]:
         children = [f"{prefix}.{name}" for name, _ in modules[prefix].named_children()]
         # A ModuleList never fires: its members do.
@@ -381,7 +421,7 @@ def _block_names(root: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     return names or [name for name, _ in root.named_children()]
 
 
-def _feature_channels(root: nn.Module) -> dict[str, int]:
+def _feature_channels(root: Any) -> dict[str, int]:
     info = getattr(root, "feature_info", None)
     entries = [entry for entry in info if isinstance(entry, dict)] if isinstance(info, list) else []
     return {entry["module"]: entry["num_chs"] for entry in entries if entry.get("module") and "num_chs" in entry}
@@ -392,7 +432,7 @@ def _order(slots: list[_Slot], names: list[str]) -> list[int]:
     return [position[name] for name in names]
 
 
-def _nearest(root: nn.Module, name: str, attribute: str) -> Any:
+def _nearest(root: Any, name: str, attribute: str) -> Any:
     """`attribute` of the module called `name`, else of the closest module around it that has it, else None."""
     parts = name.split(".")
     for end in range(len(parts), -1, -1):
@@ -414,14 +454,14 @@ def _is_batch_norm(module: nn.Module) -> bool:
 # Tokens
 
 
-def _as_tokens(root: nn.Module, name: str, module: nn.Module, output: Any, prefix: str | int, layout: str) -> Tensor:
+def _as_tokens(root: Any, name: str, module: nn.Module, output: Any, prefix: str | int, layout: str) -> Tensor:
     x = output
     if isinstance(output, (tuple, list)):
         tensors = [item for item in output if isinstance(item, Tensor)]
-        x = tensors[0] if len(tensors) == 1 and len(output[0:1]) and output[0] is tensors[0] else None
+        x = tensors[0] if len(tensors) == 1 else None
     if not isinstance(x, Tensor) or x.dim() not in (3, 4):
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(output).__name__
-        raise ValueError(f"{name!r} gives {got}; tokens need one tensor, (B,N,D), (B,D,H,W) or (B,H,W,D)")
+        raise ValueError(f"{name!r} gives {got}; tokens need one tensor: (B,N,D), (B,D,H,W) or (B,H,W,D)")
     if layout == "auto":
         layout = "NLC" if x.dim() == 3 else _grid_layout(root, name, module, x)
     if (layout == "NLC") != (x.dim() == 3):
@@ -430,42 +470,49 @@ def _as_tokens(root: nn.Module, name: str, module: nn.Module, output: Any, prefi
         return x.flatten(2).transpose(1, 2)
     if layout == "NHWC":
         return x.flatten(1, 2)
-    count = _prefix_tokens(root, name) if prefix == "drop" else 0 if prefix == "keep" else prefix
-    if x.shape[1] <= count and count:
-        raise ValueError(f"{name!r} gives {x.shape[1]} tokens, all of them among the {count} prefix tokens to drop; keep them")
+    count = prefix if isinstance(prefix, int) else _prefix_tokens(root, name) if prefix == "drop" else 0
+    if 0 < x.shape[1] <= count:
+        raise ValueError(f"{name!r} gives {x.shape[1]} tokens and {count} are to be dropped; pass prefix='keep'")
     return x[:, count:] if count else x
 
 
-def _grid_layout(root: nn.Module, name: str, module: nn.Module, x: Tensor) -> str:
+def _grid_layout(root: Any, name: str, module: nn.Module, x: Tensor) -> str:
     if isinstance(module, (nn.Conv2d, _BatchNorm)):
         return "NCHW"
     told = _nearest(root, name, "output_fmt")
-    told = getattr(told, "value", told)
+    told = getattr(told, "value", told)  # timm's enum or a string
     if told in ("NCHW", "NHWC"):
-        return told
+        return str(told)
     channels = _feature_channels(root).get(name)
-    if channels in (x.shape[1], x.shape[3]) and x.shape[1] != x.shape[3]:
+    if x.shape[1] != x.shape[3] and channels in (x.shape[1], x.shape[3]):
         return "NCHW" if channels == x.shape[1] else "NHWC"
     if _has_heads(module):
-        raise ValueError(f"{name!r} gives shape {tuple(x.shape)} and its model does not say where the channels are; pass layout=")
+        raise ValueError(
+            f"{name!r} gives shape {tuple(x.shape)} and nothing tells which are its channels; pass layout="
+        )
     return "NCHW"
 
 
-def _prefix_tokens(root: nn.Module, name: str) -> int:
-    parts = name.split(".")
-    if "patch_embed" in parts:
-        return 0
-    # The class token joins after these blocks, whatever num_prefix_tokens says.
-    kind = type(root).__name__
-    if parts[0] == "blocks" and (kind in ("Cait", "Xcit") or kind == "ConVit" and int(parts[1]) < root.local_up_to_layer):
+def _prefix_tokens(root: Any, name: str) -> int:
+    if "patch_embed" in name.split(".") or _is_before_class_token(root, name):
         return 0
     count = _nearest(root, name, "num_prefix_tokens")
     if count is None and any(n.rsplit(".", 1)[-1].startswith(_CLASS_TOKENS) for n, _ in root.named_parameters()):
         raise ValueError(
-            f"{type(root).__name__} has a class token but no num_prefix_tokens: "
-            "pass prefix='keep', or as a number how many tokens to drop"
+            f"{type(root).__name__} has a class token but does not tell num_prefix_tokens; "
+            "pass prefix='keep' or the number to drop"
         )
     return int(count or 0)
+
+
+def _is_before_class_token(root: Any, name: str) -> bool:
+    """Whether a block runs without the class token, whatever num_prefix_tokens says."""
+    kind = type(root).__name__
+    stem, _, rest = name.partition(".")
+    if stem != "blocks" or kind not in ("Cait", "Xcit", "ConVit"):
+        return False
+    last = int(rest.split(".")[0]) if rest else len(root.blocks) - 1
+    return kind != "ConVit" or last < root.local_up_to_layer
 
 
 # Attention
@@ -482,21 +529,21 @@ def _attention(name: str, block: nn.Module) -> nn.Module:
     for module in block.modules():
         if hasattr(module, "proj_l") and hasattr(module, "proj_w"):
             raise ValueError(
-                f"{name!r} mixes heads around the softmax ({type(module).__name__}): its maps are not softmax(q k^T * scale + bias), "
-                "so q and k do not tell them"
+                f"{name!r} mixes heads around the softmax ({type(module).__name__}), so q and k do not make its maps; "
+                "use capture.tokens, or a model with plain attention"
             )
         if _is_window(module) or hasattr(module, "fused_attn"):
             found.append(module)
     if found and not any(_is_window(m) or m.fused_attn for m in found):
         raise ValueError(
-            f"{name!r} has fused attention switched off, so q and k cannot be read; set `fused_attn = True` on "
-            f"{type(found[0]).__name__}, or call timm.layers.set_fused_attn(True) before the model is built"
+            f"{name!r} has fused attention switched off, where q and k are read; set fused_attn = True on its "
+            f"{type(found[0]).__name__}, or timm.layers.set_fused_attn(True) before the model is built"
         )
     return next((m for m in found if _is_window(m)), block)
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps what the first scaled_dot_product_attention of a module's run is given."""
+    """Keeps what the first scaled_dot_product_attention of a block's run is given."""
 
     def __init__(self, slot: _Slot, state: _State) -> None:
         self.slot = slot
@@ -513,27 +560,31 @@ class _Watch(TorchFunctionMode):
             self.slot.put((_from_sdpa, *_sdpa_arguments(*args, **kwargs)), self.state)
         return func(*args, **kwargs)
 
+    def start(self) -> None:
+        self.has_seen = False
+        if not self.is_on:
+            self.is_on = True
+            self.__enter__()
+
+    def stop(self) -> None:
+        if self.is_on:
+            self.is_on = False
+            self.__exit__(None, None, None)
+
 
 def _attach_sdpa(slot: _Slot, state: _State) -> list[RemovableHandle]:
     watch = _Watch(slot, state)
+    state.watches.append(watch)
 
     def before(module: nn.Module, args: Any) -> None:
         if not _recomputing():
-            watch.has_seen = False
-            watch.is_on = True
-            watch.__enter__()
+            watch.start()
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        # Also called after an exception, perhaps one raised before the mode was entered.
-        if watch.is_on and not _recomputing():
-            watch.is_on = False
-            watch.__exit__(None, None, None)
+        if not _recomputing():
+            watch.stop()
 
-    module = slot.module
-    return [
-        module.register_forward_pre_hook(before),
-        module.register_forward_hook(after, prepend=True, always_call=True),
-    ]
+    return [slot.module.register_forward_pre_hook(before), slot.module.register_forward_hook(after, prepend=True)]
 
 
 def _sdpa_arguments(
@@ -573,7 +624,7 @@ def _attach_window(slot: _Slot, state: _State) -> list[RemovableHandle]:
 
     return [
         slot.module.register_forward_pre_hook(before, with_kwargs=True),
-        slot.module.qkv.register_forward_hook(projected),
+        slot.module.get_submodule("qkv").register_forward_hook(projected),
     ]
 
 

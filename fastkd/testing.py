@@ -7,6 +7,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fastkd.ops import _dispatch
+
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """max|a - b| / max|b|: how golden values are compared (absolute where b is all zeros)."""
@@ -71,3 +73,23 @@ def poisoned_allocations() -> Iterator[None]:
         mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
     ):
         yield
+
+
+DEVICE = "cuda" if torch.cuda.is_available() and not _dispatch.INTERPRETED else "cpu"
+
+
+def backends(op: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that can run an operator on DEVICE in this process."""
+    return [name for name in ("eager", "native", "triton") if _dispatch.why_not(op, name, DEVICE, dtype) is None]
+
+
+def strided(x: Tensor, layout: str) -> Tensor:
+    """The values of x in other strides: "contiguous", "permuted" (first two dimensions swapped in memory), "sliced"
+    (the tail of a longer second dimension) or "channels" (second dimension innermost)."""
+    if layout == "permuted":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "sliced":
+        return torch.cat([x[:, :1], x], 1)[:, 1:]
+    if layout == "channels":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous()

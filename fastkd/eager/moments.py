@@ -8,10 +8,12 @@ from fastkd.eager._common import chunks
 
 
 def _over(x: Tensor, per_image: bool) -> list[int]:
-    return [d for d in range(x.ndim) if d != 1 and not (d == 0 and per_image)]
+    """The dimensions a moment is taken over; never none of them, which torch reads as all."""
+    return [*([] if per_image else [0]), *range(2, x.ndim)]
 
 
 def moments_fwd(x: Tensor, per_image: bool) -> tuple[Tensor, Tensor]:
+    x = x.unsqueeze(-1)
     acc, over = accumulator(x), _over(x, per_image)
     means, variances = [], []
     for c in (channels := chunks(x.shape[1], x[:, 0].numel())):

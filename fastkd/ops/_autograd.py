@@ -1,5 +1,7 @@
 """What the autograd functions share: when a gradient is wanted, how a stored one is scaled, what is refused."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,26 @@ def refuse_double_backward(function: str) -> None:
     """Call first in backward: grad mode is on there only under create_graph=True."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"{function} cannot be differentiated twice: its gradient is a constant of the kernel. "
+            f"{function} cannot be differentiated twice: its gradient is a constant here. "
             f"Use fastkd.reference.{function} for gradient penalties"
         )
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, function: str) -> Tensor:
+        ctx.function = function
+        return loss.clone()  # a view could not be added to in place
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+        refuse_double_backward(ctx.function)
+        return dloss, None
+
+
+def once(loss: Tensor, function: str) -> Tensor:
+    """The same loss, not differentiable twice: what PyTorch's own operations compute obeys the contract of the rest."""
+    return _Once.apply(loss, function)
 
 
 def scaled(stored: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:

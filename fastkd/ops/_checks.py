@@ -19,6 +19,12 @@ def tensor(name: str, x: Tensor, ndim: int | Collection[int], shape: str) -> Non
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
+def integers(name: str, x: Tensor) -> None:
+    """A tensor of integers: class indices."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+
+
 def not_empty(name: str, x: Tensor) -> None:
     if 0 in x.shape:
         raise ValueError(f"{name} must not be empty, got {tuple(x.shape)}")
@@ -45,7 +51,8 @@ def number(name: str, value: float, *, low: float = -math.inf, open_low: bool = 
     """A finite Python number, at least `low` (above it if open_low)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < low or (open_low and value == low):
+    # No math.isfinite: a number that changes between calls is symbolic under torch.compile.
+    if not -math.inf < value < math.inf or value < low or (open_low and value == low):
         bound = "" if low == -math.inf else f" {'>' if open_low else '>='} {low:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {value}")
 

@@ -42,7 +42,6 @@ def backend(name: Backend) -> Iterator[None]:
         _default = before
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot look into the dispatcher; the answer never changes
 def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run an operator on tensors of this device type and dtype; None if it can."""
     if name == "native":
@@ -54,6 +53,8 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     if name == "triton":
         if not HAS_TRITON:
             return "triton is not installed (pip install triton)"
+        if importlib.util.find_spec("fastkd_kernels") is None:
+            return "fastkd_kernels is not importable: fastkd runs from a source tree that was never installed"
         if importlib.util.find_spec(f"fastkd_kernels.{_schemas.STEMS[op]}") is None:
             return f"{op} has no Triton kernel"
         if device != ("cpu" if INTERPRETED else "cuda"):
@@ -61,6 +62,11 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
         if dtype == torch.float64:
             return "Triton kernels take float32, bfloat16 and float16, got float64"
     return None
+
+
+# Dynamo cannot look into the dispatcher, and the answer never changes. This is what torch.compiler's
+# assume_constant_result sets, which imports all of Dynamo to do it.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(name: str, op: str, x: Tensor) -> Backend:
@@ -78,6 +84,12 @@ def resolve(name: str, op: str, x: Tensor) -> Backend:
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
     return cast(Backend, name)
+
+
+def resolve_plain(name: str, function: str) -> None:
+    """The same for a loss that is PyTorch operations alone: only a backend named for this very call can be missing."""
+    if _named(name, "backend") in ("native", "triton"):
+        raise RuntimeError(f"backend={name!r} cannot run here: {function} has no kernel of its own")
 
 
 def call(impl: Backend, op: str, *args: Any) -> Any:

@@ -77,3 +77,111 @@ _register(
     "(Tensor dmean, Tensor dvar, Tensor x, Tensor mean, bool per_image) -> Tensor dx",
     _moments_bwd,
 )
+
+
+def _prior_fwd(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulator(images)
+    return images.new_empty(4, dtype=acc), images.new_empty(4, dtype=acc), images.new_empty(len(images), dtype=acc)
+
+
+def _prior_bwd(dtv_l1: Tensor, dtv_l2: Tensor, dnorms: Tensor, images: Tensor, tv_l2: Tensor, norms: Tensor) -> Tensor:
+    return torch.empty_like(images)
+
+
+_register("prior", "prior_fwd", "(Tensor images) -> (Tensor tv_l1, Tensor tv_l2, Tensor norms)", _prior_fwd)
+_register(
+    "prior",
+    "prior_bwd",
+    "(Tensor dtv_l1, Tensor dtv_l2, Tensor dnorms, Tensor images, Tensor tv_l2, Tensor norms) -> Tensor dimages",
+    _prior_bwd,
+)
+
+
+def _attention_fwd(
+    q_student: Tensor,
+    k_student: Tensor | None,
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    bias_student: Tensor | None,
+    bias_teacher: Tensor | None,
+    key_mask: Tensor | None,
+    row_weight: Tensor | None,
+    reduction: str,
+    algorithm: str,
+    divergence: str,
+    heads: str,
+    scale_student: float,
+    scale_teacher: float,
+    bias_scale: float,
+    is_causal: bool,
+    row_start: int,
+    row_step: int,
+    with_dq: bool,
+    with_dk: bool,
+    with_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = (q_student, k_student, q_teacher, k_teacher, bias_student, bias_teacher)
+    acc = accumulator(*(x for x in tensors if x is not None))
+    B, H, N_q = q_student.shape[:3]
+    loss = q_student.new_empty((B, 1 if heads == "mean" else H, N_q) if reduction == "none" else (), dtype=acc)
+    dq = q_student.new_empty(q_student.shape if with_dq else (0,), dtype=stored_gradient(q_student))
+    k = q_student if k_student is None else k_student
+    dk = k.new_empty(k.shape if with_dk else (0,), dtype=stored_gradient(k))
+    bias = q_student if bias_student is None else bias_student
+    dtype = acc if bias_student is None else stored_gradient(bias_student)
+    return loss, dq, dk, bias.new_empty(bias.shape if with_dbias else (0,), dtype=dtype)
+
+
+def _attention_bwd(
+    drows: Tensor,
+    q_student: Tensor,
+    k_student: Tensor | None,
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    bias_student: Tensor | None,
+    bias_teacher: Tensor | None,
+    key_mask: Tensor | None,
+    divergence: str,
+    heads: str,
+    scale_student: float,
+    scale_teacher: float,
+    bias_scale: float,
+    is_causal: bool,
+    row_start: int,
+    row_step: int,
+    with_dq: bool,
+    with_dk: bool,
+    with_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq = q_student.new_empty(q_student.shape if with_dq else (0,))
+    k = q_student if k_student is None else k_student
+    dk = k.new_empty(k.shape if with_dk else (0,))
+    bias = drows if bias_student is None else bias_student
+    return dq, dk, bias.new_empty(bias.shape if with_dbias else (0,))
+
+
+# Temperature is folded into the scales: z = q kᵀ scale + bias bias_scale. Biases have 4 dimensions, each 1 or whole.
+# row_weight (B, N_q) multiplies the rows; in the mean it stands in place of 1/N_q. Query row i is at position
+# row_start + i row_step, which is_causal compares with the key's. No k_student: keys are the queries, and dq is the
+# whole gradient, (G + Gᵀ) Q. Gradients not wanted are empty (0,). "gram" comes with k_student and without bias.
+_ATTENTION_INPUTS = (
+    "Tensor q_student, Tensor? k_student, Tensor q_teacher, Tensor k_teacher, "
+    "Tensor? bias_student, Tensor? bias_teacher, Tensor? key_mask"
+)
+_ATTENTION_OPTIONS = (
+    "str divergence, str heads, float scale_student, float scale_teacher, float bias_scale, "
+    "bool is_causal, SymInt row_start, SymInt row_step, bool with_dq, bool with_dk, bool with_dbias"
+)
+_register(
+    "attention",
+    "attention_fwd",
+    f"({_ATTENTION_INPUTS}, Tensor? row_weight, str reduction, str algorithm, {_ATTENTION_OPTIONS})"
+    " -> (Tensor loss, Tensor dq, Tensor dk, Tensor dbias)",
+    _attention_fwd,
+)
+_register(
+    "attention",
+    "attention_bwd",
+    f"(Tensor drows, {_ATTENTION_INPUTS}, {_ATTENTION_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dbias)",
+    _attention_bwd,
+)

@@ -67,6 +67,69 @@ def _check_layers(name: str, layers: Sequence[Tensor], inputs: Sequence[Tensor])
         check.constant(f"{name}[{i}]", v)
 
 
+def bn_stat_loss_and_moments(
+    inputs: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    distance: Distance,
+    layer_weights: Sequence[float] | None,
+    momentum: float | None,
+    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    backend: Backend,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """bn_stat_loss, and the means and variances that it compared: per layer (C,), or (B, C) in "image"."""
+    check.one_of("distance", distance, ("l2", "mse", "image"))
+    if len(inputs) == 0:
+        raise ValueError("inputs must hold at least one layer, got none")
+    for i, x in enumerate(inputs):
+        check.tensor(f"inputs[{i}]", x, range(2, 16), "(B, C, ...)")
+        check.not_empty(f"inputs[{i}]", x)
+        elements = x[0, 0].numel() if distance == "image" else x[:, 0].numel()
+        if elements < 2:
+            raise ValueError(
+                f"inputs[{i}] must hold at least 2 elements per channel{' and image' if distance == 'image' else ''} "
+                f"to have a variance, got {tuple(x.shape)}"
+            )
+    _check_layers("running_means", running_means, inputs)
+    _check_layers("running_vars", running_vars, inputs)
+    if (momentum is None) != (ema is None):
+        raise ValueError("momentum and ema go together: give both or neither")
+    if momentum is not None and ema is not None:
+        check.number("momentum", momentum, low=0)
+        if momentum >= 1:
+            raise ValueError(f"momentum must be below 1, got {momentum}")
+        _check_layers("ema[0]", ema[0], inputs)
+        _check_layers("ema[1]", ema[1], inputs)
+    weights = [1.0] * len(inputs) if layer_weights is None else layer_weights
+    if len(weights) != len(inputs):
+        raise ValueError(f"layer_weights must have one number per layer, got {len(weights)} for {len(inputs)} inputs")
+
+    terms, means, variances = [], [], []
+    for i, (x, mean_running, var_running, w) in enumerate(
+        zip(inputs, running_means, running_vars, weights, strict=True)
+    ):
+        check.number(f"layer_weights[{i}]", w, low=0)
+        mean, var = batch_moments(x, dims="image" if distance == "image" else "batch", backend=backend)
+        if momentum is not None and ema is not None:
+            mean, var = mean.lerp(ema[0][i].to(mean), momentum), var.lerp(ema[1][i].to(var), momentum)
+        means.append(mean)
+        variances.append(var)
+        mean_running, var_running = mean_running.to(mean), var_running.to(var)
+        if distance == "l2":
+            # vector_norm's gradient at 0 is 0, which a sqrt of a sum would not give.
+            norm = torch.linalg.vector_norm
+            terms.append(w * (norm(var_running - var) + norm(mean_running - mean)))
+        elif distance == "mse":
+            squares = (var_running - var).square().mean() + (mean_running - mean).square().mean()
+            terms.append(w / len(inputs) * squares)
+        else:
+            n = x[0, 0].numel()
+            sigma, sigma_running = (var * (n / (n - 1)) + 1e-6).sqrt(), (var_running + 1e-6).sqrt()
+            squares = (mean_running - mean).square().sum() + (sigma_running - sigma).square().sum()
+            terms.append(w / x.shape[0] * squares)
+    return torch.stack(terms).sum(), means, variances
+
+
 def bn_stat_loss(
     inputs: Sequence[Tensor],
     running_means: Sequence[Tensor],
@@ -106,51 +169,7 @@ def bn_stat_loss(
             (the variance of "image" has no value there), momentum without ema or outside [0, 1), a statistic that
             requires a gradient.
     """
-    check.one_of("distance", distance, ("l2", "mse", "image"))
-    if len(inputs) == 0:
-        raise ValueError("inputs must hold at least one layer, got none")
-    for i, x in enumerate(inputs):
-        check.tensor(f"inputs[{i}]", x, range(2, 16), "(B, C, ...)")
-        check.not_empty(f"inputs[{i}]", x)
-        elements = x[0, 0].numel() if distance == "image" else x[:, 0].numel()
-        if elements < 2:
-            raise ValueError(
-                f"inputs[{i}] must hold at least 2 elements per channel{' and image' if distance == 'image' else ''} "
-                f"to have a variance, got {tuple(x.shape)}"
-            )
-    _check_layers("running_means", running_means, inputs)
-    _check_layers("running_vars", running_vars, inputs)
-    if (momentum is None) != (ema is None):
-        raise ValueError("momentum and ema go together: give both or neither")
-    if momentum is not None and ema is not None:
-        check.number("momentum", momentum, low=0)
-        if momentum >= 1:
-            raise ValueError(f"momentum must be below 1, got {momentum}")
-        _check_layers("ema[0]", ema[0], inputs)
-        _check_layers("ema[1]", ema[1], inputs)
-    weights = [1.0] * len(inputs) if layer_weights is None else layer_weights
-    if len(weights) != len(inputs):
-        raise ValueError(f"layer_weights must have one number per layer, got {len(weights)} for {len(inputs)} inputs")
-
-    terms = []
-    for i, (x, mean_running, var_running, w) in enumerate(
-        zip(inputs, running_means, running_vars, weights, strict=True)
-    ):
-        check.number(f"layer_weights[{i}]", w, low=0)
-        mean, var = batch_moments(x, dims="image" if distance == "image" else "batch", backend=backend)
-        if momentum is not None and ema is not None:
-            mean, var = mean.lerp(ema[0][i].to(mean), momentum), var.lerp(ema[1][i].to(var), momentum)
-        mean_running, var_running = mean_running.to(mean), var_running.to(var)
-        if distance == "l2":
-            # vector_norm's gradient at 0 is 0, which a sqrt of a sum would not give.
-            norm = torch.linalg.vector_norm
-            terms.append(w * (norm(var_running - var) + norm(mean_running - mean)))
-        elif distance == "mse":
-            squares = (var_running - var).square().mean() + (mean_running - mean).square().mean()
-            terms.append(w / len(inputs) * squares)
-        else:
-            n = x[0, 0].numel()
-            sigma, sigma_running = (var * (n / (n - 1)) + 1e-6).sqrt(), (var_running + 1e-6).sqrt()
-            squares = (mean_running - mean).square().sum() + (sigma_running - sigma).square().sum()
-            terms.append(w / x.shape[0] * squares)
-    return torch.stack(terms).sum()
+    loss, _, _ = bn_stat_loss_and_moments(
+        inputs, running_means, running_vars, distance, layer_weights, momentum, ema, backend
+    )
+    return loss

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastkd._precision import accumulator
+from fastkd._precision import accumulator, has_fast_float64
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve
@@ -38,9 +38,7 @@ def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device)
     tile: n (2 Ds + Dt).  gram: 2 (Ds² + Ds Dt + Dt²) + Ds (Ds + Dt), never with rectification,
     and never on a GPU whose float64 is crippled (all but compute capability 8.0, 9.0 and 10.0).
     """
-    if rectify != "none":
-        return "tile"
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[1] != 0:
+    if rectify != "none" or not has_fast_float64(device):
         return "tile"
     gram = 2 * (Ds * Ds + Ds * Dt + Dt * Dt) + Ds * (Ds + Dt)
     return "gram" if gram < n * (2 * Ds + Dt) else "tile"

@@ -8,8 +8,8 @@ from torch import Tensor
 
 def batch_moments(x: Tensor, *, dims: str = "batch") -> tuple[Tensor, Tensor]:
     """mean_c = 1/M Σ x, var_c = 1/M Σ (x - mean_c)², over batch and space ("batch") or space alone ("image")."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    over = [d for d in range(x.ndim) if d != 1 and not (d == 0 and dims == "image")]
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:2], -1)  # (B, C, positions)
+    over = [2] if dims == "image" else [0, 2]
     mean = x.mean(over, keepdim=True)
     return mean.squeeze(over), (x - mean).square().mean(over)
 

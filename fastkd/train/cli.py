@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -31,53 +31,60 @@ def _option(help_text: str, *flags: str, shown: str = "", **rules: Any) -> Any:
     )
 
 
-Number, Text, Flag, Many = float | None, str | None, bool | None, list[str] | None
+Number: TypeAlias = float | None
+Whole: TypeAlias = int | None
+Text: TypeAlias = str | None
+Flag: TypeAlias = bool | None
+Many: TypeAlias = list[str] | None
 
 
 @app.command()
 def train(
-    data: Annotated[str, _option("digits, or a folder with a sub-folder of images per class (or train/ and val/ with those).")] = "digits",
+    data: Annotated[str, _option("digits, or a folder of class folders, or of train/ and val/ with those.")] = "digits",
     out: Annotated[Text, _option("Folder for the results. [the first free of runs/NAME, runs/NAME-2, ...]")] = None,
     overwrite: Annotated[bool, _option("Replace a finished run in --out.", "--overwrite")] = False,
     teacher: Annotated[Text, _option("timm model to learn from.", shown="teacher")] = None,
-    teacher_arg: Annotated[Many, _option("KEY=VALUE for timm.create_model; may be repeated.")] = None,
-    teacher_checkpoint: Annotated[Text, _option("The teacher's weights; without them or --teacher-pretrained it is trained first.")] = None,
-    teacher_pretrained: Annotated[Flag, _option("Take timm's pretrained weights (downloads them).", "--teacher-pretrained")] = None,
-    teacher_epochs: Annotated[int | None, _option("Epochs of training the teacher first.", shown="teacher_epochs", min=0)] = None,
-    teacher_lr: Annotated[Number, _option("Its learning rate.", shown="teacher_lr", min=0)] = None,
+    teacher_arg: Annotated[Many, _option("KEY=VALUE for timm.create_model; repeat for more.")] = None,
+    teacher_checkpoint: Annotated[Text, _option("Its weights; else it is trained first.")] = None,
+    teacher_pretrained: Annotated[Flag, _option("Or timm's pretrained ones.", "--teacher-pretrained")] = None,
+    teacher_epochs: Annotated[Whole, _option("Epochs of training it first.", shown="teacher_epochs", min=0)] = None,
+    teacher_lr: Annotated[Number, _option("Learning rate then.", shown="teacher_lr", min=0)] = None,
+    teacher_layers: Annotated[Text, _option("Names of layers to match, by commas. [see below]")] = None,
     student: Annotated[Text, _option("timm model that learns.", shown="student")] = None,
-    student_arg: Annotated[Many, _option("KEY=VALUE for timm.create_model; may be repeated.")] = None,
-    student_layers: Annotated[Text, _option("Names of matched layers, by commas. [first 4 and last 4 blocks of the teacher's grid]")] = None,
-    teacher_layers: Annotated[Text, _option("As many names. [first 4 and last 4 blocks or stages of the student's grid]")] = None,
-    img_size: Annotated[int | None, _option("Pixels of a side. [digits 64, folder the student's own]", min=1)] = None,
-    epochs: Annotated[int | None, _option("Epochs of the student.", shown="epochs", min=1)] = None,
-    warmup_epochs: Annotated[int | None, _option("Of these with rising learning rate.", shown="warmup_epochs", min=0)] = None,
-    batch_size: Annotated[int | None, _option("Images per step.", shown="batch_size", min=1)] = None,
-    lr: Annotated[Number, _option("Learning rate.", shown="lr", min=0)] = None,
-    weight_decay: Annotated[Number, _option("Weight decay.", shown="weight_decay", min=0)] = None,
+    student_arg: Annotated[Many, _option("KEY=VALUE for timm.create_model; repeat for more.")] = None,
+    student_layers: Annotated[Text, _option("As many names of its layers. [see below]")] = None,
+    baseline: Annotated[Flag, _option("Train the student without the teacher as well.", shown="baseline")] = None,
+    img_size: Annotated[Whole, _option("Pixels of a side. [digits 64, folder the student's own]", min=1)] = None,
+    epochs: Annotated[Whole, _option("Epochs of the student.", shown="epochs", min=1)] = None,
+    warmup_epochs: Annotated[Whole, _option("With rising learning rate.", shown="warmup_epochs", min=0)] = None,
+    batch_size: Annotated[Whole, _option("Images per step.", shown="batch_size", min=1)] = None,
     opt: Annotated[Text, _option("timm optimiser.", shown="opt")] = None,
     sched: Annotated[Text, _option("timm schedule.", shown="sched")] = None,
+    lr: Annotated[Number, _option("Learning rate.", shown="lr", min=0)] = None,
+    weight_decay: Annotated[Number, _option("Weight decay.", shown="weight_decay", min=0)] = None,
     clip_grad: Annotated[Number, _option("Largest norm of the gradient.", shown="clip_grad", min=0)] = None,
-    augment: Annotated[Flag, _option("timm's augmentation: crops, flips, colours (digits: crops).", shown="augment")] = None,
+    augment: Annotated[Flag, _option("timm's crops, flips, colours (digits: crops).", shown="augment")] = None,
     mixup: Annotated[Number, _option("Mixup's alpha.", shown="mixup", min=0)] = None,
     smoothing: Annotated[Number, _option("Label smoothing.", shown="smoothing", min=0, max=1)] = None,
-    weight: Annotated[Number, _option("Weight of the whole manifold loss beside the cross-entropy.", shown="weight", min=0)] = None,
+    weight: Annotated[Number, _option("Of the manifold loss beside the task's.", shown="weight", min=0)] = None,
     intra: Annotated[Number, _option("Weight of its term within images.", shown="intra", min=0)] = None,
     inter: Annotated[Number, _option("Of its term across images.", shown="inter", min=0)] = None,
     random: Annotated[Number, _option("Of its term over random tokens.", shown="random", min=0)] = None,
-    num_samples: Annotated[int | None, _option("Number of random tokens.", shown="num_samples", min=1)] = None,
-    baseline: Annotated[Flag, _option("Train the student without a teacher as well.", shown="baseline")] = None,
-    val_fraction: Annotated[Number, _option("Share of a folder's images set apart, if it has no val/.", shown="val_fraction", min=0, max=1)] = None,
+    num_samples: Annotated[Whole, _option("Random tokens.", shown="num_samples", min=1)] = None,
+    val_fraction: Annotated[Number, _option("Share set apart where there is no val/.", shown="val_fraction")] = None,
     check: Annotated[Flag, _option("Decode all images of a folder first.", shown="check")] = None,
     device: Annotated[Text, _option("auto, cpu, cuda, cuda:1, ...", shown="device")] = None,
     amp: Annotated[Text, _option("none, bf16 or fp16.", shown="amp")] = None,
-    workers: Annotated[int | None, _option("Processes that load images.", shown="workers", min=0)] = None,
-    seed: Annotated[int | None, _option("The same seed gives the same run.", shown="seed", min=0)] = None,
-) -> None:  # fmt: skip
+    workers: Annotated[Whole, _option("Processes that load images.", shown="workers", min=0)] = None,
+    seed: Annotated[Whole, _option("The same seed gives the same run.", shown="seed", min=0)] = None,
+) -> None:
     """Distil a timm student from a timm teacher with the manifold loss.
 
     Without arguments: scikit-learn's digits, a small CNN teacher trained first, a tiny ViT student with and without
     it. The results are a log (CSV), a picture of the curves, the weights and a summary in one folder.
+
+    Layers that are not named: of the blocks (a CNN's stages) with the other network's number of tokens the first
+    four and the last four, fewer where one of them has fewer.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     try:
@@ -96,7 +103,7 @@ def info() -> None:
     """What this installation has: versions, backends, the extension."""
     from fastkd.info import main
 
-    raise typer.Exit(main() or 0)
+    raise typer.Exit(main([]))
 
 
 def settings_from(given: dict[str, Any]) -> Settings:
@@ -105,7 +112,8 @@ def settings_from(given: dict[str, Any]) -> Settings:
     for role in ("student", "teacher"):
         layers, arg = f"{role}_layers", f"{role}_arg"
         if role in given:
-            base = dataclasses.replace(base, **{f"{role}_args": {}, layers: None})
+            own: dict[str, Any] = {f"{role}_args": {}, layers: None}
+            base = dataclasses.replace(base, **own)
         if layers in given:
             given[layers] = tuple(name.strip() for name in given[layers].split(",") if name.strip())
         if arg in given:
@@ -148,6 +156,5 @@ def _print_results(summary: dict[str, Any]) -> None:
     print(f"picture     {out / 'curve.png'}")
     print(f"log         {out / 'log.csv'}")
     print("\n".join(f"checkpoint  {path}" for path in sorted(out.glob("*.safetensors"))))
-    print(
-        f"load it     timm.create_model({config['student']!r}, checkpoint_path={str(out / 'student.safetensors')!r}{args})"
-    )
+    path = str(out / "student.safetensors")
+    print(f"load it     timm.create_model({config['student']!r}, checkpoint_path={path!r}{args})")

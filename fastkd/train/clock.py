@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -61,6 +62,6 @@ class LossClock:
 
 
 def _seconds(began: Moment, ended: Moment) -> float:
-    if isinstance(began, float) and isinstance(ended, float):
-        return ended - began
-    return began.elapsed_time(ended) / 1000  # type: ignore[union-attr]
+    if isinstance(began, torch.cuda.Event):
+        return began.elapsed_time(cast(torch.cuda.Event, ended)) / 1000
+    return cast(float, ended) - began

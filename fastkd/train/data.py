@@ -52,14 +52,14 @@ class Digits(Dataset):
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
-def open_data(data: str, val_fraction: float, check: bool) -> Data:
+def open_data(data: str, val_fraction: float) -> Data:
     """The training and validation images of `digits` or of a folder.
 
     A folder holds one sub-folder per class, or train/ and val/ with those; without a val/ a stratified share of
     the images is set apart, the same in each run.
 
     Raises:
-        InputError: no such folder, no images, fewer than two classes, a class missing, a file that is not an image.
+        InputError: no such folder, no images, fewer than two classes, a class missing.
     """
     if data == "digits":
         augmentation = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0, "color_jitter": None}
@@ -79,9 +79,33 @@ def open_data(data: str, val_fraction: float, check: bool) -> Data:
         if set(val.reader.class_to_idx) != set(classes):
             differing = sorted(set(val.reader.class_to_idx) ^ set(classes))
             raise InputError(f"--data: training and validation folders need the same classes, one lacks {differing}")
-    if check:
-        _check_images([path for part in (train, val) for path, _ in part.reader.samples])
     return Data(list(classes), train, val, {})
+
+
+def check_images(data: Data) -> None:
+    """Decodes every image of a folder, on all cores.
+
+    Raises:
+        InputError: a file that is not an image or not a whole one.
+    """
+    paths = [
+        path for part in (data.train, data.val) if isinstance(part, ImageDataset) for path, _ in part.reader.samples
+    ]
+
+    def fault(path: str) -> str | None:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception as error:  # Pillow raises what its decoders do
+            return f"{path} cannot be read as an image ({error})"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        faults = tqdm(pool.map(fault, paths), "checking images", len(paths), leave=False, disable=None)
+        first = next((found for found in faults if found), None)
+        pool.shutdown(cancel_futures=True)
+    if first:
+        raise InputError(f"--data: {first}")
 
 
 def create_loaders(
@@ -132,20 +156,3 @@ def _split(train: ImageDataset, val_fraction: float) -> ImageDataset:
             f"--val-fraction: {val_fraction} of {len(samples)} images cannot be set apart: {error}"
         ) from error
     return val
-
-
-def _check_images(paths: list[str]) -> None:
-    def fault(path: str) -> str | None:
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except Exception as error:  # Pillow raises what its decoders do
-            return f"{path} cannot be read as an image ({error})"
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        faults = tqdm(pool.map(fault, paths), "checking images", len(paths), leave=False, disable=None)
-        first = next((found for found in faults if found), None)
-        pool.shutdown(cancel_futures=True)
-    if first:
-        raise InputError(f"--data: {first}")

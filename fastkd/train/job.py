@@ -20,9 +20,9 @@ from fastkd.losses import ManifoldLoss
 
 from . import InputError, report
 from .clock import LossClock
-from .data import Data, create_loaders, open_data
-from .loop import AMP_DTYPES, Trainee, criterion, evaluate
-from .models import create_model, load_weights, match_layers
+from .data import Data, check_images, create_loaders, open_data
+from .loop import AMP_DTYPES, Trainee, criterion
+from .models import create_model, load_weights, match_layers, pretrained_cfg
 from .report import Row
 from .settings import Settings
 from .tasks import ManifoldTask
@@ -53,15 +53,16 @@ def train(settings: Settings) -> dict[str, Any]:
     """
     began = time.perf_counter()
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    data = open_data(settings.data, settings.val_fraction)
+    check_settings(settings)
     device = choose_device(settings)
     out = choose_folder(settings)
-    data = open_data(settings.data, settings.val_fraction, settings.check)
     nets, img_size = create_networks(settings, len(data.classes), device)
     teacher, students = create_trainees(settings, data, nets, img_size, device)
+    if settings.check:
+        check_images(data)
 
-    out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
+    clear_folder(out)
     config = dataclasses.asdict(settings) | {
         "img_size": img_size, "device": str(device), "classes": data.classes, "student_args": nets.student_args,
         "teacher_args": nets.teacher_args, "student_layers": nets.student_layers, "teacher_layers": nets.teacher_layers,
@@ -86,6 +87,20 @@ def train(settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
     report.write_json(out / "summary.json", summary)
     return summary | {"out": str(out)}
+
+
+def check_settings(settings: Settings) -> None:
+    """What can be told without models."""
+    if settings.teacher is None:
+        raise InputError("--teacher: a folder of images needs the name of a timm model to learn from")
+    if settings.teacher_epochs < 1 and not settings.teacher_pretrained and settings.teacher_checkpoint is None:
+        raise InputError(
+            "--teacher-epochs: 0 leaves the teacher untrained; give some, --teacher-checkpoint or --teacher-pretrained"
+        )
+    if settings.amp not in AMP_DTYPES:
+        raise InputError(f"--amp: {settings.amp} is not one of {', '.join(AMP_DTYPES)}")
+    if settings.mixup > 0 and settings.batch_size % 2:
+        raise InputError(f"--mixup: needs an even --batch-size, got {settings.batch_size}")
 
 
 def choose_device(settings: Settings) -> torch.device:
@@ -116,23 +131,28 @@ def choose_folder(settings: Settings) -> Path:
     return out
 
 
+def clear_folder(out: Path) -> None:
+    """Makes the folder, and takes an earlier run's files out of it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be written: {error.strerror}") from error
+
+
 def create_networks(settings: Settings, num_classes: int, device: torch.device) -> tuple[Networks, int]:
     """Both models, checked against each other, and the image size."""
-    if settings.teacher is None:
-        raise InputError("--teacher: a folder of images needs the name of a timm model to learn from")
-    has_weights = settings.teacher_pretrained or settings.teacher_checkpoint is not None
-    if settings.teacher_epochs < 1 and not has_weights:
-        raise InputError(
-            "--teacher-epochs: 0 leaves the teacher untrained; give --teacher-checkpoint, --teacher-pretrained or epochs"
-        )
+    assert settings.teacher is not None
     random_seed(settings.seed)
-    options = {"num_classes": num_classes, "img_size": settings.img_size}
-    student, student_args = create_model("student", settings.student, settings.student_args, **options)
-    img_size = settings.img_size or student.pretrained_cfg["input_size"][-1]
-    options["img_size"] = img_size
-    teacher, teacher_args = create_model(
-        "teacher", settings.teacher, settings.teacher_args, pretrained=settings.teacher_pretrained, **options
+    student, student_args = create_model(
+        "student", settings.student, settings.student_args, num_classes=num_classes, img_size=settings.img_size
     )
+    img_size = settings.img_size or pretrained_cfg(student)["input_size"][-1]
+    teacher, teacher_args = create_model(
+        "teacher", settings.teacher, settings.teacher_args, num_classes=num_classes, img_size=img_size,
+        pretrained=settings.teacher_pretrained,
+    )  # fmt: skip
     if settings.teacher_checkpoint is not None:
         load_weights("teacher", teacher, settings.teacher, settings.teacher_checkpoint)
     layers = match_layers(student, teacher, settings.student_layers, settings.teacher_layers, img_size)
@@ -143,66 +163,48 @@ def create_trainees(
     settings: Settings, data: Data, nets: Networks, img_size: int, device: torch.device
 ) -> tuple[Trainee, list[Trainee]]:
     """The teacher and one or two copies of the student, each with what trains it."""
-    if settings.amp not in AMP_DTYPES:
-        raise InputError(f"--amp: {settings.amp} is not one of {', '.join(AMP_DTYPES)}")
-    loading = {
+    loading: dict[str, Any] = {
         "img_size": img_size, "batch_size": settings.batch_size, "augment": settings.augment,
         "workers": settings.workers, "device": device,
     }  # fmt: skip
     mixup = None
     if settings.mixup > 0:
-        if settings.batch_size % 2:
-            raise InputError(f"--mixup: needs an even --batch-size, got {settings.batch_size}")
         mixup = Mixup(settings.mixup, label_smoothing=settings.smoothing, num_classes=len(data.classes))
     loss = criterion(mixup is not None, settings.smoothing)
-    common: dict[str, Any] = {key: getattr(settings, key) for key in ("weight_decay", "clip_grad", "amp", "seed")}
+    common = {key: getattr(settings, key) for key in ("weight_decay", "clip_grad", "amp", "seed")}
     common |= {"mixup": mixup, "device": device}
+    first: dict[str, Any] = {"epochs": settings.teacher_epochs, "warmup_epochs": 1, "lr": settings.teacher_lr}
+    then = {key: getattr(settings, key) for key in ("epochs", "warmup_epochs", "lr", "opt", "sched")}
 
     task = ClassificationTask(nets.teacher, loss, device=device, verbose=False)
-    teacher = Trainee(
-        "teacher", nets.teacher, task, create_loaders(data, nets.teacher, **loading), epochs=settings.teacher_epochs,
-        warmup_epochs=min(1, settings.teacher_epochs), lr=settings.teacher_lr, opt="adamw", sched="cosine", **common,
-    )  # fmt: skip
+    loaders = create_loaders(data, nets.teacher, **loading)
+    teacher = Trainee("teacher", nets.teacher, task, loaders, opt="adamw", sched="cosine", **first, **common)
 
-    common |= {key: getattr(settings, key) for key in ("epochs", "warmup_epochs", "lr")}
     loaders = create_loaders(data, nets.student, **loading)
+    alone = copy.deepcopy(nets.student)
+    clock = LossClock()
+    distilling = ManifoldTask(
+        nets.student,
+        nets.teacher,
+        student_layers=nets.student_layers,
+        teacher_layers=nets.teacher_layers,
+        criterion=loss,
+        loss=ManifoldLoss(
+            intra=settings.intra, inter=settings.inter, random=settings.random, num_samples=settings.num_samples
+        ),
+        manifold_weight=settings.weight,
+        clock=clock,
+        device=device,
+        verbose=False,
+    )
     students = []
     try:
         if settings.baseline:
-            student = copy.deepcopy(nets.student)
-            task = ClassificationTask(student, loss, device=device, verbose=False)
-            students.append(
-                Trainee("student alone", student, task, loaders, opt=settings.opt, sched=settings.sched, **common)
-            )
-        clock = LossClock()
-        task = ManifoldTask(
-            nets.student,
-            nets.teacher,
-            student_layers=nets.student_layers,
-            teacher_layers=nets.teacher_layers,
-            criterion=loss,
-            loss=ManifoldLoss(
-                intra=settings.intra, inter=settings.inter, random=settings.random, num_samples=settings.num_samples
-            ),
-            manifold_weight=settings.weight,
-            clock=clock,
-            device=device,
-            verbose=False,
-        )
-        students.append(
-            Trainee(
-                "student distilled",
-                nets.student,
-                task,
-                loaders,
-                opt=settings.opt,
-                sched=settings.sched,
-                clock=clock,
-                **common,
-            )
-        )
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise InputError(f"--opt or --sched: {error}") from error
+            task = ClassificationTask(alone, loss, device=device, verbose=False)
+            students.append(Trainee("student alone", alone, task, loaders, **then, **common))
+        students.append(Trainee("student distilled", nets.student, distilling, loaders, clock=clock, **then, **common))
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # timm's factories use them all
+        raise InputError(f"--opt {settings.opt} or --sched {settings.sched}: {error}") from error
     return teacher, students
 
 
@@ -214,14 +216,12 @@ def train_teacher(
     for epoch in range(teacher.epochs):
         run_epoch(teacher, epoch, out, rows, bar)
     nets.teacher.requires_grad_(False)
-    if not teacher.epochs and settings.teacher_pretrained:
-        head = nets.teacher.pretrained_cfg["num_classes"]
-        if head != nets.teacher.num_classes:
-            return None
     if teacher.epochs:
-        report.write_weights(out / "teacher.safetensors", nets.teacher, settings.teacher or "", nets.teacher_args)
+        report.write_weights(out / "teacher.safetensors", nets.teacher, str(settings.teacher), nets.teacher_args)
         return rows[-1]["top1"]
-    return evaluate(teacher.network, teacher.val_loader, teacher.autocast)
+    if settings.teacher_pretrained and pretrained_cfg(nets.teacher)["num_classes"] != nets.teacher_args["num_classes"]:
+        return None
+    return teacher.evaluate()
 
 
 def train_students(
@@ -249,10 +249,8 @@ def run_epoch(trainee: Trainee, epoch: int, out: Path, rows: list[Row], bar: tqd
     row["top1"] = trainee.evaluate()
     rows.append(row)
     report.write_log(out / "log.csv", rows)
-    bar.write(
-        f"{trainee.label:<17} epoch {epoch + 1:>3}/{trainee.epochs}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f}%  "
-        f"{row['seconds']:.1f} s"
-    )
+    progress = f"{trainee.label:<17} epoch {epoch + 1:>3}/{trainee.epochs}"
+    bar.write(f"{progress}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f}%  {row['seconds']:.1f} s")
 
 
 def result(trainee: Trainee, rows: list[Row], top1: float | None = None) -> Row:

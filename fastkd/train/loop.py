@@ -60,8 +60,8 @@ class Trainee:
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched=sched,
-            num_epochs=epochs,
-            warmup_epochs=min(warmup_epochs, epochs - 1),
+            num_epochs=max(epochs, 1),
+            warmup_epochs=max(0, min(warmup_epochs, epochs - 1)),
             warmup_lr=lr / 100,
             step_on_epochs=False,
             updates_per_epoch=len(self.loader),

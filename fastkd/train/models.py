@@ -3,11 +3,12 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.models import get_pretrained_cfg, load_checkpoint
+from timm.utils import unwrap_model
 from torch import nn
 
 from fastkd import capture
@@ -43,6 +44,11 @@ def load_weights(role: str, model: nn.Module, name: str, path: str) -> None:
     except Exception as error:  # safetensors, pickle and load_state_dict each have their own
         detail = " ".join(str(error).split())[:300]
         raise InputError(f"--{role}-checkpoint: {path} does not fit {name}: {detail}") from error
+
+
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """timm's facts about a model: input size, mean, std, classes of the pretrained head."""
+    return cast(dict[str, Any], unwrap_model(model).pretrained_cfg)
 
 
 def match_layers(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from safetensors.torch import save
 from torch import nn
 
 Row = dict[str, Any]
@@ -47,19 +48,20 @@ def write_weights(path: Path, model: nn.Module, name: str, args: dict[str, Any])
     """Weights that timm.create_model(name, checkpoint_path=path, **args) loads; name and args go into the metadata."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     with replacing(path) as partial:
-        save_file(tensors, partial, {"format": "pt", "architecture": name, "model_args": json.dumps(args)})
+        partial.write_bytes(save(tensors, {"format": "pt", "architecture": name, "model_args": json.dumps(args)}))
 
 
-def write_curve(path: Path, rows: list[Row], teacher_top1: float, title: str) -> None:
+def write_curve(path: Path, rows: list[Row], teacher_top1: float | None, title: str) -> None:
     """Top-1 of the students over epochs beside the teacher's, and the terms of the loss."""
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     figure.suptitle(title, x=0.012, ha="left", fontweight="bold")
     top1, terms = figure.subplots(1, 2, width_ratios=(3, 2))
-    top1.axhline(teacher_top1, color=COLOURS["teacher"], linestyle="--", linewidth=1.2)
-    top1.annotate(
-        f"teacher {teacher_top1:.1f}", (1, teacher_top1), (-4, -4), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right", va="top", color=COLOURS["teacher"], fontsize=9,
-    )  # fmt: skip
+    if teacher_top1 is not None:
+        top1.axhline(teacher_top1, color=COLOURS["teacher"], linestyle="--", linewidth=1.2)
+        top1.annotate(
+            f"teacher {teacher_top1:.1f}", (1, teacher_top1), (-4, -4), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="top", color=COLOURS["teacher"], fontsize=9,
+        )  # fmt: skip
     for label in ("student alone", "student distilled"):
         own = [row for row in rows if row["network"] == label]
         if own:
@@ -72,8 +74,12 @@ def write_curve(path: Path, rows: list[Row], teacher_top1: float, title: str) ->
     for name, colour in zip(("intra", "inter", "random"), ("#2563a8", "#5f9e6e", "#b3558c"), strict=True):
         terms.plot([row["epoch"] for row in distilled], [row[name] for row in distilled], color=colour, label=name)
     terms.set(xlabel="epoch", ylabel="terms of the loss, unweighted", yscale="log")
+    terms.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    terms.yaxis.set_major_formatter("{x:g}")
+    terms.yaxis.set_minor_formatter(NullFormatter())
     terms.legend(frameon=False)
     for axes in (top1, terms):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10), min_n_ticks=1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -83,11 +89,11 @@ def write_curve(path: Path, rows: list[Row], teacher_top1: float, title: str) ->
 
 def table(results: list[Row]) -> str:
     """The closing table: one line per network."""
-    lines = [("network", "top-1 (%)", "seconds per step", "share of the step in the loss")]
+    lines: list[tuple[str, ...]] = [("network", "top-1 (%)", "seconds per step", "share of the step in the loss")]
     for row in results:
         share = "-" if row["loss_share"] is None else f"{row['loss_share']:.1%}"
         seconds = "-" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.4f}"
-        lines.append((row["network"], f"{row['top1']:.2f}", seconds, share))
+        lines.append((row["network"], "-" if row["top1"] is None else f"{row['top1']:.2f}", seconds, share))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     lines.insert(1, tuple("-" * width for width in widths))
     return "\n".join(

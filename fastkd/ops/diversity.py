@@ -1,0 +1,79 @@
+"""Diversity of synthetic images within a class: PyTorch operations alone, no kernel of its own."""
+
+import torch
+from torch import Tensor
+
+from fastkd._precision import accumulator
+from fastkd.ops import _checks as check
+from fastkd.ops._autograd import once, refuse_transforms
+from fastkd.ops._dispatch import Backend, resolve_plain
+
+EPS = 1e-12  # a feature whose norm is at most this counts as 0 and gets gradient 0
+
+
+def intra_divergence_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    spread_margin: float,
+    boundary_margin: float,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Boundary-preserving intra-divergence of a synthetic batch: our formulation of the idea of DearKD's data-free
+    variant (Chen et al. 2022, arXiv:2204.12997); the paper's own formula is not established and no code was released.
+
+        L = 1/|A| Σ_{a∈A} ( -min(‖z_a - z_e‖, m₁) + max(0, ‖z_a - sg z_h‖ - sg ‖z_a - z_n‖ + m₂) )
+
+    z: features of unit length; A: images with another one of their class; e, h: nearest and farthest other image of
+    a's class; n: nearest image of another class; sg: no gradient. The first part spreads a class, up to m₁; the second
+    keeps its radius inside the distance to the nearest other class, less m₂, and is 0 in a batch of one class. Without
+    any pair of a class the loss and its gradient are 0. Distances are B x B and exact; nothing is B x B x D.
+
+    Args:
+        features: (B, D), e.g. the teacher's penultimate features, float64 | float32 | bfloat16 | float16.
+            Differentiable.
+        labels: (B,) integer classes. On the device of features, or moved there.
+        spread_margin: m₁ >= 0, in units of distance on the unit sphere (0 to 2).
+        boundary_margin: m₂ >= 0.
+        backend: "auto" or "eager": PyTorch operations alone.
+
+    Returns:
+        Scalar, float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: features not a floating-point tensor, labels not integers.
+        ValueError: shapes that do not fit or are empty, a margin < 0.
+        RuntimeError: a backend that this loss has not; differentiated twice; under vmap or torch.func.
+    """
+    check.tensor("features", features, 2, "(B, D)")
+    check.not_empty("features", features)
+    check.integers("labels", labels)
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(features)},), got {tuple(labels.shape)}")
+    check.number("spread_margin", spread_margin, low=0)
+    check.number("boundary_margin", boundary_margin, low=0)
+    resolve_plain(backend, "intra_divergence_loss")
+    refuse_transforms("intra_divergence_loss")
+
+    x = features.to(accumulator(features))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    z = x * torch.where(norm > EPS, norm, torch.inf).reciprocal()
+    labels = labels.to(features.device, non_blocking=True)
+    with torch.no_grad():
+        # 2 - 2 <z, z'> would lose every distance below 3e-4; this form subtracts first.
+        distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
+        same = labels[:, None] == labels
+        other = ~same
+        same.fill_diagonal_(False)
+        easy = distance.masked_fill(other, torch.inf).fill_diagonal_(torch.inf).argmin(1)
+        hard = distance.masked_fill(~same, -torch.inf).argmax(1)
+        boundary = distance.masked_fill(~other, torch.inf).amin(1)  # inf without another class
+        anchors, bounded = same.any(1), other.any(1)
+        boundary = boundary.masked_fill(~bounded, 0)
+
+    # vector_norm's gradient at 0 is 0: duplicates of an image get none from each other.
+    to_easy = torch.linalg.vector_norm(z - z[easy], dim=-1)
+    to_hard = torch.linalg.vector_norm(z - z[hard].detach(), dim=-1)
+    radius = (to_hard - boundary + boundary_margin).clamp_min(0)
+    terms = radius.masked_fill(~bounded, 0) - to_easy.clamp_max(spread_margin)
+    return once(terms.masked_fill(~anchors, 0).sum() / anchors.sum().clamp_min(1), "intra_divergence_loss")

@@ -1,0 +1,260 @@
+"""Losses of logits (B, C): PyTorch operations alone, no kernels of their own; right at any size and near a match."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastkd._precision import accumulator
+from fastkd.ops import _checks as check
+from fastkd.ops._autograd import once, refuse_transforms
+from fastkd.ops._dispatch import Backend, resolve_plain
+
+LogitReduction = Literal["batchmean", "mean", "sum", "none"]
+
+
+def _check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str], temperature: float) -> None:
+    for name, x in zip(names, (student, teacher), strict=True):
+        check.tensor(name, x, 2, "(B, C)")
+        check.not_empty(name, x)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{' and '.join(names)} must have the same shape, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    check.same_device(**dict(zip(names, (student, teacher), strict=True)))
+    check.number("temperature", temperature, low=0, open_low=True)
+
+
+def _target(label: Tensor | int, like: Tensor, mixed: bool) -> Tensor:
+    """(B, 1) class indices on the device of `like`; a mixed label's is its largest entry."""
+    B, C = like.shape
+    if C < 2:
+        raise ValueError(f"student must have at least 2 classes, a target and others, got {tuple(like.shape)}")
+    if not isinstance(label, Tensor):
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise TypeError(f"label must be an integer tensor or an int, got {type(label).__name__}")
+        if not 0 <= label < C:
+            raise ValueError(f"label must lie in [0, C = {C}), got {label}")
+        return torch.full((B, 1), label, device=like.device)
+    if mixed and label.shape == (B, C):
+        return label.to(like.device, non_blocking=True).argmax(1, keepdim=True)
+    check.integers("label", label)
+    if label.shape != (B,):
+        raise ValueError(f"label must have shape ({B},){f' or ({B}, {C})' if mixed else ''}, got {tuple(label.shape)}")
+    label = label.to(like.device, torch.int64, non_blocking=True)
+    torch._assert_async(((label >= 0) & (label < C)).all(), f"label must lie in [0, C = {C})")
+    return label[:, None]
+
+
+def _at_target(target: Tensor, C: int) -> Tensor:
+    """(B, C) True at the target class."""
+    return target == torch.arange(C, device=target.device)
+
+
+class _KL(torch.autograd.Function):
+    """KL(q‖p) = Σ q (e^u - 1 - u) of each row, p, q the softmax of s/T, t/T and u = log p - log q; d/ds = (p - q)/T.
+
+    No term is negative, so none cancels another: q (log q - log p) would lose half the digits near a match. A class of
+    logit -inf contributes nothing where the teacher's is, +inf where the student's alone is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, t: Tensor, temperature: float) -> Tensor:
+        z_s, z_t = s / temperature, t / temperature
+        lse_s, lse_t = z_s.logsumexp(-1, keepdim=True), z_t.logsumexp(-1, keepdim=True)
+        u = (z_s - z_t) - (lse_s - lse_t)  # log p - log q, and one rounding error for the whole row
+        p, q = (z_s - lse_s).exp_(), (z_t - lse_t).exp_()
+        excess = torch.where(u.abs() < 1, q * u.expm1(), p - q)  # p - q
+        # Σ (p - q) = 0: what is left of it is that error, harmless in the sum below but not in the gradient.
+        ctx.save_for_backward((excess - p * excess.sum(-1, keepdim=True)) / temperature)
+        return (excess - q * u.masked_fill_(q == 0, 0)).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor, None, None]:
+        (ds,) = ctx.saved_tensors
+        return dkl[:, None] * ds, None, None
+
+
+def _kl(s: Tensor, t: Tensor, temperature: float = 1.0) -> Tensor:
+    """(B,) divergences; s differentiable once, t a constant."""
+    return _KL.apply(s, t, temperature)
+
+
+def soft_target_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    reduction: LogitReduction = "batchmean",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Soft targets: Hinton et al. 2015 (arXiv:1503.02531), with its T².
+
+        L = T²/B Σ_b KL( softmax(teacher/T) ‖ softmax(student/T) )
+
+    Args:
+        student: (B, C) logits, float64 | float32 | bfloat16 | float16. Differentiable.
+        teacher: (B, C), its dtype may differ. A constant.
+        temperature: T > 0.
+        reduction: "batchmean" divides by B, "mean" by B C (DeiT's code), "sum" by nothing; "none" gives (B,).
+        backend: "auto" or "eager": PyTorch operations alone.
+
+    Returns:
+        Scalar or (B,), float32 (float64 if an input is).
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that differ or are empty, devices that differ, temperature <= 0, an unknown reduction, a
+            teacher that requires a gradient.
+        RuntimeError: a backend that this loss has not; differentiated twice; under vmap or torch.func.
+    """
+    _check_pair(student, teacher, ("student", "teacher"), temperature)
+    check.one_of("reduction", reduction, ("batchmean", "mean", "sum", "none"))
+    check.constant("teacher", teacher)
+    resolve_plain(backend, "soft_target_loss")
+    refuse_transforms("soft_target_loss")
+    acc = accumulator(student, teacher)
+    loss = temperature**2 * _kl(student.to(acc), teacher.to(acc), temperature)
+    if reduction != "none":
+        loss = loss.sum() / {"batchmean": len(student), "mean": student.numel(), "sum": 1}[reduction]
+    return once(loss, "soft_target_loss")
+
+
+def dkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    label: Tensor | int,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Decoupled distillation: Zhao et al. 2022 (arXiv:2203.08679), the reductions of its code.
+
+        L = T²/B Σ_b ( α KL( (q_y, 1 - q_y) ‖ (p_y, 1 - p_y) ) + β KL( q' ‖ p' ) )
+
+    with p, q the softmax of student/T, teacher/T and p', q' that of the C - 1 classes beside the label y. The code
+    lowers the target's logit by 1000 instead of removing it: the same while no logit leads the rest by hundreds.
+
+    Args:
+        student: (B, C) logits, C >= 2, float64 | float32 | bfloat16 | float16. Differentiable.
+        teacher: (B, C), its dtype may differ. A constant.
+        label: (B,) class indices, or one int for all. On the device of student, or moved there.
+        alpha, beta: weights >= 0 of the two terms.
+        temperature: T > 0.
+        backend: "auto" or "eager": PyTorch operations alone.
+
+    Returns:
+        Scalar, float32 (float64 if an input is).
+
+    Raises:
+        TypeError: not floating-point tensors, label not of integers.
+        ValueError: shapes that do not fit or are empty, fewer than 2 classes, devices that differ, temperature <= 0, a
+            weight < 0, an int label outside [0, C), a teacher that requires a gradient.
+        RuntimeError: a backend that this loss has not; a label out of range; differentiated twice; under vmap or
+            torch.func.
+    """
+    _check_pair(student, teacher, ("student", "teacher"), temperature)
+    check.number("alpha", alpha, low=0)
+    check.number("beta", beta, low=0)
+    check.constant("teacher", teacher)
+    resolve_plain(backend, "dkd_loss")
+    refuse_transforms("dkd_loss")
+    target = _target(label, student, mixed=False)
+    acc = accumulator(student, teacher)
+    s, t = student.to(acc), teacher.to(acc)
+    at_target = _at_target(target, s.shape[1])
+    s_others, t_others = (z.masked_fill(at_target, -math.inf) for z in (s, t))
+
+    def binary(z: Tensor, others: Tensor) -> Tensor:
+        """Two logits whose softmax is (p_y, 1 - p_y), also where one of them rounds to 1."""
+        odds = z.gather(1, target) / temperature - (others / temperature).logsumexp(-1, keepdim=True)
+        return torch.cat([odds, torch.zeros_like(odds)], -1)
+
+    tckd = _kl(binary(s, s_others), binary(t, t_others)).mean()
+    nckd = _kl(s_others, t_others, temperature).mean()
+    return once(temperature**2 * (alpha * tckd + beta * nckd), "dkd_loss")
+
+
+def nkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    label: Tensor | int,
+    *,
+    gamma: float,
+    temperature: float,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Normalised distillation: Yang et al. 2023 (arXiv:2303.13005), as its code has it since October 2023.
+
+        L = -1/B Σ_b ( q_y log p_y + γ T² Σ_{i≠y} q'_i log p'_i )
+
+    with p, q the softmax of student and teacher and p', q' that of the C - 1 classes beside the label y, at T. A
+    cross-entropy: it does not vanish where student = teacher.
+
+    Args:
+        student: (B, C) logits, C >= 2, float64 | float32 | bfloat16 | float16. Differentiable.
+        teacher: (B, C), its dtype may differ. A constant.
+        label: (B,) class indices, (B, C) mixed labels, whose largest entry counts, or one int for all. On the device
+            of student, or moved there.
+        gamma: weight >= 0 of the other classes.
+        temperature: T > 0, of the other classes alone.
+        backend: "auto" or "eager": PyTorch operations alone.
+
+    Returns:
+        Scalar, float32 (float64 if an input is).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as dkd_loss.
+    """
+    _check_pair(student, teacher, ("student", "teacher"), temperature)
+    check.number("gamma", gamma, low=0)
+    check.constant("teacher", teacher)
+    resolve_plain(backend, "nkd_loss")
+    refuse_transforms("nkd_loss")
+    target = _target(label, student, mixed=True)
+    acc = accumulator(student, teacher)
+    s, t = student.to(acc), teacher.to(acc)
+    at_target = _at_target(target, s.shape[1])
+    of_target = t.softmax(-1).gather(1, target) * s.log_softmax(-1).gather(1, target)
+    log_p, q = ((z / temperature).masked_fill(at_target, -math.inf) for z in (s, t))
+    log_p, q = log_p.log_softmax(-1), q.softmax(-1)
+    of_others = (q * log_p.masked_fill(q == 0, 0)).sum(-1)  # 0 log 0 = 0
+    return once(-of_target.mean() - gamma * temperature**2 * of_others.mean(), "nkd_loss")
+
+
+def competition_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 3.0, backend: Backend = "auto"
+) -> Tensor:
+    """Adaptive DeepInversion's competition of student and teacher (Yin et al. 2020, arXiv:1912.08795), as coded.
+
+        L = 1 - clamp(J, 0, 1),  J = 1/2B Σ_b ( KL(M ‖ P) + KL(M ‖ Q) ),  M = (P + Q)/2
+
+    with P, Q the softmax of student/T, teacher/T and each of P, Q, M clamped to [0.01, 0.99] and not renormalised: the
+    divergences run the other way round than Jensen-Shannon's, J lies between slightly below 0 and 1.7, and a clamped
+    probability, like a J outside [0, 1], has gradient 0.
+
+    Args:
+        student_logits, teacher_logits: (B, C), float64 | float32 | bfloat16 | float16. Both differentiable: detach one
+            to leave it out.
+        temperature: T > 0.
+        backend: "auto" or "eager": PyTorch operations alone.
+
+    Returns:
+        Scalar, float32 (float64 if an input is).
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that differ or are empty, devices that differ, temperature <= 0.
+        RuntimeError: a backend that this loss has not; differentiated twice; under vmap or torch.func.
+    """
+    _check_pair(student_logits, teacher_logits, ("student_logits", "teacher_logits"), temperature)
+    resolve_plain(backend, "competition_loss")
+    refuse_transforms("competition_loss")
+    acc = accumulator(student_logits, teacher_logits)
+    p, q = ((z.to(acc) / temperature).softmax(-1) for z in (student_logits, teacher_logits))
+    p, q, m = (x.clamp(0.01, 0.99) for x in (p, q, (p + q) / 2))
+    j = (m * (2 * m.log() - p.log() - q.log())).sum(-1).mean() / 2
+    return once(1 - j.clamp(0, 1), "competition_loss")

@@ -1,0 +1,99 @@
+"""Image priors of inversion: total variation in four directions and the image norm, in one read."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastkd.ops import _checks as check
+from fastkd.ops._autograd import refuse_double_backward, refuse_transforms
+from fastkd.ops._dispatch import Backend, call, resolve
+
+
+class _Prior(torch.autograd.Function):
+    """(mean |d_k| (4,), ‖d_k‖ (4,), ‖x_b‖ (B,)): every term of the priors, to be weighted by the caller."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, function: str, impl: Backend) -> tuple[Tensor, Tensor, Tensor]:
+        tv_l1, tv_l2, norms = call(impl, "prior_fwd", images)
+        ctx.save_for_backward(images, tv_l2, norms)
+        ctx.function, ctx.impl = function, impl
+        return tv_l1, tv_l2, norms
+
+    @staticmethod
+    def backward(ctx: Any, dtv_l1: Tensor, dtv_l2: Tensor, dnorms: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward(ctx.function)
+        return call(ctx.impl, "prior_bwd", dtv_l1, dtv_l2, dnorms, *ctx.saved_tensors), None, None
+
+
+def _terms(images: Tensor, function: str, backend: Backend, has_tv: bool) -> tuple[Tensor, Tensor, Tensor]:
+    check.tensor("images", images, 4, "(B, C, H, W)")
+    check.not_empty("images", images)
+    if has_tv and min(images.shape[2:]) < 2:
+        raise ValueError(f"images need at least 2 rows and 2 columns to have a variation, got {tuple(images.shape)}")
+    refuse_transforms(function)
+    return _Prior.apply(images, function, resolve(backend, "prior_fwd", images))
+
+
+def total_variation(images: Tensor, *, p: Literal[1, 2], backend: Backend = "auto") -> Tensor:
+    """Total variation in four directions, as the code of DeepInversion has it (Yin et al. 2020, arXiv:1912.08795).
+
+        p = 1:  Σ_k mean |d_k|,    p = 2:  Σ_k ‖d_k‖  (one unsquared norm per direction over the whole batch)
+
+    with d_k the differences of neighbours along rows, columns and both diagonals. Equal neighbours have gradient 0.
+
+    Args:
+        images: (B, C, H, W), H, W >= 2, float64 | float32 | bfloat16 | float16, any strides. Differentiable.
+        p: 1 or 2.
+        backend: "auto", "eager", "native" or "triton".
+
+    Returns:
+        Scalar, float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: images is not a floating-point tensor.
+        ValueError: not 4 dimensions, an empty tensor, fewer than 2 rows or columns, p other than 1 and 2.
+        RuntimeError: the named backend cannot run here; differentiated twice; under vmap or torch.func.
+    """
+    if p not in (1, 2):
+        raise ValueError(f"p must be 1 or 2, got {p!r}")
+    tv_l1, tv_l2, _ = _terms(images, "total_variation", backend, has_tv=True)
+    return (tv_l1 if p == 1 else tv_l2).sum()
+
+
+def image_prior(
+    images: Tensor,
+    *,
+    tv_l1: float = 0.0,
+    tv_l2: float = 0.0,
+    l2: float = 0.0,
+    l2_per_image: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The image priors of DeepInversion (Yin et al. 2020, arXiv:1912.08795) in one read.
+
+        L = tv_l1 TV₁ + tv_l2 TV₂ + l2 mean_b ‖x_b‖    (l2 ‖x‖ over the whole batch unless l2_per_image)
+
+    with TV_p the total_variation of that p. A constant image has TV gradient 0, a zero image gradient 0.
+
+    Args:
+        images: (B, C, H, W), float64 | float32 | bfloat16 | float16, any strides. Differentiable.
+        tv_l1, tv_l2, l2: weights >= 0.
+        l2_per_image: mean of the images' norms (DeepInversion's ImageNet script) or one norm (its CIFAR script).
+        backend: "auto", "eager", "native" or "triton".
+
+    Returns:
+        Scalar, float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: images is not a floating-point tensor, or a weight not a Python number.
+        ValueError: not 4 dimensions, an empty tensor, fewer than 2 rows or columns with a variation asked for, a
+            weight < 0.
+        RuntimeError: the named backend cannot run here; differentiated twice; under vmap or torch.func.
+    """
+    for name, weight in (("tv_l1", tv_l1), ("tv_l2", tv_l2), ("l2", l2)):
+        check.number(name, weight, low=0)
+    absolute, squared, norms = _terms(images, "image_prior", backend, has_tv=tv_l1 > 0 or tv_l2 > 0)
+    # vector_norm's gradient at 0 is 0, which a sqrt of a sum would not give.
+    norm = norms.mean() if l2_per_image else torch.linalg.vector_norm(norms)
+    return tv_l1 * absolute.sum() + tv_l2 * squared.sum() + l2 * norm

@@ -1,0 +1,246 @@
+"""The one description of the build: the packages, the extension fastkd._C, and a record of what was built for whom.
+
+    FASTKD_BUILD_EXT=auto|1|0   build what can be built | fail if what was asked for cannot be | pure Python
+    FORCE_ONLY_CPU=1            leave CUDA out
+    FORCE_CUDA=1                build CUDA without a GPU at hand, as does TORCH_CUDA_ARCH_LIST="8.0;9.0"
+    CUDA_HOME, CXX, MAX_JOBS    as everywhere
+
+What cannot be built is left out: the record, fastkd/_built_for.py, says why, and so does the build in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
+
+MODE = os.getenv("FASTKD_BUILD_EXT", "auto")
+REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ."
+NO_COMPILER = f"no working C++ compiler with Python's headers (install g++ and python3-dev, then: {REINSTALL})"
+# Metadata and sdist need no torch, and none is imported for them.
+BUILDS = not {"bdist_wheel", "build", "build_ext", "build_py", "develop", "editable_wheel"}.isdisjoint(sys.argv)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What is built; becomes fastkd/_built_for.py."""
+
+    torch_version: str = ""
+    why_not_ext: str = ""
+    why_not_cuda: str = ""
+    cuda_version: str = ""
+    cuda_archs: tuple[str, ...] = ()
+    has_ext: bool = False
+    has_cuda: bool = False
+
+    def write(self, package: str) -> None:
+        rows = (f"{field.name.upper()} = {getattr(self, field.name)!r}\n" for field in fields(self))
+        text = '"""What setup.py built on this machine."""\n\n' + "".join(rows)
+        Path(package, "_built_for.py").write_text(text, encoding="utf-8")
+
+
+def flag(name: str) -> bool:
+    return os.getenv(name, "").upper() in {"1", "ON", "YES", "TRUE", "Y"}
+
+
+def say(line: str) -> None:
+    """pip hides what a build prints unless it fails; a terminal, where there is one, still reaches the person."""
+    try:
+        with open("/dev/tty", "w") as tty:
+            print(f"fastkd: {line}", file=tty)
+    except OSError:
+        print(f"fastkd: {line}", file=sys.stderr)
+
+
+@contextmanager
+def target_packages() -> Iterator[None]:
+    """pip hides site-packages from an isolated build; the interpreter still knows where they are."""
+    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()} - set(sys.path)
+    sys.path.extend(sorted(paths))
+    try:
+        yield
+    finally:
+        # setuptools looks for plugins along sys.path, and those of the target are none of this build's.
+        sys.path[:] = [path for path in sys.path if path not in paths]
+
+
+def compiles(source: str, *flags: str) -> bool:
+    """Whether the C++ compiler that setuptools takes, or the platform's, accepts the source."""
+    if sys.platform == "win32":
+        return True
+    cxx = shlex.split(os.getenv("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.cpp")
+        path.write_text(source)
+        command = [*cxx, *flags, f"-I{sysconfig.get_path('include')}", "-c", str(path), "-o", f"{path}.o"]
+        try:
+            return subprocess.run(command, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+
+def toolkit(cuda_major: str, torch_folder: Path) -> tuple[str, str]:
+    """Folder and version of the first CUDA toolkit that has both compiler and headers; empty if none has."""
+    homes = [os.getenv("CUDA_HOME"), os.getenv("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        # nvcc on PATH may be a script that leads elsewhere: it knows its own folder.
+        dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+        homes += re.findall(r"TOP=(\S+)", dryrun.stderr)
+    homes += [str(torch_folder.parent / "nvidia" / f"cu{cuda_major}"), "/usr/local/cuda"]
+    for home in filter(None, homes):
+        nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
+        if nvcc and os.path.exists(os.path.join(home, "include", "cuda_runtime.h")):
+            version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+            if found := re.search(r"release (\d+\.\d+)", version):
+                return os.path.realpath(home), found[1]
+    return "", ""
+
+
+def plan_cuda(build: Build) -> Build:
+    """Add CUDA to the plan, or the reason why it is left out."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if flag("FORCE_ONLY_CPU"):
+        return replace(build, why_not_cuda="left out by FORCE_ONLY_CPU=1")
+    if not (has_gpu or flag("FORCE_CUDA") or os.getenv("TORCH_CUDA_ARCH_LIST")):
+        return replace(build, why_not_cuda=f"no GPU at build time (to build it all the same: FORCE_CUDA=1 {REINSTALL})")
+    if torch.version.cuda is None:
+        why_not = f"torch {torch.__version__} is built without CUDA (install a CUDA build, then: {REINSTALL})"
+    else:
+        major = torch.version.cuda.split(".")[0]
+        home, version = toolkit(major, Path(torch.__file__).parent)
+        if version.split(".")[0] == major:
+            # Read by torch.utils.cpp_extension, which otherwise believes the nvcc on PATH.
+            os.environ["CUDA_HOME"] = home
+            archs = os.getenv("TORCH_CUDA_ARCH_LIST") or ("native" if has_gpu else "8.0;9.0+PTX")
+            os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+            archs = tuple(archs.replace(";", " ").split())
+            return replace(build, cuda_version=version, cuda_archs=archs, has_cuda=True)
+        found = f"the CUDA toolkit in {home} is {version}" if home else "no CUDA toolkit (nvcc and headers) was found"
+        why_not = f"{found} and torch needs {major}.x (install CUDA {major}.x, set CUDA_HOME, then: {REINSTALL})"
+    say(f"the CUDA operators are left out: {why_not}")
+    return replace(build, why_not_cuda=why_not)
+
+
+def plan() -> Build:
+    """Decide what this machine and its torch can build."""
+    if MODE == "0":
+        return Build(why_not_ext=f"left out by FASTKD_BUILD_EXT=0 (to build it: {REINSTALL})")
+    try:
+        import torch
+    except Exception as error:  # a broken torch raises OSError and others
+        found = "no torch" if isinstance(error, ModuleNotFoundError) else f"a torch that does not import ({error})"
+        return Build(why_not_ext=f"{found} was found at build time (install torch, then: {REINSTALL})")
+    build = Build(torch_version=str(torch.__version__), has_ext=True)
+    if not compiles("#include <Python.h>\n#include <vector>\n"):
+        return replace(build, why_not_ext=NO_COMPILER, has_ext=False)
+    return plan_cuda(build)
+
+
+def extension(build: Build) -> Extension:
+    """fastkd._C as planned."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
+
+    # The version on the command line makes ninja recompile when torch is replaced in place.
+    version = f"-DFASTKD_TORCH_VERSION={build.torch_version}"
+    cxx, nvcc, link = ["/O2", version], ["-O3", version], []
+    if sys.platform != "win32":
+        cxx = ["-O3", "-g0", "-fvisibility=hidden", version]
+        # As torch is built: sqrt and trunc may be vectorised, no value changes.
+        cxx += ["-fno-math-errno", "-fno-trapping-math"]
+        # Warnings are for our own sources.
+        cxx += ["-Wall", "-Wextra", *(f"-isystem{folder}" for folder in include_paths())]
+        nvcc += ["-Xcompiler", "-fvisibility=hidden"]
+    # at::parallel_for is inlined here and runs in this library's threads.
+    if compiles("#include <omp.h>\n", "-fopenmp"):
+        cxx, link = [*cxx, "-fopenmp"], ["-fopenmp"]
+    sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    if build.has_cuda:
+        sources += sorted(glob("csrc/cuda/*.cu"))
+        cxx += [f"-DFASTKD_CUDA_VERSION={build.cuda_version}", f"-DFASTKD_CUDA_ARCHS={','.join(build.cuda_archs)}"]
+    return (CUDAExtension if build.has_cuda else CppExtension)(
+        "fastkd._C",
+        sources,
+        include_dirs=[os.path.abspath("csrc")],
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
+    )
+
+
+def commands(build: Build) -> dict[str, type]:
+    """build_py writes the record; build_ext builds, gives up first CUDA and then the rest if it must, and mends it."""
+
+    class BuildPy(build_py):
+        def run(self) -> None:
+            super().run()
+            package = "fastkd" if self.editable_mode else os.path.join(self.build_lib, "fastkd")
+            # build/ outlives a build, and what another torch left there would be packed.
+            for stale in glob(os.path.join(self.build_lib, "fastkd", "_C.*")):
+                os.remove(stale)
+            replace(build, has_ext=False, has_cuda=False).write(package)
+
+    if not build.has_ext:
+        return {"build_py": BuildPy}
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildExt(BuildExtension):
+        def run(self) -> None:
+            done = self.attempt(build)
+            done.write("fastkd" if self.inplace else os.path.join(self.build_lib, "fastkd"))
+
+        def attempt(self, build: Build) -> Build:
+            # A failed run leaves both changed.
+            compiler, inplace = self.compiler, self.inplace
+            try:
+                with target_packages():
+                    super().run()
+                return build
+            except Exception as error:
+                if MODE == "1":
+                    raise
+                why_not = f"compilation failed: {str(error).splitlines()[0]} (see pip install -v .)"
+            self.compiler, self.inplace, self.extensions = compiler, inplace, []
+            if build.has_cuda:
+                say(f"the CUDA operators are left out: {why_not}")
+                build = replace(build, has_cuda=False, cuda_version="", cuda_archs=(), why_not_cuda=why_not)
+                self.extensions = self.distribution.ext_modules = [extension(build)]
+                return self.attempt(build)
+            say(f"installed without the compiled extension: {why_not}")
+            return replace(build, has_ext=False, why_not_ext=why_not)
+
+    return {"build_py": BuildPy, "build_ext": BuildExt}
+
+
+if MODE not in {"auto", "0", "1"}:
+    sys.exit(f"fastkd: FASTKD_BUILD_EXT must be auto, 0 or 1, got {MODE!r}")
+with target_packages():
+    build = plan() if BUILDS else Build()
+    ext_modules = [extension(build)] if build.has_ext else []
+    cmdclass = commands(build) if BUILDS else {}
+if MODE == "1" and (why_not := build.why_not_ext or (flag("FORCE_CUDA") and build.why_not_cuda)):
+    sys.exit(f"fastkd: FASTKD_BUILD_EXT=1, and {why_not}")
+if build.why_not_ext and MODE == "auto":
+    say(f"installed without the compiled extension: {build.why_not_ext}")
+
+setup(
+    # kernels/ has no __init__.py: it would hide the PyPI package of that name from the build.
+    packages=[*find_packages(include=["fastkd", "fastkd.*"]), "fastkd_kernels"],
+    package_dir={"fastkd_kernels": "kernels"},
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+)

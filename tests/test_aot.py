@@ -1,0 +1,34 @@
+"""Every Triton configuration compiles for every architecture and fits its shared memory."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="no Triton here: its kernels are compiled where it is")
+
+if os.getenv("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
+
+import aot
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("variant", aot.variants(), ids=str)
+def test_compiles(variant: aot.Variant, target: str) -> None:
+    compiled = variant.compile(target)
+    assert compiled.asm["cubin" if target.startswith("sm") else "hsaco"]
+    assert compiled.metadata.shared <= aot.SHARED_MEMORY[target]
+
+
+def test_every_kernel_is_covered() -> None:
+    """A kernel that no variant names would be compiled nowhere."""
+    import fastkd_kernels
+    from pathlib import Path
+
+    defined = {
+        line.removeprefix("def ").split("(")[0]
+        for path in Path(next(iter(fastkd_kernels.__path__))).glob("*.py")
+        for line in path.read_text().splitlines()
+        if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
+    }
+    assert defined == {variant.kernel.fn.__name__ for variant in aot.variants()}

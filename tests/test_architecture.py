@@ -1,0 +1,102 @@
+"""The layers and stems of CONTRIBUTING.md, enforced."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LOW = {"fastkd._precision"}
+OPS = {"fastkd.functional", "fastkd.ops"} | LOW
+# What each part may import of this repository; a name covers what lies below it.
+ALLOWED = {
+    "kernels": {"kernels._common"},
+    "fastkd/_precision.py": set(),
+    "fastkd/_version.py": set(),
+    "fastkd/_extension.py": {"fastkd._built_for", "fastkd._C", "fastkd._version"},
+    "fastkd/reference": {"fastkd.reference"} | LOW,
+    "fastkd/eager": {"fastkd.eager"} | LOW,
+    "fastkd/ops": {"fastkd.ops", "fastkd.eager", "fastkd._extension"} | LOW,
+    "fastkd/functional.py": {"fastkd.ops"},
+    "fastkd/capture.py": {"fastkd.capture"},
+    "fastkd/distributed.py": OPS,
+    "fastkd/losses.py": OPS | {"fastkd.distributed"},
+    "fastkd/compat.py": OPS | {"fastkd.losses", "fastkd.capture"},
+    "fastkd/testing.py": {"fastkd.ops"},
+    "fastkd/train": {"fastkd.train", "fastkd.losses", "fastkd.functional", "fastkd.capture", "fastkd.distributed", "fastkd._version"},
+}
+PLACES = {
+    "reference": "fastkd/reference/{}.py",
+    "ops": "fastkd/ops/{}.py",
+    "eager": "fastkd/eager/{}.py",
+    "csrc/cpu": "csrc/cpu/{}.cpp",
+    "csrc/cuda": "csrc/cuda/{}.cu",
+    "kernels": "kernels/{}.py",
+}
+
+
+def sources(rule: str) -> list[Path]:
+    path = ROOT / rule
+    return [path] if rule.endswith(".py") else sorted(path.rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module) of each import of this repository; `from fastkd import x` counts as fastkd.x."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                package = ".".join(path.relative_to(ROOT).with_suffix("").parts[: -node.level])
+                module = f"{package}.{module}".strip(".")
+            names = [f"fastkd.{alias.name}" for alias in node.names] if module == "fastkd" else [module]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in names if name.startswith(("fastkd", "kernels")))
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [(path, rule) for rule in ALLOWED for path in sources(rule) if path.exists()],
+    ids=lambda x: str(x).removeprefix(f"{ROOT}/"),
+)
+def test_imports_point_downwards(path: Path, rule: str) -> None:
+    for line, name in imports(path):
+        allowed = any(name == low or name.startswith(f"{low}.") for low in ALLOWED[rule])
+        assert allowed, f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("folder", ["fastkd/ops", "fastkd/eager", "kernels"])
+def test_stems_do_not_import_each_other(folder: str) -> None:
+    for path in (ROOT / folder).glob("[a-z]*.py"):
+        for line, name in imports(path):
+            last = name.rpartition(".")[2]
+            sideways = last != path.stem and not last.startswith("_") and (ROOT / folder / f"{last}.py").exists()
+            own_layer = name.startswith(f"{folder.replace('/', '.')}.")
+            assert not (own_layer and sideways), f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+def test_every_source_has_a_rule() -> None:
+    covered = {path for rule in ALLOWED for path in sources(rule)}
+    top = {"fastkd/__init__.py", "fastkd/__main__.py", "fastkd/info.py", "fastkd/_built_for.py"}
+    everything = {p for p in [*(ROOT / "fastkd").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]}
+    assert {str(p.relative_to(ROOT)) for p in everything - covered} <= top
+
+
+def test_kernels_directory_is_not_a_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow the published package 'kernels'"
+
+
+def test_stems_stand_in_the_table() -> None:
+    table = re.search(r"<!-- stems.*?-->\n(.*?)<!-- /stems -->", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert table, "CONTRIBUTING.md lost its table of stems"
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].strip().splitlines()]
+    written = {row[0]: {place for place, mark in zip(head[1:], row[1:], strict=True) if mark} for row in rows}
+    stems = {path.stem for path in (ROOT / "fastkd/ops").glob("[a-z]*.py")}
+    built = {stem: {place for place, p in PLACES.items() if (ROOT / p.format(stem)).exists()} for stem in stems}
+    assert written == built
+    for stem in stems:
+        assert (ROOT / f"tests/test_{stem}.py").exists(), f"tests/test_{stem}.py is missing"

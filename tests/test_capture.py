@@ -1,0 +1,635 @@
+"""What capture collects, checked against the models themselves: their intermediates, hooks and unfused maps."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd import capture
+
+timm = pytest.importorskip("timm", reason="capture is checked on timm's models")
+from timm.layers import set_reentrant_ckpt  # noqa: E402
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "drop_path_rate": 0.0}
+VIT = {"img_size": 32, "embed_dim": 48, "depth": 3, "num_heads": 3}
+MODELS = {
+    "vit": ("vit_tiny_patch16_224", VIT),
+    "vit_small": ("vit_tiny_patch16_224", VIT | {"depth": 2}),
+    "vit_qk_norm": ("vit_tiny_patch16_224", VIT | {"qk_norm": True, "reg_tokens": 3}),
+    "deit": ("deit_tiny_distilled_patch16_224", VIT),
+    "eva": ("eva02_tiny_patch14_224", VIT | {"img_size": 28}),
+    "cait": ("cait_xxs24_224", VIT | {"num_heads": 4}),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "resnet": ("test_resnet", {}),
+    "convnext": ("test_convnext", {}),
+    "efficientnet": ("test_efficientnet", {}),
+}
+
+
+def build(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    name, arguments = MODELS[kind]
+    model = timm.create_model(name, pretrained=False, **arguments).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "relative_position_bias_table" in parameter_name or "_norm." in parameter_name:
+                parameter.normal_()  # as initialised they would hide a bias or norm that is left out
+    return model
+
+
+def images_for(model: nn.Module) -> Tensor:
+    size = getattr(getattr(model, "patch_embed", None), "img_size", (32, 32))
+    return F.interpolate(IMAGES, size=size)
+
+
+def tokens_of(model: nn.Module, x: Tensor, block: int | str, **arguments: object) -> Tensor:
+    with capture.tokens(model, [block], **arguments) as captured:
+        model(x)
+        return captured[0]
+
+
+def hooks_of(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def assert_clean(model: nn.Module) -> None:
+    assert hooks_of(model) == 0
+    assert torch._C._len_torch_function_stack() == 0
+
+
+# tokens
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit_qk_norm", "deit", "eva", "cait", "resnet", "convnext"])
+def test_tokens_are_the_models_intermediates_row_major(kind):
+    model = build(kind)
+    images = images_for(model)
+    indices = [2, 0] if kind != "resnet" else [4, 1]
+    with torch.no_grad(), capture.tokens(model, indices) as captured:
+        model(images)
+        found = list(captured)
+        maps = model.forward_intermediates(images, indices=sorted(indices), intermediates_only=True, output_fmt="NCHW")
+    assert len(found) == len(captured) == 2
+    for x, grid in zip(found, reversed(maps), strict=True):
+        b, d, h, w = grid.shape
+        assert x.shape == (b, h * w, d)
+        for row in range(h):
+            for column in range(w):
+                assert torch.equal(x[:, row * w + column], grid[:, :, row, column])
+
+
+def test_swin_stages_and_blocks_are_row_major():
+    model = build("swin")
+    with torch.no_grad(), capture.tokens(model, ["layers.0", "layers.1", -1, 0]) as captured:
+        model(images_for(model))
+        first, last, block, _ = captured
+        assert captured.names == ("layers.0", "layers.1", "layers.1.blocks.1", "layers.0.blocks.0")
+        maps = model.forward_intermediates(images_for(model), indices=[0, 1], intermediates_only=True)
+        assert torch.equal(first, maps[0].flatten(2).transpose(1, 2))
+        assert torch.equal(last, maps[1].flatten(2).transpose(1, 2))
+        assert torch.equal(block, last)
+    assert first.shape == (2, 16 * 16, 24)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("vit", 1), ("vit_qk_norm", 4), ("deit", 2), ("eva", 1), ("cait", 0)])
+def test_prefix_tokens(kind, count):
+    model = build(kind)
+    patches = 4
+    seen = {}
+    model.blocks[1].register_forward_hook(lambda module, args, output: seen.update(output=output))
+    for prefix, dropped in (("drop", count), ("keep", 0), (1, 1)):
+        with torch.no_grad(), capture.tokens(model, [1], prefix) as captured:
+            model(images_for(model))
+            assert captured[0].shape[1] == patches + count - dropped
+            assert torch.equal(captured[0], seen["output"][:, dropped:])
+    with torch.no_grad(), capture.tokens(model, ["patch_embed"]) as captured:
+        model(images_for(model))
+        assert captured[0].shape[1] == patches
+
+
+def test_sequence_by_position_name_and_slice():
+    model = build("vit")
+    with capture.tokens(model, ["blocks.2", 0, 0]) as captured:
+        model(IMAGES)
+        assert captured["blocks.2"] is captured[0] is captured[-3]
+        assert captured[1] is captured[2] is captured[0:3][1]
+        assert len(captured) == 3
+        with pytest.raises(IndexError):
+            captured[3]
+        with pytest.raises(KeyError, match=r"blocks.1.*blocks.2, blocks.0"):
+            captured["blocks.1"]
+
+
+def test_int_blocks_of_each_family():
+    assert capture._resolve(build("efficientnet"), [0, -1]) == ["blocks.0", "blocks.4"]
+    assert capture._resolve(build("resnet"), [0, 4]) == ["act1", "layer4"]
+    assert capture._resolve(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), [-1]) == ["1"]
+
+
+def test_student_learns_and_teacher_does_not():
+    student, teacher = build("vit"), build("deit")
+    with capture.tokens(student, [1]) as s, capture.tokens(teacher, [1]) as t:
+        student(IMAGES)
+        with torch.no_grad():
+            teacher(IMAGES)
+        assert not t[0].requires_grad
+        F.mse_loss(s[0], t[0]).backward()
+    assert student.blocks[1].mlp.fc2.weight.grad.abs().sum() > 0
+    assert student.blocks[2].mlp.fc2.weight.grad is None
+
+
+@pytest.mark.parametrize("grab", [capture.tokens, capture.qkv])
+def test_unknown_blocks_are_refused_at_entry(grab):
+    model = build("vit")
+    cases = [
+        (["blocks.7"], ValueError, r"blocks\.7.*blocks\.0, blocks\.1, blocks\.2.*patch_embed.*Did you mean"),
+        ([3], ValueError, r"block 3 .*blocks\.0, blocks\.1, blocks\.2"),
+        ([-4], ValueError, r"block -4 "),
+        ([], ValueError, "empty"),
+        ("blocks.1", TypeError, "list"),
+        (1, TypeError, "list"),
+        ([1.0], TypeError, "ints or strings"),
+        ([True], TypeError, "ints or strings"),
+    ]
+    for blocks, error, message in cases:
+        with pytest.raises(error, match=message), grab(model, blocks):
+            pytest.fail("entered")
+    with pytest.raises(TypeError, match=r"nn\.Module"), grab(len, [0]):
+        pytest.fail("entered")
+    with pytest.raises(ValueError, match="DistributedDataParallel"), grab(nn.DataParallel(model), [0]):
+        pytest.fail("entered")
+    assert_clean(model)
+
+
+def test_wrong_options_and_layouts():
+    model = build("vit")
+    for arguments in ({"prefix": "cls"}, {"prefix": -1}, {"prefix": True}, {"layout": "CHW"}):
+        with pytest.raises(ValueError, match=next(iter(arguments))), capture.tokens(model, [0], **arguments):
+            pytest.fail("entered")
+    for arguments, message in (({"layout": "NCHW"}, "not NCHW"), ({"prefix": 5}, "prefix='keep'")):
+        with pytest.raises(ValueError, match=message):
+            tokens_of(model, IMAGES, 0, **arguments)
+    with pytest.raises(ValueError, match="one tensor"):
+        tokens_of(model, IMAGES, "head")
+
+
+class Plain(nn.Module):
+    """A model that tells nothing of its layout."""
+
+    def __init__(self, body: nn.Module, has_class_token: bool = False) -> None:
+        super().__init__()
+        self.body = body
+        if has_class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_a_layout_the_model_does_not_tell_is_asked_for():
+    x = torch.randn(2, 3, 4, 5)
+    cases = [
+        ("auto", x.flatten(2).transpose(1, 2)),
+        ("NCHW", x.flatten(2).transpose(1, 2)),
+        ("NHWC", x.flatten(1, 2)),
+    ]
+    for layout, expected in cases:
+        model = Plain(nn.Identity())
+        assert torch.equal(tokens_of(model, x, 0, layout=layout), expected)
+    model = Plain(nn.Identity())
+    model.body.num_heads = 2
+    with pytest.raises(ValueError, match="layout="):
+        tokens_of(model, x, 0)
+
+
+def test_a_class_token_the_model_does_not_count_is_asked_for():
+    model = Plain(nn.Identity(), has_class_token=True)
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match="prefix='keep'"):
+        tokens_of(model, x, 0)
+    for prefix, expected in (("keep", x), (1, x[:, 1:])):
+        assert torch.equal(tokens_of(model, x, 0, prefix=prefix), expected)
+
+
+def test_what_is_overwritten_in_place_later_is_an_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
+    with pytest.raises(RuntimeError, match=r"'0'.*overwritten"):
+        tokens_of(model, IMAGES, 0)
+    with torch.inference_mode():
+        assert tokens_of(model, IMAGES, 1).shape == (2, 1024, 4)
+
+
+# one `with`, many passes
+
+
+def test_each_pass_replaces_the_last():
+    model = build("vit")
+    with capture.tokens(model, [0]) as captured:
+        for images in (IMAGES, IMAGES + 1):
+            model(images)
+            seen = captured[0]
+            with capture.tokens(model, [0]) as inner:
+                model.forward_features(images)
+                assert torch.equal(inner[0], seen)
+        captured.clear()
+        with pytest.raises(RuntimeError, match="never fired"):
+            captured[0]
+
+
+def test_reading_outside_a_pass():
+    model = build("vit")
+    with pytest.raises(RuntimeError, match="never fired"), capture.tokens(model, [0]) as captured:
+        captured[0]
+    with pytest.raises(RuntimeError, match=r"blocks\.1 never fired"), capture.tokens(model, [0, 1]):
+        model.blocks[0](torch.randn(1, 5, 48))
+    with capture.tokens(model, [0]) as captured:
+        model(IMAGES)
+    with pytest.raises(RuntimeError, match=r"after its `with`"):
+        captured[0]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("grab", [lambda m: capture.tokens(m, [0]), lambda m: capture.qkv(m, [0])])
+def test_an_exception_passes_and_leaves_nothing(grab):
+    model = build("vit")
+    breaks = model.blocks[0].attn.proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with grab(model) as captured:
+        with pytest.raises(ZeroDivisionError):
+            model(IMAGES)  # between the start and the end of a hooked block
+        breaks.remove()
+        model(IMAGES)
+        assert captured[0] is not None
+    breaks = model.blocks[0].attn.proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), grab(model):
+        model(IMAGES)
+    breaks.remove()
+    assert_clean(model)
+
+
+GRABS = {
+    "tokens": ("vit_small", lambda model: capture.tokens(model, [1, 0]), list),
+    "qkv": ("vit_small", lambda model: capture.qkv(model, [0, 1]), lambda c: [x for a in c for x in (a.q, a.k, a.v)]),
+    "windows": (
+        "swin",
+        lambda model: capture.qkv(model, [0, 3]),
+        lambda c: [x for a in c for x in (a.q, a.k, a.v, a.bias)],
+    ),
+    "bn_inputs": ("resnet", capture.bn_inputs, lambda captured: captured.inputs),
+}
+
+
+class Saved:
+    """A tensor the graph keeps for backward."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("grab", GRABS)
+def test_no_graph_is_alive_after_exit(grab):
+    kind, enter, read = GRABS[grab]
+    model = build(kind)
+    references = []
+
+    def pack(tensor: Tensor) -> Saved:
+        saved = Saved(tensor.detach())  # an output kept with its own node would be a cycle
+        references.append(weakref.ref(saved))
+        return saved
+
+    with enter(model) as captured:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            output = model(images_for(model))
+        references += [weakref.ref(x) for x in read(captured)]
+        assert len(references) > len(read(captured))
+        assert all(reference() is not None for reference in references)
+    del output
+    gc.collect()
+    assert all(reference() is None for reference in references)
+    assert captured is not None  # the handle may outlive the `with`
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("grab", GRABS)
+def test_ddp(grab, tmp_path):
+    kind, enter, read = GRABS[grab]
+    model = build(kind)
+    images = images_for(model)
+    with enter(model) as captured:
+        model(images)
+        expected = [x.detach().clone() for x in read(captured)]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        with enter(wrapped) as captured:
+            output = wrapped(images)
+            found = read(captured)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            (output.sum() + sum(x.square().mean() for x in found)).backward()
+    finally:
+        dist.destroy_process_group()
+    assert next(model.parameters()).grad.abs().sum() > 0
+    assert_clean(model)
+
+
+def gradients(model: nn.Module, enter, read) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Values captured before and after backward, and the parameters' gradients of a loss on them."""
+    model.zero_grad()
+    with enter(model) as captured:
+        output = model(images_for(getattr(model, "_orig_mod", model)))
+        before = read(captured)
+        (output.square().mean() + sum(x.square().mean() for x in before)).backward()
+        after = read(captured)
+        values = [x.detach().clone() for x in before]
+    return values, after, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("grab", GRABS)
+def test_checkpointing_keeps_the_first_run(grab):
+    kind, enter, read = GRABS[grab]
+    model = build(kind)
+    values, _, expected = gradients(model, enter, read)
+    model.set_grad_checkpointing(True)
+    if kind != "resnet":
+        model.train()  # some of timm's models checkpoint only then; nothing in them is random
+    with enter(model) as captured:
+        model(images_for(model))
+        first = [weakref.ref(x) for x in read(captured)]
+        sum(x.square().mean() for x in read(captured)).backward()
+        assert all(a() is b for a, b in zip(first, read(captured), strict=True))
+    again, _, found = gradients(model, enter, read)
+    assert all(torch.equal(a, b) for a, b in zip(values, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("grab", GRABS)
+def test_reentrant_checkpointing_is_refused_where_it_would_train_nothing(grab):
+    kind, enter, _ = GRABS[grab]
+    model = build(kind)
+    images = images_for(model).requires_grad_()
+    model.set_grad_checkpointing(True)
+    if kind != "resnet":
+        model.train()
+    set_reentrant_ckpt(True)
+    try:
+        with pytest.raises(RuntimeError, match="use_reentrant=False"), enter(model):
+            model(images)
+        with torch.no_grad(), enter(model):
+            model(images)
+    finally:
+        set_reentrant_ckpt(False)
+    assert_clean(model)
+
+
+# torch.compile
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+COMPILED = ["whole", "in_place", "by_block"]
+
+
+def compiled(model: nn.Module, how: str) -> nn.Module:
+    if how == "whole":
+        return torch.compile(model, backend="aot_eager", fullgraph=True)
+    if how == "in_place":
+        model.compile(backend="aot_eager", fullgraph=True)
+    else:
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("grab", "how"),
+    [*((g, h) for g in ("tokens", "qkv") for h in COMPILED), ("windows", "whole"), ("bn_inputs", "whole")],
+)
+def test_compile(grab, how):
+    kind, enter, read = GRABS[grab]
+    model = build(kind)
+    images = images_for(model)
+    values, _, expected = gradients(model, enter, read)
+    model = compiled(model, how)
+    with torch._dynamo.config.patch(recompile_limit=2):  # entering again must cost no compilation
+        for _ in range(4):
+            again, _, found = gradients(model, enter, read)
+            torch.testing.assert_close(again, values)
+            torch.testing.assert_close(found, expected)
+    with enter(model) as captured:
+        output = model(images)
+        references = [weakref.ref(x) for x in read(captured)]
+    del output
+    bare = model(images)
+    gc.collect()
+    assert all(reference() is None for reference in references)
+    assert bare.requires_grad
+    assert_clean(model)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("grab", GRABS)
+def test_entering_after_the_first_compiled_call_is_an_error(grab):
+    kind, enter, read = GRABS[grab]
+    model = build(kind)
+    images = images_for(model)
+    model = compiled(model, "whole")
+    model(images)
+    with pytest.raises(RuntimeError, match="enter before the first compiled call"), enter(model):
+        model(images)
+    with enter(model) as captured:
+        with pytest.raises(RuntimeError, match="enter before the first compiled call"):
+            read(captured)
+        (model._orig_mod)(images)
+    assert_clean(model)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("grab", ["tokens", "qkv"])
+def test_compile_and_checkpointing(grab, fullgraph):
+    kind, enter, read = GRABS[grab]
+    model = build(kind)
+    values, _, expected = gradients(model, enter, read)
+    model.set_grad_checkpointing(True)
+    model = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=fullgraph):
+        again, _, found = gradients(model, enter, read)
+    torch.testing.assert_close(again, values)
+    torch.testing.assert_close(found, expected)
+
+
+# bn_inputs
+
+
+def test_bn_inputs_are_what_the_layers_are_given():
+    model = build("resnet")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    seen = {}
+    handles = [m.register_forward_pre_hook(lambda m, args, n=n: seen.update({n: args[0]})) for n, m in layers.items()]
+    images = IMAGES.clone().requires_grad_()
+    with capture.bn_inputs(model) as bn:
+        model(images)
+        assert bn.names == tuple(layers)
+        assert all(x is seen[name] for x, name in zip(bn.inputs, layers, strict=True))
+        assert all(mean is m.running_mean for mean, m in zip(bn.running_means, layers.values(), strict=True))
+        assert all(var is m.running_var for var, m in zip(bn.running_vars, layers.values(), strict=True))
+        sum(x.mean() for x in bn.inputs).backward()
+    assert images.grad.abs().sum() > 0
+    for handle in handles:
+        handle.remove()
+
+
+def test_bn_inputs_finds_every_kind():
+    frozen = timm.layers.norm_act.FrozenBatchNormAct2d(3)
+    model = nn.Sequential(timm.layers.BatchNormAct2d(3), frozen, nn.Flatten(), nn.BatchNorm1d(3072)).eval()
+    with capture.bn_inputs(model) as bn:
+        model(IMAGES)
+        assert bn.names == ("0", "1", "3")
+        assert [x.shape for x in bn.inputs] == [IMAGES.shape, IMAGES.shape, (2, 3072)]
+    with capture.bn_inputs(model, layers=["3", "1"]) as bn:
+        model(IMAGES)
+        assert bn.names == ("1", "3")
+
+
+def test_bn_inputs_refuses_what_it_cannot_use():
+    with pytest.raises(ValueError, match="no batch norm"), capture.bn_inputs(build("vit")):
+        pytest.fail("entered")
+    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match=r"^0 keep no running statistics"), capture.bn_inputs(model):
+        pytest.fail("entered")
+    for layers in (["2"], [], "1"):
+        with pytest.raises(ValueError, match="there are 0, 1"), capture.bn_inputs(model, layers=layers):
+            pytest.fail("entered")
+    with capture.bn_inputs(model, layers=["1"]) as bn:
+        model(IMAGES)
+        assert len(bn.inputs) == 1
+    model.add_module("spare", nn.BatchNorm2d(3))
+    model.forward = lambda x: model[1](x)
+    with (
+        pytest.raises(RuntimeError, match=r"spare never fired.*layers="),
+        capture.bn_inputs(model, layers=["1", "spare"]),
+    ):
+        model(IMAGES)
+
+
+# qkv
+
+
+def unfused_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Attention maps the model computes with fused attention off, by the name of the attention module."""
+    maps, handles = {}, []
+    for name, module in model.named_modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+            keep = lambda m, args, name=name: maps.update({name: args[0]})  # noqa: E731
+            handles.append(module.attn_drop.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return maps
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit_qk_norm", "deit", "eva"])
+def test_qkv_make_the_maps_of_unfused_attention(kind):
+    model = build(kind).double()
+    images = images_for(model).double()
+    reference = model(images)
+    with capture.qkv(model, [2, 0, "blocks.1.attn"]) as captured:
+        output = model(images)
+        found = list(captured)
+    assert torch.equal(output, reference)
+    maps = unfused_maps(model, images)
+    for attention, name in zip(found, ("blocks.2.attn", "blocks.0.attn", "blocks.1.attn"), strict=True):
+        q, k, v, scale, bias, is_causal = attention
+        assert bias is None
+        assert not is_causal
+        assert scale == q.shape[-1] ** -0.5
+        assert q.shape == k.shape == v.shape == (*maps[name].shape[:3], 48 // q.shape[1])
+        torch.testing.assert_close((q @ k.mT * scale).softmax(-1), maps[name])
+        assert all(x.requires_grad for x in (q, k, v))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_qkv_of_swin_windows(fused):
+    model = build("swin").double()
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    images = images_for(model).double()
+    reference = model(images)
+    names = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1"]
+    with capture.qkv(model, [0, 1, 2, 3]) as captured:
+        output = model(images)
+        assert captured.names == tuple(names)
+        found = list(captured)
+    assert torch.equal(output, reference)
+    maps = unfused_maps(model, images)
+    windows = {0: 16, 1: 4}
+    for attention, name in zip(found, names, strict=True):
+        q, k, v, scale, bias, _ = attention
+        assert q.shape == k.shape == v.shape
+        assert q.shape[0] == 2 * windows[int(name[7])]
+        assert bias.shape == ((q.shape[0], *bias.shape[1:]) if name.endswith("1") else (1, q.shape[1], 16, 16))
+        torch.testing.assert_close((q @ k.mT * scale + bias).softmax(-1), maps[f"{name}.attn"])
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, bias, scale=scale), maps[f"{name}.attn"] @ v)
+        assert all(x.requires_grad for x in (q, k, v, bias))
+    with torch.no_grad(), capture.qkv(model, [1]) as captured:
+        model(images)
+        with torch.enable_grad():
+            assert not any(x.requires_grad for x in (captured[0].q, captured[0].bias))
+
+
+class Attention(nn.Module):
+    """scaled_dot_product_attention with whatever arguments, `runs` times."""
+
+    def __init__(self, runs: int = 1, **arguments: object) -> None:
+        super().__init__()
+        self.runs, self.arguments = runs, arguments
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return sum(F.scaled_dot_product_attention(q, key=k, value=k, **self.arguments) for _ in range(self.runs))
+
+
+def test_qkv_of_any_module():
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.rand(5, 5).gt(0.3) | torch.eye(5, dtype=torch.bool)
+    model = nn.ModuleDict({"a": Attention(attn_mask=mask, scale=0.5, enable_gqa=True)})
+    with capture.qkv(model, ["a"]) as captured:
+        expected = model["a"](q, k)
+        a = captured[0]
+        assert a.k.shape == q.shape
+        assert a.scale == 0.5
+        torch.testing.assert_close((a.q @ a.k.mT * a.scale + a.bias).softmax(-1) @ a.v, expected)
+    model = nn.ModuleDict({"a": Attention(is_causal=True)})
+    with capture.qkv(model, ["a"]) as captured:
+        model["a"](q, q)
+        assert captured["a"].is_causal
+    model = nn.ModuleDict({"a": Attention(runs=2)})
+    with pytest.raises(RuntimeError, match="more than one attention"), capture.qkv(model, ["a"]):
+        model["a"](q, q)
+    model = nn.ModuleDict({"a": nn.Softmax(-1)})
+    with pytest.raises(RuntimeError, match="does not call scaled_dot_product_attention"), capture.qkv(model, ["a"]):
+        model["a"](q)
+    assert_clean(model)
+
+
+def test_qkv_refuses_at_entry_what_it_cannot_read():
+    with pytest.raises(ValueError, match=r"blocks\.0.*mixes heads.*TalkingHeadAttn"), capture.qkv(build("cait"), [0]):
+        pytest.fail("entered")
+    model = build("vit")
+    model.blocks[1].attn.fused_attn = False
+    with pytest.raises(ValueError, match=r"blocks\.1.*set_fused_attn"), capture.qkv(model, [0, 1]):
+        pytest.fail("entered")
+    assert_clean(model)

@@ -1,0 +1,169 @@
+"""The command line: whole runs in a process of their own, and what it says to input that cannot work."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+timm = pytest.importorskip("timm")
+pytest.importorskip("timm.task")
+testing = pytest.importorskip("typer.testing")
+Image = pytest.importorskip("PIL.Image")
+
+from fastkd.train import report  # noqa: E402
+from fastkd.train.cli import app  # noqa: E402
+
+SMALL = ["--device=cpu", "--batch-size=64", "--epochs=1", "--teacher-epochs=1", "--teacher-layers=layer2,layer4"]
+SMALL += [f"--student-arg={pair}" for pair in ("embed_dim=32", "num_heads=2", "depth=2")]
+SMALL += ["--teacher-arg=channels=(8,8,8,8)", "--teacher-arg=stem_width=8"]
+
+
+def fastkd(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fastkd", *arguments]
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(fastkd(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def environment() -> dict[str, str]:
+    root = str(Path(__file__).parent.parent)
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def test_digits_run(tmp_path):
+    done = run("train", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "digits"
+    for name in ("curve.png", "log.csv", "student.safetensors", "student_alone.safetensors", "teacher.safetensors"):
+        assert f"runs/digits/{name}" in done.stdout
+    assert "| student distilled |" in done.stdout
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    with (out / "log.csv").open() as file:
+        assert [row["network"] for row in csv.DictReader(file)] == ["teacher", "student alone", "student distilled"]
+    Image.open(out / "curve.png").verify()
+    assert json.loads((out / "summary.json").read_text())["images"] == {"train": 898, "validation": 899}
+
+    # What it prints to load the student does so, with timm alone.
+    expression = next(line for line in done.stdout.splitlines() if line.startswith("load it")).partition(" ")[2].strip()
+    expression = expression.removeprefix("it").strip()
+    code = f"import sys, timm; {expression}; assert not [m for m in sys.modules if m.startswith('fastkd')]"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_ctrl_c_leaves_whole_files(tmp_path):
+    arguments = ["train", *SMALL, "--epochs", "1000", "--out", "run"]
+    with subprocess.Popen(
+        fastkd(*arguments), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        log, deadline = tmp_path / "run" / "student.safetensors", time.monotonic() + 120
+        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("fastkd train: interrupted")
+    assert "Traceback" not in errors
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_missing_library_is_named(tmp_path):
+    code = (
+        "import sys; sys.modules['typer'] = None; sys.argv = ['fastkd', 'train']; import fastkd.__main__ as m; m.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["fastkd: typer is missing; install it with: pip install 'fastkd[train]'"]
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> Path:
+    """Folders and files that cannot be used."""
+    root = tmp_path_factory.mktemp("bad")
+    (root / "empty").mkdir()
+    for name in ("broken/a", "broken/b", "one/a", "few/a", "few/b"):
+        (root / name).mkdir(parents=True)
+        for i in range(1 if name.startswith("few") else 4):
+            Image.new("RGB", (16, 16)).save(root / name / f"{i}.png")
+    whole = (root / "broken/b/3.png").read_bytes()
+    (root / "broken/b/3.png").write_bytes(whole[: len(whole) // 2])
+    (root / "finished").mkdir()
+    (root / "finished/summary.json").write_text("{}")
+    (root / "file").write_text("text")
+    other = timm.create_model("resnet18", num_classes=10, channels=(8, 8, 8, 8), stem_width=8)
+    report.write_weights(root / "other.safetensors", other, "resnet18", {})
+    return root
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--data nowhere", ["--data", "nowhere", "not a folder"]),
+        ("--data empty --teacher resnet18", ["--data", "empty", "no images"]),
+        ("--data one --teacher resnet18", ["--data", "sub-folder per class", "got 1"]),
+        (
+            "--data broken --teacher resnet18 --batch-size 4 --img-size 64",
+            ["--data", "broken/b/3.png", "cannot be read"],
+        ),
+        ("--data few --teacher resnet18", ["--val-fraction"]),
+        ("--data broken --no-check", ["--teacher", "timm model"]),
+        ("--data broken --no-check --teacher vit_tiny_patch16_224", ["--batch-size", "64", "6 training images"]),
+        ("--student vit_tinny_patch16_224", ["--student", "vit_tinny", "vit_tiny_patch16_224"]),
+        ("--teacher resnet1x", ["--teacher", "resnet1x"]),
+        ("--student-arg colour=blue", ["--student", "colour"]),
+        ("--student-arg colour", ["--student-arg", "KEY=VALUE"]),
+        ("--student-layers blocks.0,blocks.7", ["--student-layers", "blocks.7", "blocks.0, blocks.1"]),
+        ("--teacher-layers layer9", ["--teacher-layers", "layer9", "layer2"]),
+        ("--teacher-layers layer1,layer2,layer3,layer4", ["--teacher-layers", "token grids", "256"]),
+        ("--student-arg patch_size=16", ["--teacher-layers", "token grids", "16"]),
+        ("--teacher-checkpoint other.safetensors", ["--teacher-checkpoint", "other.safetensors", "resnet18"]),
+        ("--teacher-checkpoint file", ["--teacher-checkpoint", "file"]),
+        ("--teacher-checkpoint nowhere", ["--teacher-checkpoint", "nowhere"]),
+        ("--teacher-epochs 0", ["--teacher-epochs", "untrained"]),
+        ("--batch-size 1000", ["--batch-size", "1000", "898"]),
+        ("--out finished", ["--out", "finished", "--overwrite"]),
+        ("--out file", ["--out", "file"]),
+        ("--out file/below", ["--out", "file/below"]),
+        ("--device tpu9", ["--device", "tpu9"]),
+        ("--amp int8", ["--amp", "int8"]),
+        ("--opt none_such", ["--opt", "none_such"]),
+        ("--sched none_such", ["--sched", "none_such"]),
+        ("--mixup 0.5 --batch-size 31", ["--mixup", "even", "31"]),
+    ],
+)
+def test_bad_input(bad, monkeypatch, arguments, words):
+    monkeypatch.chdir(bad)
+    before = sorted(bad.rglob("*"))
+    result = testing.CliRunner().invoke(app, ["train", "--device", "cpu", *arguments.split()])
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("fastkd train: ")
+    for word in words:
+        assert word in lines[0]
+    assert sorted(bad.rglob("*")) == before
+
+
+def test_finished_run_is_replaced_only_when_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    threads = torch.get_num_threads()
+    result = testing.CliRunner().invoke(app, ["train", *SMALL, "--no-baseline", "--out", "run", "--overwrite"])
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
+    assert not (tmp_path / "run" / "student_alone.safetensors").exists()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"

@@ -1,0 +1,171 @@
+"""What every public function promises beyond its value, checked on every case of tests/cases.py."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import fastkd
+from fastkd.ops import _dispatch, _schemas
+from fastkd.testing import DEVICE, loss_and_gradients, poisoned_allocations, relative_difference
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(params=["eager", "auto"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastkd.backend(request.param):
+        yield request.param
+
+
+def test_every_public_function_has_a_case() -> None:
+    assert {case.function for case in CASES} == set(fastkd.functional.__all__)
+
+
+@each_case
+def test_compiles_to_one_graph(case: Case, backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(case.scalar, fullgraph=True, backend="aot_eager")
+    expected, actual = (loss_and_gradients(f, case.inputs()) for f in (case.scalar, compiled))
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_difference(a, e) < 1e-6  # the compiler may sum in another order
+
+
+@each_case
+def test_same_bits_twice_and_no_write_into_inputs(case: Case, backend: str) -> None:
+    inputs = case.inputs()
+    before = [x.clone() for x in inputs]
+    with poisoned_allocations():
+        first = loss_and_gradients(case.scalar, inputs)
+        second = loss_and_gradients(case.scalar, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+
+
+@each_case
+def test_backward_twice_and_any_incoming_gradient(case: Case, backend: str) -> None:
+    leaves = [x.requires_grad_() for x in case.inputs()]
+    loss = case.scalar(*leaves)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, leaves, torch.full_like(loss, 4.0), retain_graph=True)
+    third = torch.autograd.grad(loss, leaves)
+    for a, k, b, c in zip(first, kept, second, third, strict=True):
+        assert torch.equal(a, k), "a later backward wrote into an earlier gradient"
+        assert torch.equal(a, c)
+        assert relative_difference(b, 4 * a) < 1e-6
+
+
+@each_case
+def test_autocast_leaves_the_maths_alone(case: Case, backend: str) -> None:
+    expected = loss_and_gradients(case.scalar, case.inputs())
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        actual = loss_and_gradients(case.scalar, case.inputs())
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@each_case
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(case: Case, backend: str, use_reentrant: bool) -> None:
+    expected = loss_and_gradients(case.scalar, case.inputs())
+    leaves = [x.requires_grad_() for x in case.inputs()]
+    checkpoint(case.scalar, *leaves, use_reentrant=use_reentrant).backward()
+    assert all(torch.equal(x.grad, e) for x, e in zip(leaves, expected[1:], strict=True))
+
+
+@each_case
+def test_no_grad_gives_the_same_loss(case: Case, backend: str) -> None:
+    expected, *_ = loss_and_gradients(case.scalar, case.inputs())
+    with torch.no_grad():
+        loss = case.scalar(*(x.requires_grad_() for x in case.inputs()))
+    assert not loss.requires_grad
+    assert relative_difference(loss, expected) < 1e-6
+
+
+@each_case
+def test_float16_under_a_grad_scaler(case: Case, backend: str) -> None:
+    """Incoming gradient 65536 / loss scale, as GradScaler gives: right to 1e-3 of the float64 result."""
+    inputs = case.inputs(torch.float16)
+    scale = 65536.0
+    oracle = loss_and_gradients(case.scalar, [x.double() for x in inputs], scale)
+    while max(g.abs().max().item() for g in oracle[1:]) > 3e4:  # what GradScaler does on overflow
+        scale, oracle = scale / 2, (oracle[0], *(g / 2 for g in oracle[1:]))
+    actual = loss_and_gradients(case.scalar, inputs, scale)
+    for a, o in zip(actual[1:], oracle[1:], strict=True):
+        assert a.dtype == torch.float16
+        assert ((a.double() - o).norm() / o.norm()).item() < 1e-3
+
+
+@each_case
+def test_double_backward_is_refused(case: Case, backend: str) -> None:
+    leaves = [x.requires_grad_() for x in case.inputs()]
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*fastkd\.reference"):
+        torch.autograd.grad(case.scalar(*leaves), leaves, create_graph=True)
+
+
+@each_case
+def test_transforms_are_refused(case: Case, backend: str) -> None:
+    with pytest.raises(RuntimeError, match=r"does not support torch.vmap or torch.func.*fastkd\.reference"):
+        torch.func.grad(case.scalar)(*case.inputs())
+    with pytest.raises(RuntimeError, match=r"does not support torch.vmap or torch.func.*fastkd\.reference"):
+        torch.vmap(case.scalar)(*(x.unsqueeze(0) for x in case.inputs()))
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the calls of fastkd's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastkd":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def _calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
+    recorder = _Recorder()
+    with recorder:
+        loss_and_gradients(case.scalar, case.inputs())
+    return recorder.calls
+
+
+@each_case
+def test_opcheck(case: Case, backend: str) -> None:
+    for op, args in _calls(case):
+        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        torch.library.opcheck(op, detached)
+
+
+def test_every_operator_is_checked() -> None:
+    with fastkd.backend("eager"):
+        called = {op._schema.name for case in CASES for op, _ in _calls(case)}
+    assert called == {f"fastkd::{op}_eager" for op in _schemas.STEMS}
+
+
+def test_no_operator_is_registered_beside_the_page() -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastkd::")}
+    assert registered == {f"fastkd::{op}{suffix}" for op in _schemas.STEMS for suffix in ("", "_eager", "_triton")}
+
+
+def test_backends_by_name() -> None:
+    x = torch.randn(2, 3, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="backend must be one of auto, eager, native, triton, got 'cuda'"):
+        with fastkd.backend("cuda"):
+            pass
+    for name in ("native", "triton"):
+        reason = _dispatch.why_not("relation_fwd", name, DEVICE, x.dtype)
+        if reason is not None:
+            with pytest.raises(RuntimeError, match="cannot run here"):
+                fastkd.relation_loss(x, x, backend=name)
+    with fastkd.backend("eager"), _Recorder() as recorder:
+        fastkd.batch_moments(x)
+        fastkd.batch_moments(x, backend="auto")
+    assert [op._schema.name for op, _ in recorder.calls] == ["fastkd::moments_fwd_eager"] * 2
+    assert _dispatch._default == "auto"

@@ -1,0 +1,293 @@
+"""Losses of logits: soft targets, DKD, NKD and the competition of ADI."""
+
+import golden
+import pytest
+import torch
+
+import fastkd
+from fastkd import reference
+from fastkd.testing import DEVICE, assert_matches_oracle, loss_and_gradients, relative_difference
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 2), (3, 10), (5, 257), (2, 1000)]
+LOSSES = {  # name -> (options, takes a label, differentiates the teacher)
+    "soft_target_loss": ({"temperature": 2.0}, False, False),
+    "dkd_loss": ({"alpha": 1.0, "beta": 4.0, "temperature": 2.0}, True, False),
+    "nkd_loss": ({"gamma": 1.5, "temperature": 3.0}, True, False),
+    "competition_loss": ({}, False, True),
+}
+dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+losses = pytest.mark.parametrize("name", LOSSES)
+
+
+def bound(module, name, label, **overrides):
+    """The loss as a function of (student, teacher)."""
+    options, labelled, _ = LOSSES[name]
+    args = (label,) if labelled else ()
+    return lambda s, t: getattr(module, name)(s, t, *args, **(options | overrides))
+
+
+def gradients(module, name, s, t, label, incoming=1.0, **overrides):
+    f = bound(module, name, label, **overrides)
+    if LOSSES[name][2]:
+        return loss_and_gradients(f, (s, t), incoming)
+    return loss_and_gradients(lambda s: f(s, t), (s,), incoming)
+
+
+def logits(shape, dtype=torch.float32, scale=3.0):
+    B, C = shape
+    s, t = (scale * torch.randn(shape)).to(dtype), (scale * torch.randn(shape)).to(dtype)
+    return s, t, torch.randint(C, (B,))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@dtypes
+@losses
+def test_oracle(name, dtype, shape):
+    s, t, label = logits(shape, dtype)
+    oracle = gradients(reference, name, s.double(), t.double(), label)
+    eager = gradients(reference, name, s, t, label)
+    for actual in (
+        gradients(fastkd, name, s, t, label),
+        gradients(fastkd, name, s.T.contiguous().T, t.repeat_interleave(2, 1)[:, ::2], label),
+    ):
+        for what, a, e, o in zip(("loss", "dstudent", "dteacher"), actual, eager, oracle, strict=False):
+            assert_matches_oracle(a, e, o, s.numel(), f"{name} {what}")
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
+def test_soft_target_reductions(reduction):
+    s, t, _ = logits((3, 10), torch.float64)
+    expected = reference.soft_target_loss(s, t, temperature=4.0, reduction=reduction)
+    torch.testing.assert_close(fastkd.soft_target_loss(s, t, temperature=4.0, reduction=reduction), expected)
+    assert expected.shape == ((3,) if reduction == "none" else ())
+
+
+@losses
+def test_mixed_dtypes(name):
+    s, t, label = logits((3, 10))
+    s, t = s.half(), t.double()
+    actual = gradients(fastkd, name, s, t, label)
+    torch.testing.assert_close(actual[0], gradients(reference, name, s.double(), t, label)[0])
+    assert actual[0].dtype == torch.float64
+    assert actual[1].dtype == torch.float16
+
+
+@losses
+def test_gradcheck(name):
+    s, t, label = logits((4, 7), torch.float64, scale=1.0)
+    s.requires_grad_()
+    t.requires_grad_(LOSSES[name][2])
+    assert torch.autograd.gradcheck(bound(fastkd, name, label), (s, t))
+
+
+@pytest.mark.parametrize("name", ["soft_target_loss", "dkd_loss"])
+def test_near_convergence(name):
+    """float32 keeps digits that the textbook form loses: logits 1e-3 apart."""
+    s, _, label = logits((16, 100))
+    t = s + 1e-3 * torch.randn_like(s)
+    loss, ds = gradients(fastkd, name, s, t, label)
+    oracle = gradients(reference, name, s.double(), t.double(), label)
+    assert relative_difference(loss, oracle[0]) < 5e-5
+    assert relative_difference(ds, oracle[1]) < 5e-4
+
+
+@pytest.mark.parametrize("name", ["soft_target_loss", "dkd_loss"])
+def test_match_is_zero(name):
+    s, _, label = logits((5, 30))
+    loss, ds = gradients(fastkd, name, s, s.clone(), label)
+    assert loss == 0
+    assert (ds == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4])
+@losses
+def test_extreme_logits(name, scale):
+    s, t, label = logits((6, 12), scale=scale)
+    actual = gradients(fastkd, name, s, t, label, temperature=0.5)
+    oracle = gradients(reference, name, s.double(), t.double(), label, temperature=0.5)
+    for a, o in zip(actual, oracle, strict=True):
+        assert relative_difference(a, o) < 1e-5
+
+
+def test_dkd_beyond_a_lead_of_1000():
+    """The code's target logit, lowered by 1000, would still win here."""
+    s, t, _ = logits((4, 6))
+    s[:, 2] += 5000
+    t[:, 2] += 3000
+    loss, ds = gradients(fastkd, "dkd_loss", s, t, 2)
+    oracle = gradients(reference, "dkd_loss", s.double(), t.double(), 2)
+    assert relative_difference(loss, oracle[0]) < 1e-5
+    assert relative_difference(ds, oracle[1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["soft_target_loss", "dkd_loss", "nkd_loss"])
+def test_classes_switched_off(name):
+    """A class of logit -inf on both sides is as good as absent; on the student's alone it costs infinitely much."""
+    s, t, label = logits((4, 8))
+    off_s, off_t = (torch.cat([x, x.new_full((4, 1), -torch.inf)], 1) for x in (s, t))
+    loss, ds = gradients(fastkd, name, s, t, label)
+    off_loss, off_ds = gradients(fastkd, name, off_s, off_t, label)
+    torch.testing.assert_close(off_loss, loss)
+    torch.testing.assert_close(off_ds, torch.nn.functional.pad(ds, (0, 1)))
+    assert bound(fastkd, name, label)(off_s, torch.nn.functional.pad(t, (0, 1))) == torch.inf
+
+
+@losses
+def test_nan_goes_through(name):
+    s, t, label = logits((3, 5))
+    s[1, 2] = torch.nan
+    assert bound(fastkd, name, label)(s, t).isnan()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@losses
+def test_gpu_without_synchronising(name):
+    s, t, label = logits((8, 33))
+    expected = gradients(fastkd, name, s, t, label)
+    s, t, label = s.cuda(), t.cuda(), label.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = gradients(fastkd, name, s, t, label)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close([x.cpu() for x in actual], list(expected))
+
+
+def test_temperature_may_change_under_compile():
+    """A Python number that changes is symbolic from the second call on."""
+
+    def f(s, t, temperature):
+        return fastkd.soft_target_loss(s, t, temperature=temperature)
+
+    s, t, _ = logits((4, 9))
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for temperature in (1.0, 2.5, 4.0):
+        torch.testing.assert_close(compiled(s, t, temperature), f(s, t, temperature))
+
+
+def test_labels():
+    s, t, label = logits((4, 9))
+    options = {"gamma": 1.0, "temperature": 1.0}
+    expected = fastkd.nkd_loss(s, t, label, **options)
+    mixed = 0.7 * torch.nn.functional.one_hot(label, 9) + 0.3 / 9
+    assert fastkd.nkd_loss(s, t, mixed, **options) == expected
+    assert fastkd.nkd_loss(s, t, label.to(torch.uint8), **options) == expected
+    assert fastkd.nkd_loss(s, t, 3, **options) == fastkd.nkd_loss(s, t, torch.full((4,), 3), **options)
+
+
+S = torch.randn(3, 4)
+Y = torch.tensor([0, 1, 2])
+DKD = LOSSES["dkd_loss"][0]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fastkd.soft_target_loss([1.0], S, temperature=1.0), TypeError, "student must be a tensor"),
+        (lambda: fastkd.soft_target_loss(S, S.long(), temperature=1.0), TypeError, "teacher must be float64"),
+        (lambda: fastkd.soft_target_loss(S[0], S, temperature=1.0), ValueError, r"student must have shape \(B, C\)"),
+        (lambda: fastkd.soft_target_loss(S, S[:, :3], temperature=1.0), ValueError, "same shape"),
+        (lambda: fastkd.soft_target_loss(S[:0], S[:0], temperature=1.0), ValueError, "must not be empty"),
+        (lambda: fastkd.soft_target_loss(S, S.to("meta"), temperature=1.0), ValueError, "device of student"),
+        (lambda: fastkd.soft_target_loss(S, S, temperature=0.0), ValueError, "temperature must be a finite number > 0"),
+        (lambda: fastkd.soft_target_loss(S, S, temperature="1"), TypeError, "temperature must be a Python number"),
+        (lambda: fastkd.soft_target_loss(S, S, temperature=1.0, reduction="sums"), ValueError, "reduction must be"),
+        (lambda: fastkd.soft_target_loss(S, S.clone().requires_grad_(), temperature=1.0), ValueError, "detach it"),
+        (lambda: fastkd.soft_target_loss(S, S, temperature=1.0, backend="triton"), RuntimeError, "no kernel"),
+        (lambda: fastkd.soft_target_loss(S, S, temperature=1.0, backend="cuda"), ValueError, "backend must be"),
+        (lambda: fastkd.dkd_loss(S, S, 4, **DKD), ValueError, r"label must lie in \[0, C = 4\), got 4"),
+        (lambda: fastkd.dkd_loss(S, S, -1, **DKD), ValueError, r"label must lie in \[0, C = 4\), got -1"),
+        (lambda: fastkd.dkd_loss(S, S, True, **DKD), TypeError, "label must be an integer tensor or an int"),
+        (lambda: fastkd.dkd_loss(S, S, Y + 2, **DKD), RuntimeError, r"label must lie in \[0, C = 4\)"),
+        (lambda: fastkd.dkd_loss(S, S, Y.float(), **DKD), TypeError, "label must be an integer tensor"),
+        (lambda: fastkd.dkd_loss(S, S, S.softmax(-1), **DKD), TypeError, "label must be an integer tensor"),
+        (lambda: fastkd.dkd_loss(S, S, Y[:2], **DKD), ValueError, r"label must have shape \(3,\), got \(2,\)"),
+        (lambda: fastkd.dkd_loss(S[:, :1], S[:, :1], Y, **DKD), ValueError, "at least 2 classes"),
+        (lambda: fastkd.dkd_loss(S, S, Y, **DKD | {"beta": -1.0}), ValueError, "beta must be a finite number >= 0"),
+        (lambda: fastkd.dkd_loss(S, S.clone().requires_grad_(), Y, **DKD), ValueError, "detach it"),
+        (lambda: fastkd.nkd_loss(S, S, S[:2], gamma=1.0, temperature=1.0), TypeError, "label must be an integer"),
+        (lambda: fastkd.nkd_loss(S, S, Y[:2], gamma=1.0, temperature=1.0), ValueError, r"\(3,\) or \(3, 4\)"),
+        (lambda: fastkd.nkd_loss(S, S, Y, gamma=-1.0, temperature=1.0), ValueError, "gamma must be"),
+        (lambda: fastkd.competition_loss(S, S[:2]), ValueError, "student_logits and teacher_logits must have the same"),
+        (lambda: fastkd.competition_loss(S, S, temperature=-1), ValueError, "temperature must be"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_ambient_backend_does_not_matter():
+    with fastkd.backend("triton"):
+        assert fastkd.soft_target_loss(S, S, temperature=1.0) == 0
+
+
+def close(actual, expected, case, dtype, what):
+    assert relative_difference(actual.double(), expected) <= golden.tolerance(case, dtype, what)
+
+
+both = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+
+
+@both
+@pytest.mark.parametrize("case", golden.cases("kd"), ids=golden.name)
+def test_golden_kd(case, dtype):
+    data, T = golden.load(case), case["params"]["T"]
+    s, t = data["in.logits_student"].to(dtype), data["in.logits_teacher"].to(dtype)
+    reduction = "mean" if "(B*C)" in case["params"]["variant"] else "batchmean"
+
+    def f(s):
+        loss = fastkd.soft_target_loss(s, t, temperature=T, reduction=reduction)
+        if "cross-entropy" not in case["params"]["variant"]:
+            return loss
+        log_q = (t / T).log_softmax(-1)
+        return case["params"]["alpha"] * (loss - T**2 * (log_q.exp() * log_q).sum() / len(s))
+
+    loss, ds = loss_and_gradients(f, (s,))
+    close(loss, data["loss"], case, dtype, "loss")
+    close(ds, data["grad.logits_student"], case, dtype, "grad")
+
+
+@both
+@pytest.mark.parametrize("case", golden.cases("dkd", "nkd"), ids=golden.name)
+def test_golden_decoupled(case, dtype):
+    data, params = golden.load(case), case["params"]
+    s, t = data["in.logits_student"].to(dtype), data["in.logits_teacher"].to(dtype)
+    if case["op"] == "dkd":
+
+        def f(s, alpha=params["alpha"], beta=params["beta"]):
+            return fastkd.dkd_loss(s, t, data["in.label"], alpha=alpha, beta=beta, temperature=params["T"])
+
+        close(f(s, 1.0, 0.0), data["loss.tckd"], case, dtype, "loss")
+        close(f(s, 0.0, 1.0), data["loss.nckd"], case, dtype, "loss")
+    else:
+
+        def f(s, gamma=params["gamma"]):
+            return fastkd.nkd_loss(s, t, data["in.label"], gamma=gamma, temperature=params["temp"])
+
+        close(f(s, 0.0), data["loss.target"], case, dtype, "loss")
+    loss, ds = loss_and_gradients(f, (s,))
+    close(loss, data["loss"], case, dtype, "loss")
+    close(ds, data["grad.logits_student"], case, dtype, "grad")
+
+
+@both
+@pytest.mark.parametrize("case", golden.cases("adi_js"), ids=golden.name)
+def test_golden_competition(case, dtype):
+    data = golden.load(case)
+    s, t = data["in.logits_student"].to(dtype), data["in.logits_teacher"].to(dtype)
+
+    def f(s, t):
+        s = s.detach() + 0 * s if case["params"]["detach_student"] else s
+        return fastkd.competition_loss(s, t, temperature=case["params"]["T"])
+
+    loss, ds, dt = loss_and_gradients(f, (s, t))
+    close(loss, data["loss"], case, dtype, "loss")
+    close(ds, data["grad.logits_student"], case, dtype, "grad")
+    close(dt, data["grad.logits_teacher"], case, dtype, "grad")
+    if "edge" in case:  # J > 1
+        assert loss == 0
+        assert not ds.any()
+        assert not dt.any()

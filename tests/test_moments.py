@@ -1,0 +1,231 @@
+"""batch_moments on every backend, and bn_stat_loss."""
+
+import golden
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import reference
+from fastkd.eager import _common
+from fastkd.ops._dispatch import INTERPRETED
+from fastkd.testing import (
+    DEVICE,
+    assert_matches_oracle,
+    backends,
+    loss_and_gradients,
+    poisoned_allocations,
+    relative_difference,
+    strided,
+)
+
+BACKENDS = backends("moments_fwd")
+# One element; one channel; 7x7 and 14x14 maps; one past a block of 2048 positions; many channels; (B, C) and (B, C, N).
+SHAPES = [(1, 1, 1, 1), (3, 1, 5, 5), (2, 70, 7, 7), (4, 33, 14, 14), (2, 3, 41, 50), (3, 300, 3), (5, 9), (2, 3, 4, 5, 6)]
+if INTERPRETED:  # a program takes milliseconds there
+    SHAPES = [(1, 1, 1, 1), (2, 5, 7, 7), (2, 70, 3), (2, 3, 41, 50)]
+# bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+def activations(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return (2 * torch.randn(shape, device=DEVICE) + 1).to(dtype)
+
+
+def check(x: Tensor, dims: str, backend: str) -> None:
+    """Hold the moments and their gradient to the oracle rule, under random incoming gradients of both."""
+    with poisoned_allocations():
+        mean, var = fastkd.batch_moments(x, dims=dims, backend=backend)
+    incoming = torch.randn(2, *mean.shape, device=DEVICE, dtype=torch.float64)
+
+    def run(function: object, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        moments = function(x)
+        (dx,) = torch.autograd.grad(moments, x, [g.to(m) for g, m in zip(incoming, moments, strict=True)])
+        return (*(m.detach() for m in moments), dx)
+
+    with poisoned_allocations():
+        actual = run(lambda x: fastkd.batch_moments(x, dims=dims, backend=backend), x)
+    oracle = run(lambda x: reference.batch_moments(x, dims=dims), x.double())
+    eager = run(lambda x: reference.batch_moments(x, dims=dims), x)
+    assert actual[2].stride() == torch.empty_like(x).stride()
+    for name, a, e, o in zip(("mean", "var", "dx"), actual, (*eager[:2], eager[2].to(x.dtype)), oracle, strict=True):
+        assert_matches_oracle(a, e, o, x.numel() // mean.numel(), name)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels", "permuted", "sliced"])
+@pytest.mark.parametrize("dims", ["batch", "image"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_oracle(
+    backend: str, dtype: torch.dtype, shape: tuple[int, ...], dims: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_common, "CHUNK", 3000)  # several pieces and a tail at these sizes
+    check(strided(activations(shape, dtype), layout), dims, backend)
+
+
+@pytest.mark.parametrize("dims", ["batch", "image"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_other_position_and_expanded(backend: str, dims: str) -> None:
+    x = activations((3, 5, 9, 8, 6), torch.float32)
+    check(x[:, :, ::2, 1:, ::3], dims, backend)  # three position dimensions that cannot be folded to two
+    check(x[:, :, ::2, 0, ::3], dims, backend)
+    check(activations((3, 1, 6, 6), torch.float32).expand(3, 4, 6, 6), dims, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mean_far_above_the_spread(backend: str) -> None:
+    x = torch.randn(4, 6, 30, 30, dtype=torch.float64).to(DEVICE) * 1e-2 + 1e2
+    x = x.float()
+    x[:, 1, 0, 0] = 0  # a first element that is no guide to the mean
+    for layout in ("contiguous", "channels"):
+        _, var = fastkd.batch_moments(strided(x, layout), backend=backend)
+        _, expected = reference.batch_moments(x.double())
+        assert ((var - expected) / expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("backend", backends("moments_fwd", torch.float64))
+def test_gradcheck(backend: str) -> None:
+    x = activations((2, 3, 4, 5), torch.float64).requires_grad_()
+    for dims in ("batch", "image"):
+        assert torch.autograd.gradcheck(lambda x, d=dims: fastkd.batch_moments(x, dims=d, backend=backend), (x,))
+        assert torch.autograd.gradcheck(lambda x, d=dims: reference.batch_moments(x, dims=d), (x,))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_same_bits_whatever_the_threads(threads: int) -> None:
+    x = activations((8, 16, 40, 40), torch.float32)
+    expected = fastkd.batch_moments(x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = fastkd.batch_moments(x)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def layers(sizes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], ...]:
+    inputs = [activations(size, dtype) for size in sizes]
+    means = [torch.randn(x.shape[1], device=DEVICE) for x in inputs]
+    return inputs, means, [torch.rand(x.shape[1], device=DEVICE) + 0.5 for x in inputs]
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("distance", ["l2", "mse", "image"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bn_stat_loss_matches_oracle(backend: str, dtype: torch.dtype, distance: str, momentum: float | None) -> None:
+    inputs, means, variances = layers([(4, 3, 9, 9), (4, 16, 5, 5), (4, 70, 3, 3)], dtype)
+    ema = None if momentum is None else ([m + 0.1 for m in means], [v + 0.1 for v in variances])
+    options = {"distance": distance, "layer_weights": [10.0, 1.0, 0.5], "momentum": momentum}
+
+    def promoted(x: list[Tensor]) -> list[Tensor]:
+        return [v.double() for v in x]
+
+    actual = loss_and_gradients(
+        lambda *x: fastkd.bn_stat_loss(x, means, variances, ema=ema, backend=backend, **options), inputs
+    )
+    eager = loss_and_gradients(lambda *x: reference.bn_stat_loss(x, means, variances, ema=ema, **options), inputs)
+    oracle = loss_and_gradients(
+        lambda *x: reference.bn_stat_loss(
+            x, promoted(means), promoted(variances), ema=ema and tuple(map(promoted, ema)), **options
+        ),
+        promoted(inputs),
+    )
+    for i, (a, e, o) in enumerate(zip(actual, eager, oracle, strict=True)):
+        assert_matches_oracle(a, e, o, 324, "loss" if i == 0 else f"dinputs[{i - 1}]")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", golden.cases("bn_stat_deepinversion"), ids=golden.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_deepinversion(backend: str, case: golden.Case, dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and backend not in backends("moments_fwd", torch.float64):
+        pytest.skip("this backend has no float64")
+    x = {k: v.to(DEVICE, dtype) for k, v in golden.load(case).items()}
+    count = sum(k.startswith("in.act") for k in x)
+    actual = loss_and_gradients(
+        lambda *inputs: fastkd.bn_stat_loss(
+            inputs,
+            [x[f"in.running_mean{i}"] for i in range(count)],
+            [x[f"in.running_var{i}"] for i in range(count)],
+            layer_weights=[case["params"]["first_bn_multiplier"], *[1.0] * (count - 1)],
+            backend=backend,
+        ),
+        [x[f"in.act{i}"] for i in range(count)],
+    )
+    assert relative_difference(actual[0], x["loss"]) <= golden.tolerance(case, dtype, "loss")
+    for i, grad in enumerate(actual[1:]):
+        assert relative_difference(grad, x[f"grad.act{i}"]) <= golden.tolerance(case, dtype, "grad")
+
+
+@pytest.mark.parametrize("distance", ["l2", "mse", "image"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_distance_has_gradient_zero(backend: str, distance: str) -> None:
+    x = torch.tensor([-1.0, 1.0], device=DEVICE).repeat(2, 3, 8).view(2, 3, 4, 4)
+    mean, var = fastkd.batch_moments(x, backend=backend)
+    if distance == "image":
+        var = var * 16 / 15
+    loss, grad = loss_and_gradients(
+        lambda x: fastkd.bn_stat_loss([x], [mean], [var], distance=distance, backend=backend), [x]
+    )
+    assert loss <= 1e-12
+    assert grad.isfinite().all()
+    if distance == "l2":
+        assert (grad == 0).all()
+
+
+def test_float16_with_a_grad_scaler() -> None:
+    inputs, means, variances = layers([(4, 16, 14, 14)], torch.float16)
+    function = fastkd.bn_stat_loss
+    _, grad = loss_and_gradients(lambda x: function([x], means, variances), inputs, 65536.0)
+    _, oracle = loss_and_gradients(
+        lambda x: reference.bn_stat_loss([x], [means[0].double()], [variances[0].double()]),
+        [inputs[0].double()],
+        65536.0,
+    )
+    assert ((grad - oracle).norm() / oracle.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        ([1.0], {}, TypeError, "x must be a tensor"),
+        (torch.ones(2, 3, dtype=torch.int32), {}, TypeError, "x must be float64"),
+        (torch.ones(3), {}, ValueError, r"x must have shape \(B, C, ...\)"),
+        (torch.ones(2, 0, 4), {}, ValueError, "x must not be empty"),
+        (torch.ones(2, 3), {"dims": "all"}, ValueError, "dims must be one of 'batch', 'image'"),
+        (torch.ones(2, 3), {"backend": "cpp"}, ValueError, "backend must be one of"),
+    ],
+    ids=lambda x: None if isinstance(x, Tensor) else str(x)[:40],
+)
+def test_bad_moments_input(x: object, options: dict[str, str], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastkd.batch_moments(x, **options)
+
+
+ONE = [torch.ones(4, 3, 2, 2)], [torch.zeros(3)], [torch.ones(3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([], [], []), {}, "at least one layer"),
+        (([torch.ones(1, 3)], *ONE[1:]), {}, "at least 2 elements per channel"),
+        (([torch.ones(4, 3, 1, 1)], *ONE[1:]), {"distance": "image"}, "at least 2 elements per channel and image"),
+        ((ONE[0], [], ONE[2]), {}, "running_means must have one tensor per layer"),
+        ((ONE[0], ONE[1], [torch.ones(4)]), {}, r"running_vars\[0\] must have the 3 channels"),
+        ((ONE[0], [torch.zeros(3, requires_grad=True)], ONE[2]), {}, "detach it"),
+        (ONE, {"distance": "l1"}, "distance must be one of"),
+        (ONE, {"layer_weights": [1.0, 2.0]}, "one number per layer"),
+        (ONE, {"layer_weights": [-1.0]}, r"layer_weights\[0\] must be a finite number >= 0"),
+        (ONE, {"momentum": 0.9}, "momentum and ema go together"),
+        (ONE, {"momentum": 1.0, "ema": ONE[1:]}, "momentum must be below 1"),
+    ],
+    ids=lambda x: str(list(x)) if isinstance(x, dict) else None,
+)
+def test_bad_layers(arguments: tuple[list[Tensor], ...], options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastkd.bn_stat_loss(*arguments, **options)

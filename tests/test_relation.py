@@ -1,0 +1,367 @@
+"""relation_loss, manifold_loss and the modules and signatures made of them."""
+
+import golden
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import compat, losses, reference
+from fastkd.eager import _common
+from fastkd.ops._dispatch import INTERPRETED
+from fastkd.ops.relation import pick_algorithm
+from fastkd.testing import (
+    DEVICE,
+    assert_matches_oracle,
+    backends,
+    loss_and_gradients,
+    poisoned_allocations,
+    relative_difference,
+    strided,
+)
+
+BACKENDS = backends("relation_fwd")
+SCOPES = ["intra", "inter", "batch"]
+# (B, N, Ds, Dt): degenerate; below any tile; one past a tile of 64; DeiT-Tiny and -Small with class token.
+SHAPES = [(1, 1, 24, 24), (4, 7, 24, 80), (5, 65, 80, 24), (6, 197, 192, 384)]
+# bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+def features(B: int, N: int, Ds: int, Dt: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Tokens with a common direction, as real ones have: similarities of both signs, mostly positive."""
+    return tuple(  # type: ignore[return-value]
+        (torch.randn(B, N, D, device=DEVICE) + 0.5 * torch.randn(1, 1, D, device=DEVICE)).to(dtype) for D in (Ds, Dt)
+    )
+
+
+def check(student: Tensor, teacher: Tensor, n: int, incoming: float = 1.0, **options: object) -> None:
+    """Hold fastkd.relation_loss to the oracle rule, with options common to both sides beside backend, algorithm."""
+    shared = {k: v for k, v in options.items() if k not in ("backend", "algorithm")}
+
+    def expected(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        s, t = (x.to(dtype) for x in (student, teacher))
+        return loss_and_gradients(lambda s: reference.relation_loss(s, t, **shared), [s], incoming)
+
+    with poisoned_allocations():
+        actual = loss_and_gradients(lambda s: fastkd.relation_loss(s, teacher, **options), [student], incoming)
+    oracle, eager = expected(torch.float64), expected(student.dtype)
+    for name, a, e, o in zip(("loss", "dstudent"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, n * student.shape[-1], name)
+
+
+@pytest.mark.parametrize("rectify", ["none", "both", "teacher"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tile_matches_oracle(
+    backend: str, dtype: torch.dtype, scope: str, shape: tuple[int, ...], rectify: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_common, "CHUNK", 7000)  # several strips and a tail at these sizes
+    n = {"intra": shape[1], "inter": shape[0], "batch": shape[0] * shape[1]}[scope]
+    check(*features(*shape, dtype), n, scope=scope, rectify=rectify, backend=backend, algorithm="tile")
+
+
+@pytest.mark.parametrize(
+    ("scope", "shape"),
+    [
+        ("intra", (2, 197, 24, 40)),
+        ("inter", (130, 5, 16, 24)),
+        ("batch", (5, 65, 80, 24)),
+        ("batch", (6, 197, 192, 384)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gram_matches_oracle(
+    backend: str, dtype: torch.dtype, scope: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is the cheaper algorithm. Below that, n rows span less than the D x D Grams and their difference cancels."""
+    monkeypatch.setattr(_common, "CHUNK", 7000)
+    n = {"intra": shape[1], "inter": shape[0], "batch": shape[0] * shape[1]}[scope]
+    assert pick_algorithm(n, *shape[2:], "none", torch.device("cpu")) == "gram"
+    check(*features(*shape, dtype), n, scope=scope, backend=backend, algorithm="gram")
+
+
+@pytest.mark.parametrize("layout", ["permuted", "sliced", "channels"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_and_mixed_dtypes(backend: str, scope: str, layout: str) -> None:
+    student, teacher = features(3, 33, 24, 40)
+    n = {"intra": 33, "inter": 3, "batch": 99}[scope]
+    check(strided(student, layout), strided(teacher, layout).bfloat16().float(), n, scope=scope, backend=backend)
+    check(strided(student, layout).half().float(), teacher[:1].expand(3, 33, 40), n, scope=scope, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_teacher_of_another_dtype(backend: str) -> None:
+    student, teacher = features(2, 33, 24, 40)
+    same = loss_and_gradients(
+        lambda s: fastkd.relation_loss(s, teacher.half().float(), backend=backend), [student.half()]
+    )
+    mixed = loss_and_gradients(lambda s: fastkd.relation_loss(s, teacher.half(), backend=backend), [student.half()])
+    assert all(torch.equal(a, b) for a, b in zip(same, mixed, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["tile", "gram"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_raw_rows(backend: str, algorithm: str) -> None:
+    student, teacher = features(2, 33, 24, 40)
+    check(student, teacher, 33, normalize=False, backend=backend, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_an_index(backend: str) -> None:
+    student, teacher = features(3, 33, 24, 40)
+    index = torch.randint(0, 99, (50,), device=DEVICE)  # with repeats
+    assert len(index.unique()) < 50
+    check(student, teacher, 50, scope="batch", index=index, backend=backend)
+    everything = fastkd.relation_loss(
+        student, teacher, scope="batch", index=torch.arange(99, device=DEVICE), backend=backend
+    )
+    whole = fastkd.relation_loss(student, teacher, scope="batch", backend=backend)
+    assert relative_difference(everything, whole) < 1e-5
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("algorithm", ["tile", "gram"])
+def test_gradcheck(algorithm: str, scope: str) -> None:
+    student, teacher = features(2, 5, 4, 6, torch.float64)
+    student.requires_grad_()
+    for module, options in ((fastkd, {"algorithm": algorithm, "backend": "eager"}), (reference, {})):
+        assert torch.autograd.gradcheck(lambda s: module.relation_loss(s, teacher, scope=scope, **options), (student,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("algorithm", ["tile", "gram"])
+@pytest.mark.parametrize("case", golden.cases("manifold_intra", "manifold_inter", "manifold_random"), ids=golden.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_terms(backend: str, case: golden.Case, algorithm: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and backend not in backends("relation_fwd", torch.float64):
+        pytest.skip("this backend has no float64")
+    x = {k: v.to(DEVICE, dtype) if v.is_floating_point() else v.to(DEVICE) for k, v in golden.load(case).items()}
+    scope = {"manifold_intra": "intra", "manifold_inter": "inter", "manifold_random": "batch"}[case["op"]]
+    loss, grad = loss_and_gradients(
+        lambda s: fastkd.relation_loss(
+            s, x["in.teacher"], scope=scope, index=x.get("in.index"), algorithm=algorithm, backend=backend
+        ),
+        [x["in.student"]],
+    )
+    expected = x["grad.student"]
+    if "edge" in case:  # a zero token: the official gradient there is 1e10, ours 0; the others agree
+        zero = x["in.student"].norm(dim=-1) == 0
+        assert zero.any() and (grad[zero] == 0).all()
+        grad, expected = grad[~zero], expected[~zero]
+    assert relative_difference(loss, x["loss"]) <= golden.tolerance(case, dtype, "loss")
+    assert relative_difference(grad, expected) <= golden.tolerance(case, dtype, "grad")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", golden.cases("mf_loss"), ids=golden.name)
+def test_golden_manifold_loss(case: golden.Case, dtype: torch.dtype) -> None:
+    x = {k: v.to(dtype) if v.is_floating_point() else v for k, v in golden.load(case).items()}
+    p = case["params"]
+    drop = p["drop_leading_student_tokens"]
+    students = [x[f"in.student_block{i}"].requires_grad_() for i in p["s_id"]]
+    teachers = [x[f"in.teacher_block{i}"] for i in p["t_id"]]
+    module = losses.ManifoldLoss(intra=p["w_patch"], inter=p["w_sample"], random=p["w_rand"], num_samples=p["K"])
+    indices = [x[f"in.index{layer}"] for layer in range(len(students))]
+    loss, terms = module([s[:, drop:] for s in students], teachers, indices=indices, return_terms=True)
+    grads = torch.autograd.grad(loss, students)
+    assert relative_difference(loss, x["loss"]) <= golden.tolerance(case, dtype, "loss")
+    for term, weight, part in zip(
+        terms, ("w_patch", "w_sample", "w_rand"), ("patch_weighted", "sample_weighted", "rand_weighted"), strict=True
+    ):
+        assert relative_difference(p[weight] * term, x[f"loss.{part}"]) <= golden.tolerance(case, dtype, "loss"), part
+    for i, grad in zip(p["s_id"], grads, strict=True):
+        assert relative_difference(grad, x[f"grad.student_block{i}"]) <= golden.tolerance(case, dtype, "grad")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", golden.cases("gram_loss"), ids=golden.name)
+def test_golden_gram_loss(case: golden.Case, dtype: torch.dtype) -> None:
+    x = {k: v.to(dtype) if v.is_floating_point() else v for k, v in golden.load(case).items()}
+    p = case["params"]
+    module = compat.GramLoss(
+        apply_norm=p["apply_norm"],
+        remove_neg=p["remove_neg"],
+        remove_only_teacher_neg=p["remove_only_teacher_neg"],
+    )
+    loss, grad = loss_and_gradients(
+        lambda s: module(s, x["in.teacher"], img_level=p["img_level"]), [x["in.student"]]
+    )
+    assert relative_difference(loss, x["loss_f64"]) <= golden.tolerance(case, dtype, "loss")
+    assert relative_difference(grad, x["grad_f64.student"]) <= golden.tolerance(case, dtype, "grad")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layer_mf_loss_is_the_three_terms(backend: str) -> None:
+    student, teacher = features(3, 9, 16, 24)
+    index = torch.randperm(27, device=DEVICE)[:12]
+    with fastkd.backend(backend):
+        patch, sample, rand = compat.layer_mf_loss(student, teacher, 12, index=index)
+    assert relative_difference(patch, reference.relation_loss(student, teacher)) < 1e-5
+    assert relative_difference(sample, reference.relation_loss(student, teacher, scope="inter")) < 1e-5
+    assert relative_difference(rand, reference.relation_loss(student, teacher, scope="batch", index=index)) < 1e-5
+
+
+@pytest.mark.parametrize("loss", [1.0, 1e-3, 1e-6, 1e-8])
+@pytest.mark.parametrize("algorithm", ["tile", "gram"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_near_a_match(backend: str, algorithm: str, loss: float) -> None:
+    """A rotated student plus noise: the loss within 1e-5, the gradient within 1e-3, down to a loss of about 1e-8."""
+    teacher = torch.randn(2, 197, 96, device=DEVICE)
+    rotation = torch.linalg.qr(torch.randn(96, 96, device=DEVICE))[0]
+    noise = {1.0: 30.0, 1e-3: 0.25, 1e-6: 7e-3, 1e-8: 7e-4}[loss]
+    student = teacher @ rotation + noise * torch.randn_like(teacher)
+    options = {"scope": "batch"}
+    oracle = loss_and_gradients(
+        lambda s: reference.relation_loss(s, teacher.double(), **options), [student.double()]
+    )
+    actual = loss_and_gradients(
+        lambda s: fastkd.relation_loss(s, teacher, **options, algorithm=algorithm, backend=backend), [student]
+    )
+    assert relative_difference(actual[0], oracle[0]) < 1e-5
+    assert ((actual[1] - oracle[1]).norm() / oracle[1].norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_student_equal_to_the_teacher(backend: str, scope: str) -> None:
+    student, _ = features(3, 33, 24, 24)
+    for algorithm in ("tile", "gram"):
+        loss, grad = loss_and_gradients(
+            lambda s, a=algorithm: fastkd.relation_loss(s, student, scope=scope, algorithm=a, backend=backend), [student]
+        )
+        assert loss <= 1e-12 and grad.abs().max() <= 1e-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_symmetries(backend: str) -> None:
+    """Order of tokens, images and axes of the feature space do not matter; batch-mates do not in intra."""
+    student, teacher = features(3, 33, 24, 40)
+
+    def loss(s: Tensor, t: Tensor, **options: str) -> Tensor:
+        return fastkd.relation_loss(s, t, backend=backend, **options)
+
+    tokens, images = torch.randperm(33, device=DEVICE), torch.randperm(3, device=DEVICE)
+    rotation = torch.linalg.qr(torch.randn(24, 24, device=DEVICE))[0]
+    for scope in SCOPES:
+        whole = loss(student, teacher, scope=scope)
+        for moved in (
+            loss(student[:, tokens], teacher[:, tokens], scope=scope),
+            loss(student[images], teacher[images], scope=scope),
+            loss(student @ rotation, teacher, scope=scope),
+            loss(3 * student, 0.1 * teacher, scope=scope),
+        ):
+            assert relative_difference(moved, whole) < 1e-5
+    alone = torch.stack([loss(student[b : b + 1], teacher[b : b + 1]) for b in range(3)]).mean()
+    assert relative_difference(alone, loss(student, teacher)) < 1e-6
+
+
+@pytest.mark.parametrize("algorithm", ["tile", "gram"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_zeros(backend: str, dtype: torch.dtype, algorithm: str) -> None:
+    student, teacher = features(2, 9, 16, 24, dtype)
+    student[0, 3], teacher[1, 4] = 0, 0
+    check(student, teacher, 9, algorithm=algorithm, backend=backend)
+    _, grad = loss_and_gradients(lambda s: fastkd.relation_loss(s, teacher, backend=backend), [student])
+    assert (grad[0, 3] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_with_a_grad_scaler(backend: str) -> None:
+    """An incoming gradient of 65536 keeps entries that would round to zero without it."""
+    student, teacher = features(4, 33, 24, 40, torch.float16)
+    (s64, t64) = (x.double() for x in (student, teacher))
+    _, oracle = loss_and_gradients(lambda s: reference.relation_loss(s, t64), [s64], 65536.0)
+    _, grad = loss_and_gradients(lambda s: fastkd.relation_loss(s, teacher, backend=backend), [student], 65536.0)
+    assert ((grad - oracle).norm() / oracle.norm()).item() < 1e-3
+
+
+def test_manifold_loss_draws_rows() -> None:
+    student, teacher = features(3, 33, 24, 40)
+    a, b = (torch.Generator(DEVICE).manual_seed(1) for _ in range(2))
+    first, second = (fastkd.manifold_loss(student, teacher, num_samples=20, generator=g) for g in (a, b))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, fastkd.manifold_loss(student, teacher, num_samples=20, generator=a))
+    every_row = fastkd.manifold_loss(student, teacher, num_samples=1000, return_terms=True)[1][2]
+    assert relative_difference(every_row, reference.relation_loss(student, teacher, scope="batch")) < 1e-5
+
+
+def test_a_weight_of_zero_leaves_its_term_out() -> None:
+    student, teacher = features(3, 33, 24, 40)
+    loss = fastkd.manifold_loss(student, teacher, intra=2.0, inter=0.0, random=0.0)
+    assert relative_difference(loss, 2 * reference.relation_loss(student, teacher)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("n", "rectify", "expected"), [(197, "none", "tile"), (25088, "none", "gram"), (25088, "both", "tile")]
+)
+def test_the_cheaper_algorithm_is_taken(n: int, rectify: str, expected: str) -> None:
+    assert pick_algorithm(n, 192, 384, rectify, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"student": [1.0]}, TypeError, "student must be a tensor"),
+        ({"student": torch.ones(2, 9, 16, dtype=torch.int64)}, TypeError, "student must be float64"),
+        ({"student": torch.ones(9, 16)}, ValueError, r"student must have shape \(B, N, Ds\)"),
+        ({"teacher": torch.ones(9, 16)}, ValueError, r"teacher must have shape \(B, N, Dt\)"),
+        ({"student": torch.ones(3, 9, 16)}, ValueError, "must agree in images and tokens"),
+        ({"student": torch.ones(2, 10, 16)}, ValueError, "drop class tokens"),
+        ({"student": torch.ones(2, 0, 16), "teacher": torch.ones(2, 0, 16)}, ValueError, "student must not be empty"),
+        ({"teacher": torch.ones(2, 9, 16, device="meta")}, ValueError, "teacher must be on the device of student"),
+        ({"teacher": torch.ones(2, 9, 16, requires_grad=True)}, ValueError, "detach it"),
+        ({"scope": "image"}, ValueError, "scope must be one of 'intra', 'inter', 'batch', got 'image'"),
+        ({"rectify": True}, ValueError, "rectify must be one of"),
+        ({"algorithm": "fft"}, ValueError, "algorithm must be one of"),
+        ({"algorithm": "gram", "rectify": "both"}, ValueError, "use 'tile'"),
+        ({"eps": -1.0}, ValueError, "eps must be a finite number >= 0"),
+        ({"index": torch.arange(3)}, ValueError, "index needs scope='batch'"),
+        ({"index": torch.arange(3.0), "scope": "batch"}, TypeError, "index must be an int64 tensor"),
+        ({"index": torch.arange(0), "scope": "batch"}, ValueError, "K >= 1"),
+        ({"index": torch.tensor([18]), "scope": "batch"}, RuntimeError, r"index must lie in \[0, B\*N = 18\)"),
+        ({"index": torch.tensor([-1]), "scope": "batch"}, RuntimeError, "index must lie in"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, eager, native, triton"),
+    ],
+    ids=lambda x: "+".join(x) if isinstance(x, dict) else None,
+)
+def test_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments: dict[str, object] = {"student": torch.ones(2, 9, 16), "teacher": torch.ones(2, 9, 16)}
+    with pytest.raises(error, match=message):
+        fastkd.relation_loss(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"num_samples": 0}, ValueError, "num_samples must be at least 1"),
+        ({"num_samples": 1.5}, TypeError, "num_samples must be an int"),
+        ({"intra": -1.0}, ValueError, "intra must be a finite number >= 0"),
+        ({"inter": float("nan")}, ValueError, "inter must be a finite number"),
+        ({"random": torch.ones(())}, TypeError, "random must be a Python number"),
+    ],
+    ids=lambda x: "+".join(x) if isinstance(x, dict) else None,
+)
+def test_bad_weights(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastkd.manifold_loss(torch.ones(2, 9, 16), torch.ones(2, 9, 16), **change)
+
+
+def test_bad_layers() -> None:
+    x = torch.ones(2, 9, 16)
+    with pytest.raises(ValueError, match="2 and 1 layers"):
+        losses.ManifoldLoss()([x, x], [x])
+    with pytest.raises(ValueError, match="0 and 0 layers"):
+        losses.ManifoldLoss()([], [])
+    with pytest.raises(ValueError, match="one tensor per layer"):
+        losses.ManifoldLoss()([x], [x], indices=[])
+    with pytest.raises(ValueError, match="exclude each other"):
+        compat.GramLoss(remove_neg=True, remove_only_teacher_neg=True)
+    with pytest.raises(ValueError, match="detach it"):
+        compat.GramLoss()(x, x.clone().requires_grad_())
