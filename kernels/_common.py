@@ -50,6 +50,21 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def architecture(device: torch.device) -> str:
+    """Which row of a table of configurations: "8.x" (and 12.x, alike in shared memory), "9.0", "10.x" or "cdna"."""
+    if torch.version.hip is not None:
+        return "cdna"
+    if device.type != "cuda":
+        return "9.0"  # interpreted: what the largest cards run
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: "9.0", 10: "10.x"}.get(major, "8.x")
+
+
+def float32_products() -> str:
+    """Precision of float32 products: full unless PyTorch's own are allowed tf32."""
+    return "tf32" if torch.version.hip is None and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
 @triton.jit
 def merge_moments(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     """Moments (count, mean, sum of squared deviations) of two sets joined; either may be empty."""

@@ -255,17 +255,17 @@ def test_reading_outside_a_pass():
     assert_clean(model)
 
 
-@pytest.mark.parametrize("grab", [lambda m: capture.tokens(m, [0]), lambda m: capture.qkv(m, [0])])
+@pytest.mark.parametrize("grab", [lambda m: capture.tokens(m, [1]), lambda m: capture.qkv(m, [1])])
 def test_an_exception_passes_and_leaves_nothing(grab):
     model = build("vit")
-    breaks = model.blocks[0].attn.proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    breaks = model.blocks[1].attn.proj.register_forward_pre_hook(lambda *_: 1 / 0)
     with grab(model) as captured:
         with pytest.raises(ZeroDivisionError):
             model(IMAGES)  # between the start and the end of a hooked block
         breaks.remove()
         model(IMAGES)
         assert captured[0] is not None
-    breaks = model.blocks[0].attn.proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    breaks = model.blocks[1].attn.proj.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), grab(model):
         model(IMAGES)
     breaks.remove()
@@ -467,6 +467,17 @@ def test_compile_and_checkpointing(grab, fullgraph):
         again, _, found = gradients(model, enter, read)
     torch.testing.assert_close(again, values)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_model_inside_a_compiled_one():
+    model = build("vit_small")
+    outer = torch.compile(Plain(model), backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(4):
+            with capture.qkv(model, [1]) as captured:
+                outer(IMAGES)
+                assert captured[0].q.requires_grad
 
 
 # bn_inputs

@@ -109,11 +109,11 @@ def _head_mean(x: _Map) -> _Map:
     return _Map(y, x.p.mean(1, keepdim=True), torch.ones_like(x.l[:, :1]), x.total.mean(1, keepdim=True))
 
 
-def _log_ratio(a: _Map, b: _Map, has_holes: bool) -> Tensor:
-    """log(p_a / p_b) without the rounding of either logarithm; 0 where p_a is 0 and it carries no weight."""
+def _log_ratio(a: _Map, b: _Map, absent: Tensor | None) -> Tensor:
+    """log(p_a / p_b) without the rounding of either logarithm; 0 where absent, keys that carry no weight."""
     x = a.y - b.y
     x += torch.log1p((b.l - a.l) / a.l)
-    return x.masked_fill_(a.p == 0, 0) if has_holes else x
+    return x if absent is None else x.masked_fill_(absent, 0)
 
 
 def _divergence(name: str, s: _Map, t: _Map, has_holes: bool) -> tuple[Tensor, Tensor]:
@@ -124,23 +124,31 @@ def _divergence(name: str, s: _Map, t: _Map, has_holes: bool) -> tuple[Tensor, T
     """
     if name == "kl":
         dlog = s.p - t.p
-        terms = _log_ratio(t, s, has_holes).mul_(t.p).add_(dlog)
+        terms = _log_ratio(t, s, t.p == 0 if has_holes else None).mul_(t.p).add_(dlog)
         return terms.sum(-1, keepdim=True) - (s.total - t.total), dlog
     if name == "reverse_kl":
-        dlog = _log_ratio(s, t, has_holes).mul_(s.p)
+        dlog = _log_ratio(s, t, s.p == 0 if has_holes else None).mul_(s.p)
         return (dlog - s.p).add_(t.p).sum(-1, keepdim=True) + (s.total - t.total), dlog
     if name == "ce":
         y = s.y.masked_fill(t.p == 0, 0) if has_holes else s.y
         return t.total * s.l.log() - (t.p * y).sum(-1, keepdim=True), s.p - t.p
-    dlog = s.p - t.p
     if name == "mse":
-        loss = dlog.square().mean(-1, keepdim=True)
-        return loss, dlog.mul_(s.p).mul_(2 / dlog.shape[-1])
-    # js: with r = (p_s - p_t) / (p_s + p_t), log(p_s / m) = log(1 + r) and log(p_t / m) = log(1 - r).
-    info = torch.finfo(dlog.dtype)
-    r = dlog.div_((s.p + t.p).clamp_min_(info.tiny)).clamp_(info.eps - 1, 1 - info.eps)
-    dlog = torch.log1p(r).mul_(s.p).mul_(0.5)
-    return dlog.sum(-1, keepdim=True) + torch.log1p(r.neg_()).mul_(t.p).sum(-1, keepdim=True) / 2, dlog
+        d = s.p - t.p
+        return d.square().mean(-1, keepdim=True), (d * s.p).mul_(2 / d.shape[-1])
+    # js: log(p_s / m) = -log(1 + (e^-x - 1)/2), x = log(p_s / p_t); beyond 80 its weight p_s is 0.
+    x = _log_ratio(s, t, (s.p == 0) & (t.p == 0) if has_holes else None).clamp_(-80, 80)
+    dlog = torch.expm1(-x).mul_(0.5).log1p_().mul_(s.p).mul_(-0.5)
+    other = torch.expm1(x).mul_(0.5).log1p_().mul_(t.p).mul_(-0.5)
+    return (dlog + other).sum(-1, keepdim=True), dlog
+
+
+def _through_softmax(dlog: Tensor, x: _Map) -> None:
+    """dz = dlog - p Σ dlog, in place of dlog. Taken from dlog - c p, which is the same, with c such that the likeliest
+    key has 0: where a row is all but one key, dlog there is 1/(1 - p) times what is left of it."""
+    top = x.p.argmax(-1, keepdim=True)
+    c = dlog.gather(-1, top) / x.p.gather(-1, top).clamp_min_(torch.finfo(x.p.dtype).tiny)
+    dlog.addcmul_(x.p, c, value=-1).scatter_(-1, top, 0)
+    dlog.addcmul_(x.p, dlog.sum(-1, keepdim=True), value=-1)
 
 
 def _softmax_loss(divergence: str, heads: str, z_s: Tensor, z_t: Tensor, off: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -156,7 +164,7 @@ def _softmax_loss(divergence: str, heads: str, z_s: Tensor, z_t: Tensor, off: Te
         if has_holes:
             dz.masked_fill_(s.y == NEVER, 0)
     if heads == "mean" or divergence not in ("kl", "ce"):  # these two sum to 0 over a row as they are
-        dz.addcmul_(each.p, dz.sum(-1, keepdim=True), value=-1)
+        _through_softmax(dz, each)
     if off is not None:
         loss.masked_fill_(t.total == 0, 0)
         dz.masked_fill_(off | (s.total == 0) | (t.total == 0), 0)

@@ -161,6 +161,14 @@ def _rows(query_slice: slice | None, N_q: int) -> slice:
     return slice(start, stop, step)
 
 
+def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors given twice become views: torch.compile wants the inputs of an autograd function to differ."""
+    out: list[Tensor | None] = []
+    for x in tensors:
+        out.append(x.view_as(x) if x is not None and any(x is y for y in out) else x)
+    return out
+
+
 def attention_loss(
     q_student: Tensor,
     k_student: Tensor,
@@ -269,13 +277,10 @@ def attention_loss(
     algorithm = "tile"
     if divergence == "score_mse" and reduction != "none" and bias_s is None and bias_t is None and not is_causal:
         algorithm = pick_algorithm(q_student.shape[2], N_k, d_s, d_t, q_student.device)
-    # One tensor given twice is one input of the operator; torch.compile would refuse the other way.
     is_shared = k_student is q_student and algorithm == "tile"
-    if k_student is q_student:
-        k_student = q_student.view_as(q_student)
-    if k_teacher is q_teacher:
-        k_teacher = q_teacher.view_as(q_teacher)
-    inputs = (q_student, None if is_shared else k_student, q_teacher, k_teacher, bias_s, bias_t, key_mask, row_weight)
+    inputs = _distinct(
+        q_student, None if is_shared else k_student, q_teacher, k_teacher, bias_s, bias_t, key_mask, row_weight
+    )
     if reduction == "none":
         return _AttentionRows.apply(*inputs, impl, *options)
     wanted = (

@@ -65,15 +65,14 @@ def intra_divergence_loss(
         same = labels[:, None] == labels
         other = ~same
         same.fill_diagonal_(False)
-        easy = distance.masked_fill(other, torch.inf).fill_diagonal_(torch.inf).argmin(1)
+        easy = distance.masked_fill(~same, torch.inf).argmin(1)
         hard = distance.masked_fill(~same, -torch.inf).argmax(1)
-        boundary = distance.masked_fill(~other, torch.inf).amin(1)  # inf without another class
-        anchors, bounded = same.any(1), other.any(1)
-        boundary = boundary.masked_fill(~bounded, 0)
+        to_boundary = distance.masked_fill(~other, torch.inf).amin(1)  # inf without another class
+        anchors = same.any(1)
 
     # vector_norm's gradient at 0 is 0: duplicates of an image get none from each other.
     to_easy = torch.linalg.vector_norm(z - z[easy], dim=-1)
     to_hard = torch.linalg.vector_norm(z - z[hard].detach(), dim=-1)
-    radius = (to_hard - boundary + boundary_margin).clamp_min(0)
-    terms = radius.masked_fill(~bounded, 0) - to_easy.clamp_max(spread_margin)
+    radius = (to_hard - to_boundary + boundary_margin).clamp_min(0)
+    terms = radius - to_easy.clamp_max(spread_margin)
     return once(terms.masked_fill(~anchors, 0).sum() / anchors.sum().clamp_min(1), "intra_divergence_loss")

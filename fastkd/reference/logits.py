@@ -11,8 +11,8 @@ def _float(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _without(z: Tensor, label: Tensor) -> Tensor:
     """The C - 1 logits of the other classes."""
-    others = torch.arange(z.shape[1], device=z.device) != label[:, None]
-    return z[others].view(len(z), -1)
+    i = torch.arange(z.shape[1] - 1, device=z.device)
+    return z.gather(1, i + (i >= label[:, None]))
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, *, temperature: float, reduction: str = "batchmean") -> Tensor:

@@ -54,15 +54,15 @@ class Settings:
 DIGITS = Settings(
     img_size=64,
     student="vit_tiny_patch16_224",
-    student_args={"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3},
+    student_args={"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2},
     teacher="resnet18",
     teacher_args={"output_stride": 8, "channels": (16, 32, 64, 64), "stem_width": 16},
     teacher_layers=("layer2.1", "layer3.0", "layer3.1", "layer4.0"),
-    teacher_epochs=6,
+    teacher_epochs=4,
     teacher_lr=3e-3,
     epochs=20,
     warmup_epochs=2,
-    batch_size=32,
+    batch_size=16,
     lr=1e-3,
     workers=0,
 )

@@ -1,0 +1,161 @@
+"""What a benchmark is made of: a case, the providers that compute it, the bars it is held to."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Result = Tensor | tuple[Tensor, ...]
+
+COPY, MATMUL = "copy", "matmul"
+"""Rivals of every case: its bytes at the rate of a clone, its operations at that of a matrix product."""
+
+ALLOWANCE = "allowance"
+"""Rival of every case with an `allowance`: that much memory."""
+
+MB = 2**20
+
+
+class Inputs(NamedTuple):
+    """What a provider is called with: the tensors it is differentiated in, then the others."""
+
+    leaves: tuple[Tensor, ...]
+    constants: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a case.
+
+    Args:
+        call: (*leaves, *constants) -> tensor or tensors; None where there is nothing to differentiate.
+        compiled: run through torch.compile.
+        prepare: applied to each floating-point input beforehand, untimed: another dtype, fewer images.
+        gated: must agree with the oracle. What does not compute the case (a floor) is not.
+    """
+
+    call: Callable[..., Result | None]
+    compiled: bool = False
+    prepare: Callable[[Tensor], Tensor] | None = None
+    gated: bool = True
+
+
+class Bar(NamedTuple):
+    """fastkd's goal: a rival's figure over fastkd's is at_least so much.
+
+    rival: a provider, "others" (the best of all that are gated), COPY, MATMUL or ALLOWANCE.
+    or_below: seconds (bytes) that satisfy the bar by themselves.
+    """
+
+    rival: str
+    at_least: float
+    what: Literal["time", "memory"] = "time"
+    or_below: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A loss on shapes of a real model.
+
+    Args:
+        name: "<stem>/<what>-<model>...", unique.
+        inputs: (device, dtype) -> Inputs, the same values at every call.
+        providers: by name; the first is the yardstick of the accuracy gate.
+        oracle: in float64, terms whose sum is the result, each differentiated and freed before the next is formed.
+        reduced: how many terms a sum that leads to one element has.
+        flops: operations that the algorithm needs, forward and (if so run) backward.
+        reads: how often the leaves must be read; constants are read once, gradients written once.
+        allowance: (bytes of the gradients) -> peak extra memory that fastkd may take.
+        backward: differentiate; otherwise run under no_grad.
+    """
+
+    name: str
+    inputs: Callable[[str, torch.dtype], Inputs]
+    providers: Mapping[str, Provider]
+    oracle: Callable[..., Iterable[Result]]
+    reduced: int
+    flops: float
+    reads: int = 1
+    bars: tuple[Bar, ...] = ()
+    allowance: Callable[[int], float] | None = None
+    backward: bool = True
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return self.name
+
+    def gradient_bytes(self, inputs: Inputs) -> int:
+        return sum(x.nbytes for x in inputs.leaves) if self.backward else 0
+
+    def bytes(self, inputs: Inputs) -> int:
+        """What must be read and written."""
+        read = self.reads * sum(x.nbytes for x in inputs.leaves) + sum(x.nbytes for x in inputs.constants)
+        return read + self.gradient_bytes(inputs)
+
+
+def as_tuple(result: Result) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def incoming(results: tuple[Tensor, ...]) -> list[Tensor]:
+    """A gradient for each result: 1 for a scalar, uneven for the elements of a vector."""
+    return [
+        torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device).view_as(x) if x.ndim else torch.ones_like(x)
+        for x in results
+    ]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is timed: one call of a provider, forward and backward, to results and gradients."""
+
+    call: Callable[..., Result | None]
+    inputs: Inputs
+    backward: bool
+
+    @classmethod
+    def of(cls, provider: Provider, inputs: Inputs, backward: bool) -> "Step":
+        """Ready to run: compiled (at its first call), its inputs prepared."""
+        prepare = provider.prepare
+
+        def ready(x: Tensor) -> Tensor:
+            return prepare(x) if prepare is not None and x.is_floating_point() else x
+
+        leaves = tuple(ready(x).detach().requires_grad_(backward) for x in inputs.leaves)
+        call = torch.compile(provider.call, dynamic=False) if provider.compiled else provider.call
+        return cls(call, Inputs(leaves, tuple(map(ready, inputs.constants))), backward)
+
+    def __call__(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        with torch.set_grad_enabled(self.backward):
+            result = self.call(*self.inputs.leaves, *self.inputs.constants)
+            if result is None:
+                return (), ()
+            results = as_tuple(result)
+            if not self.backward:
+                return results, ()
+            return results, torch.autograd.grad(results, self.inputs.leaves, incoming(results))
+
+
+def oracle(case: Case, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+    """Results and gradients in float64, from the inputs as the providers get them."""
+    wide: list[Any] = [x.double() if x.is_floating_point() else x for x in (*inputs.leaves, *inputs.constants)]
+    leaves = [x.requires_grad_(case.backward) for x in wide[: len(inputs.leaves)]]
+    total: list[Tensor] = []
+    for term in case.oracle(*wide):
+        results = as_tuple(term)
+        if case.backward:
+            torch.autograd.backward(results, incoming(results))
+        total = [x.detach() + (total[i] if total else 0) for i, x in enumerate(results)]
+    return total, [x.grad for x in leaves if x.grad is not None]
+
+
+def mean_over_groups(function: Callable[..., Tensor], *tensors: Tensor, entries: int) -> Iterable[Tensor]:
+    """Terms of a loss that is the mean over dimension 0, 256 MB a map of `entries` a group at a time."""
+    groups = len(tensors[0])
+    step = max(1, 2**25 // entries)
+    for i in range(0, groups, step):
+        chunk = [x[i : i + step] for x in tensors]
+        yield function(*chunk) * (len(chunk[0]) / groups)

@@ -1,0 +1,82 @@
+"""Relation losses: maps as their papers' codes build them, the Gram identity, fastkd."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastkd
+from benchmarks.case import Provider
+from fastkd.losses import ManifoldLoss
+from fastkd.ops.relation import Scope
+
+
+def groups(x: Tensor, scope: Scope) -> Tensor:
+    """(B, N, D) -> (G, n, D), as a view."""
+    if scope == "intra":
+        return x
+    return x.transpose(0, 1) if scope == "inter" else x.flatten(0, 1).unsqueeze(0)
+
+
+def difference_of_maps(s: Tensor, t: Tensor) -> Tensor:
+    """1/(G n²) Σ ‖S Sᵀ - T Tᵀ‖², with the maps; 16-bit maps, as autocast has them, are squared in float32."""
+    s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
+    difference = s @ s.mT - t @ t.mT
+    return difference.to(torch.promote_types(s.dtype, torch.float32)).square().mean()
+
+
+def difference_by_grams(s: Tensor, t: Tensor) -> Tensor:
+    """The same as 1/(G n²) Σ ‖SᵀS‖² - 2‖SᵀT‖² + ‖TᵀT‖²: D x D matrices alone."""
+    acc = torch.promote_types(s.dtype, torch.float32)
+    s, t = F.normalize(s.to(acc), dim=-1), F.normalize(t.to(acc), dim=-1)
+    ss, st, tt = s.mT @ s, s.mT @ t, t.mT @ t
+    total = ss.square().sum() - 2 * st.square().sum() + tt.square().sum()
+    return total / (s.shape[0] * s.shape[1] ** 2)
+
+
+def _scoped(loss: Callable[[Tensor, Tensor], Tensor], scope: Scope, student: Tensor, teacher: Tensor) -> Tensor:
+    return loss(groups(student, scope), groups(teacher, scope))
+
+
+def relation(scope: Scope) -> dict[str, Provider]:
+    eager = partial(_scoped, difference_of_maps, scope)
+    return {
+        "eager": Provider(eager),
+        "compile": Provider(eager, compiled=True),
+        "gram identity": Provider(partial(_scoped, difference_by_grams, scope)),
+        "fastkd": Provider(partial(fastkd.relation_loss, scope=scope)),
+    }
+
+
+def _layers(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(students, teachers, indices), given one after the other."""
+    n = len(tensors) // 3
+    return tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+
+
+def _manifold(loss: Callable[[Tensor, Tensor], Tensor], *tensors: Tensor) -> Tensor:
+    terms = []
+    for s, t, index in zip(*_layers(tensors), strict=True):
+        rows = (groups(x, "batch")[:, index] for x in (s, t))
+        intra, inter = loss(s, t), _scoped(loss, "inter", s, t)
+        terms.append(4 * intra + 0.1 * inter + 0.2 * loss(*rows))
+    return torch.stack(terms).mean()
+
+
+def _manifold_fastkd(*tensors: Tensor) -> Tensor:
+    students, teachers, indices = _layers(tensors)
+    loss = ManifoldLoss()(students, teachers, indices=indices)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def manifold() -> dict[str, Provider]:
+    eager = partial(_manifold, difference_of_maps)
+    return {
+        "eager": Provider(eager),
+        "compile": Provider(eager, compiled=True),
+        "gram identity": Provider(partial(_manifold, difference_by_grams)),
+        "fastkd": Provider(_manifold_fastkd),
+    }

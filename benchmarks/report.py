@@ -1,0 +1,138 @@
+"""Measured cases as a table for people and as JSON."""
+
+import json
+import math
+import re
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.case import MB, Bar
+from benchmarks.measure import Figures, Measured, Verdict
+from fastkd import info
+
+ROOT = Path(__file__).parent
+HEAD = (
+    f"  {'provider':<18}{'ms':>10}  {'p20-p80':<17}{'/eager':>8}{'/compile':>9}{'MB':>7}{'loss err':>10}{'grad err':>10}"
+    f"  {'GB/s (copy)':<14}GFLOP/s (product)"
+)
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def header(device: str) -> dict[str, Any]:
+    """Where, when and with what the figures were measured."""
+    found = info.collect()
+    cpu = found["devices"][0].removeprefix("cpu: ")
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {
+        "machine": re.sub(r"[^a-z0-9]+", "-", (gpu or cpu).lower().replace("(r)", "")).strip("-"),
+        "cpu": cpu,
+        "gpu": gpu,
+        "versions": found["versions"],
+        "backends": {name: not why_not for name, why_not in found["backends"].items()},
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def results_file(machine: str) -> Path:
+    return ROOT / "results" / f"{machine}.json"
+
+
+def title(head: dict[str, Any]) -> str:
+    versions = "  ".join(f"{name} {version or '-'}" for name, version in head["versions"].items())
+    return f"{head['gpu'] or head['cpu']}\n{versions}\ncommit {head['commit']}, {head['date']}\n"
+
+
+def _cell(value: float | None, pattern: str, width: int) -> str:
+    return f"{'-' if value is None or math.isnan(value) else pattern.format(value):>{width}}"
+
+
+def _row(name: str, f: Figures, measured: Measured) -> str:
+    errors = _cell(f.loss_error, "{:.0e}", 9) + _cell(f.gradient_error, "{:.0e}", 9)
+    if not f.times:
+        return f"  {name:<18}{'-':>10}  {'':<17}{'':>7}{'':>8}{'':>8}{errors}  {f.failure}"
+    ratios = "".join(
+        _cell(None if other is None or not other.times else other.median / f.median, "{:.2f}x", width)
+        for other, width in ((measured.figures.get("eager"), 7), (measured.figures.get("compile"), 8))
+    )
+    spread = f"{f.quantile(0.2) * 1e3:.3g}-{f.quantile(0.8) * 1e3:.3g}"
+    bytes_s, flop_s = measured.bytes / f.median, measured.case.flops / f.median
+    rates = f"{bytes_s / 1e9:.1f} ({bytes_s / measured.copy:.0%})"
+    if not measured.case.providers[name].gated:
+        rates, flops = "", ""
+    else:
+        flops = f"{flop_s / 1e9:.0f} ({flop_s / measured.matmul:.0%})"
+    megabytes = _cell(None if f.memory is None else f.memory / MB, "{:.0f}", 8)
+    return f"  {name:<18}{f.median * 1e3:>10.3f}  {spread:<17}{ratios}{megabytes}{errors}  {rates:<14}{flops}"
+
+
+def _number(x: float) -> str:
+    return f"{x:.3g}"
+
+
+def _verdict(verdict: Verdict) -> str:
+    bar: Bar = verdict.bar
+    ratio = "-" if verdict.ratio is None else _number(verdict.ratio)
+    alternative = f" or below {bar.or_below * 1e6:.0f} us" if bar.or_below else ""
+    what = f"{bar.rival}/fastkd {bar.what}"
+    return f"{what:<32}{ratio:>8} / {_number(bar.at_least)}{alternative}  {'pass' if verdict.passed else 'MISS'}"
+
+
+def block(measured: Measured) -> str:
+    """A case: its providers, one a line, and its bars."""
+    case = measured.case
+    rounds = max((len(f.times) for f in measured.figures.values()), default=0)
+    lines = [
+        f"{case.name}  {str(case.dtype).removeprefix('torch.')}  {'forward + backward' if case.backward else 'forward'}"
+        f"  {measured.bytes / 1e6:.1f} MB, {case.flops / 1e9:.3g} GFLOP  {rounds} rounds"
+        f"  copy {measured.copy / 1e9:.1f} GB/s, product {measured.matmul / 1e9:.0f} GFLOP/s",
+        HEAD,
+        *(_row(name, f, measured) for name, f in measured.figures.items()),
+        *(f"  bar  {_verdict(v)}" for v in measured.verdicts()),
+    ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def bars(cases: Sequence[Measured]) -> str:
+    """All bars, one a line."""
+    lines = [f"{m.case.name:<44}{_verdict(v)}" for m in cases for v in m.verdicts()]
+    missed = sum(line.endswith("MISS") for line in lines)
+    return "\n".join([*lines, f"{len(lines) - missed} of {len(lines)} bars reached"])
+
+
+def provider_json(f: Figures) -> dict[str, Any]:
+    """Seconds, bytes and relative errors."""
+    timed = (
+        {"median": f.median, "p20": f.quantile(0.2), "p80": f.quantile(0.8), "rounds": len(f.times)} if f.times else {}
+    )
+    errors = {"loss_error": f.loss_error, "gradient_error": f.gradient_error}
+    return {**timed, "memory": f.memory, **errors, **({"failure": f.failure} if f.failure else {})}
+
+
+def to_json(head: dict[str, Any], cases: Sequence[Measured]) -> str:
+    """Seconds, bytes, bytes/s and FLOP/s."""
+    rows = [
+        {
+            "case": m.case.name,
+            "device": m.case.device,
+            "dtype": str(m.case.dtype).removeprefix("torch."),
+            "backward": m.case.backward,
+            "bytes": m.bytes,
+            "flops": m.case.flops,
+            "copy": m.copy,
+            "matmul": m.matmul,
+            "providers": {name: provider_json(f) for name, f in m.figures.items()},
+            "bars": [{**v.bar._asdict(), "ratio": v.ratio, "passed": v.passed} for v in m.verdicts()],
+        }
+        for m in cases
+    ]
+    return json.dumps({"header": head, "cases": rows}, indent=1) + "\n"

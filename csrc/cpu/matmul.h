@@ -1,0 +1,92 @@
+// Single-threaded row-major matrix products for use inside at::parallel_for, on the micro-kernels that torch ships.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <cstring>
+
+// Weak: a torch linked against another BLAS may not carry them, and at::mm_out serves there.
+extern "C" {
+__attribute__((weak)) void sgemm_(
+    const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*,
+    const float*, const int*, const float*, float*, const int*);
+__attribute__((weak)) void dgemm_(
+    const char*, const char*, const int*, const int*, const int*, const double*, const double*, const int*,
+    const double*, const int*, const double*, double*, const int*);
+}
+
+namespace fastkd {
+
+enum class Op { kAsIs, kTransposed };
+
+// C (m, n) = alpha op(A) (m, k) op(B) (k, n) + beta C; beta = 0 leaves C unread.
+template <typename T>
+void gemm(
+    Op op_a, Op op_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t lda, const T* b, int64_t ldb, T beta,
+    T* c, int64_t ldc) {
+  // Row-major C = A B is column-major Cᵀ = Bᵀ Aᵀ.
+  const char *ta = op_b == Op::kAsIs ? "N" : "T", *tb = op_a == Op::kAsIs ? "N" : "T";
+  const int im = static_cast<int>(n), in = static_cast<int>(m), ik = static_cast<int>(k);
+  const int ia = static_cast<int>(ldb), ib = static_cast<int>(lda), ic = static_cast<int>(ldc);
+  if constexpr (std::is_same_v<T, float>) {
+    if (sgemm_) return sgemm_(ta, tb, &im, &in, &ik, &alpha, b, &ia, a, &ib, &beta, c, &ic);
+  } else {
+    if (dgemm_) return dgemm_(ta, tb, &im, &in, &ik, &alpha, b, &ia, a, &ib, &beta, c, &ic);
+  }
+  const auto view = [](const T* p, int64_t rows, int64_t cols, int64_t ld, Op op) {
+    const auto x = at::from_blob(const_cast<T*>(p), {rows, cols}, {ld, 1}, c10::CppTypeToScalarType<T>::value);
+    return op == Op::kAsIs ? x : x.t();
+  };
+  const auto A = op_a == Op::kAsIs ? view(a, m, k, lda, op_a) : view(a, k, m, lda, op_a);
+  const auto B = op_b == Op::kAsIs ? view(b, k, n, ldb, op_b) : view(b, n, k, ldb, op_b);
+  auto C = view(c, m, n, ldc, Op::kAsIs);
+  at::addmm_out(C, C, A, B, beta, alpha);
+}
+
+// Whether this CPU multiplies bfloat16 matrices (AMX), and torch was built to.
+inline bool has_bf16_products() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  return at::native::cpublas::could_pack(at::kBFloat16);
+#else
+  return false;
+#endif
+}
+
+// Columns of a packed operand, padded to whole tiles.
+inline int64_t packed_columns(int64_t n) {
+  return (n + 15) / 16 * 16;
+}
+
+// B (k, n) in the order the tile unit reads: pairs of rows interleaved, [k/2][packed_columns(n)][2]; zeros beyond.
+// `transposed`: src is Bᵀ (n, k).
+inline void pack_bf16(const at::BFloat16* src, int64_t ld, int64_t k, int64_t n, bool transposed, at::BFloat16* out) {
+  const int64_t cols = packed_columns(n);
+  for (int64_t p = 0; p < (k + 1) / 2; ++p) {
+    at::BFloat16* row = out + p * cols * 2;
+    const bool whole = 2 * p + 1 < k;
+    for (int64_t j = 0; j < n; ++j) {
+      const at::BFloat16* pair = transposed ? src + j * ld + 2 * p : src + 2 * p * ld + j;
+      row[2 * j] = pair[0];
+      row[2 * j + 1] = whole ? pair[transposed ? 1 : ld] : at::BFloat16(0);
+    }
+    std::memset(static_cast<void*>(row + 2 * n), 0, (cols - n) * 2 * sizeof(at::BFloat16));
+  }
+}
+
+// C (m, n) = A (m, k) B + add C, with B packed; k even. C has packed_columns(n) columns at least.
+inline void gemm_bf16(
+    int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* packed, int64_t ld_packed,
+    bool add, float* c, int64_t ldc) {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  at::native::cpublas::brgemm(m, n, k, lda, ld_packed, ldc, add, a, packed, c, /*is_vnni=*/true);
+#endif
+}
+
+inline void release_bf16() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  at::native::cpublas::brgemm_release();
+#endif
+}
+
+}  // namespace fastkd

@@ -1,0 +1,837 @@
+"""attention_loss, qkv_relation_loss and the modules and signatures made of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import compat, losses, reference
+from fastkd.eager import _common
+from fastkd.ops._dispatch import INTERPRETED
+from fastkd.ops.attention import pick_algorithm
+from fastkd.testing import (
+    DEVICE,
+    assert_matches_oracle,
+    backends,
+    loss_and_gradients,
+    poisoned_allocations,
+    relative_difference,
+    strided,
+)
+
+BACKENDS = backends("attention_fwd")
+SOFTMAX = ["kl", "reverse_kl", "js", "ce", "mse"]
+DIVERGENCES = [*SOFTMAX, "score_mse"]
+WITH_HEADS = [(d, "match") for d in DIVERGENCES] + [(d, "mean") for d in SOFTMAX]
+# (B, H, N_q, N_k, d_s, d_t): degenerate; below any tile; one past a tile of 64, cross-attention; ViT with class token.
+SHAPES = [(1, 1, 1, 1, 8, 8), (2, 3, 7, 7, 8, 24), (1, 2, 65, 130, 24, 8), (1, 2, 197, 197, 64, 24)]
+# bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+INF = float("inf")
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def operands(
+    B: int, H: int, N_q: int, N_k: int, d_s: int, d_t: int, dtype: torch.dtype = torch.float32, gain: float = 1.5
+) -> Operands:
+    """(q, k) of a student and a teacher; scores of unit variance times gain²."""
+    return tuple(  # type: ignore[return-value]
+        (gain * torch.randn(B, H, N, d, device=DEVICE)).to(dtype) for d in (d_s, d_t) for N in (N_q, N_k)
+    )
+
+
+def half_of(*shape: int) -> Tensor:
+    """A mask with about a third False, the first column True."""
+    mask = torch.rand(shape, device=DEVICE) > 0.3
+    mask[:, 0] = True
+    return mask
+
+
+def check(x: Operands, bias: Tensor | None = None, *, backend: str = "eager", incoming: float = 1.0, **options) -> None:
+    """Hold fastkd.attention_loss to the oracle rule: loss, and the gradients of q, k and a student's bias."""
+    q, k, *teacher = x
+    inputs = [q, k] if bias is None else [q, k, bias]
+
+    def run(function, dtype: torch.dtype | None, **more) -> tuple[Tensor, ...]:
+        def cast(v):
+            return v.to(dtype) if dtype and isinstance(v, Tensor) and v.is_floating_point() else v
+
+        others, fixed = [cast(t) for t in teacher], {name: cast(v) for name, v in (options | more).items()}
+        return loss_and_gradients(
+            lambda q, k, b=None: function(q, k, *others, bias_student=b, **fixed), [cast(v) for v in inputs], incoming
+        )
+
+    with poisoned_allocations():
+        actual = run(fastkd.attention_loss, None, backend=backend)
+    oracle, eager = run(reference.attention_loss, torch.float64), run(reference.attention_loss, q.dtype)
+    for name, a, e, o in zip(("loss", "dq", "dk", "dbias"), actual, eager, oracle, strict=False):
+        assert_matches_oracle(a, e.to(a.dtype), o, k.shape[2] * q.shape[3], name)
+
+
+@pytest.fixture
+def _strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_common, "CHUNK", 30000)  # several strips and a tail at these sizes
+
+
+@pytest.mark.usefixtures("_strips")
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_oracle(backend: str, dtype: torch.dtype, shape: tuple[int, ...], divergence: str) -> None:
+    check(operands(*shape, dtype), divergence=divergence, backend=backend)
+
+
+@pytest.mark.usefixtures("_strips")
+@pytest.mark.parametrize("divergence", SOFTMAX)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_head_averages(backend: str, dtype: torch.dtype, divergence: str) -> None:
+    (q, k, _, _), (_, _, tq, tk) = operands(2, 3, 33, 33, 8, 8, dtype), operands(2, 5, 33, 33, 8, 24, dtype)
+    check((q, k, tq, tk), heads="mean", divergence=divergence, backend=backend)
+
+
+MASKED = {
+    "key_mask": {"key_mask": (2, 33)},
+    "query_mask": {"query_mask": (2, 33)},
+    "both": {"key_mask": (2, 33), "query_mask": (2, 33), "temperature": 2.0},
+    "causal": {"is_causal": True},
+    "causal_rows": {"is_causal": True, "query_slice": slice(5, -2, 3), "key_mask": (2, 33)},
+    "rows": {"query_slice": slice(0, 1), "query_mask": (2, 33), "temperature": 0.5},
+    "scales": {"scale_student": 0.1, "scale_teacher": 1},
+}
+
+
+@pytest.mark.usefixtures("_strips")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("options", MASKED.values(), ids=MASKED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options(backend: str, options: dict, divergence: str, reduction: str) -> None:
+    options = {k: half_of(*v) if k.endswith("mask") else v for k, v in options.items()}
+    check(operands(2, 3, 33, 33, 8, 24), divergence=divergence, reduction=reduction, backend=backend, **options)
+
+
+@pytest.mark.usefixtures("_strips")
+@pytest.mark.parametrize("shape", [(2, 3, 33, 17), (1, 3, 33, 17), (2, 1, 1, 17), (33, 17)], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias(backend: str, divergence: str, shape: tuple[int, ...]) -> None:
+    teacher = torch.randn(3, 33, 17, device=DEVICE)
+    for options in ({}, {"reduction": "none"}, {"query_slice": slice(3, None)}):
+        bias = torch.randn(shape, device=DEVICE)
+        x = operands(2, 3, 33, 17, 8, 24)
+        check(x, bias, divergence=divergence, backend=backend, bias_teacher=teacher, **options)
+
+
+@pytest.mark.usefixtures("_strips")
+@pytest.mark.parametrize("shape", [(3, 33, 1), (2, 1, 1, 1), ()], ids=str)
+@pytest.mark.parametrize("backend", backends("attention_fwd", torch.float64))
+def test_bias_of_whole_rows(backend: str, shape: tuple[int, ...]) -> None:
+    """Nothing to a softmax; the sum of score differences otherwise, small against its terms: so in float64."""
+    bias = torch.randn(shape, device=DEVICE).double()
+    q, k, tq, tk = (x.double() for x in operands(2, 3, 33, 17, 8, 24))
+    for reduction in ("sum", "none"):
+
+        def run(function, divergence: str, reduction: str = reduction, **more) -> tuple[Tensor, ...]:
+            return loss_and_gradients(
+                lambda b: function(q, k, tq, tk, bias_student=b, divergence=divergence, reduction=reduction, **more),
+                [bias],
+            )
+
+        actual, oracle = (
+            run(fastkd.attention_loss, "score_mse", backend=backend),
+            run(reference.attention_loss, "score_mse"),
+        )
+        assert all(relative_difference(a, o) < 1e-11 for a, o in zip(actual, oracle, strict=True))
+        assert run(fastkd.attention_loss, "kl", backend=backend)[1].abs().max() < 1e-13
+
+
+@pytest.mark.usefixtures("_strips")
+@pytest.mark.parametrize("heads", ["match", "mean"])
+@pytest.mark.parametrize("divergence", SOFTMAX)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_absent_keys(backend: str, divergence: str, heads: str) -> None:
+    """-inf in both biases, as a window mask: absent keys, an image's absent row, and one head's in a mean."""
+    bias = torch.randn(2, 3, 9, 17, device=DEVICE)
+    bias[..., 3:6], bias[0, :, 4] = -INF, -INF
+    if heads == "mean":
+        bias[1, 1, 2] = -INF
+    for reduction in ("mean", "none"):
+        x = operands(2, 3, 9, 17, 8, 24)
+        check(x, bias, divergence=divergence, heads=heads, bias_teacher=bias, reduction=reduction, backend=backend)
+    finite = fastkd.attention_loss(*x, bias_student=bias, bias_teacher=bias, reduction="none", backend=backend)
+    assert (finite[0, :, 4] == 0).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_keys(backend: str, divergence: str) -> None:
+    """It adds 0 and gets gradient 0, whatever its padding holds; the other image is as if alone."""
+    q, k, tq, tk = operands(2, 3, 9, 9, 8, 24)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    mask[1] = False
+    q[1], k[1], tk[1] = INF, float("nan"), float("nan")
+
+    def loss(q: Tensor, k: Tensor) -> Tensor:
+        return fastkd.attention_loss(
+            q, k, tq, tk, key_mask=mask, query_mask=mask, divergence=divergence, backend=backend
+        )
+
+    total, dq, dk = loss_and_gradients(loss, [q, k])
+    alone = fastkd.attention_loss(q[:1], k[:1], tq[:1], tk[:1], divergence=divergence, backend=backend)
+    assert relative_difference(2 * total, alone) < 1e-6
+    assert (dq[1] == 0).all() and (dk[1] == 0).all() and dq[0].isfinite().all() and dq[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_key_that_one_network_lacks(backend: str) -> None:
+    x = operands(1, 2, 5, 9, 8, 8)
+    bias = torch.zeros(9, device=DEVICE)
+    bias[4] = -INF
+    lacking = {
+        "student": {"kl": True, "ce": True, "reverse_kl": False, "js": False, "mse": False, "score_mse": True},
+        "teacher": {"kl": False, "ce": False, "reverse_kl": True, "js": False, "mse": False, "score_mse": True},
+    }
+    for who, infinite in lacking.items():
+        for divergence, is_infinite in infinite.items():
+
+            def loss(q: Tensor, k: Tensor, who: str = who, divergence: str = divergence) -> Tensor:
+                return fastkd.attention_loss(
+                    q, k, *x[2:], **{f"bias_{who}": bias}, divergence=divergence, backend=backend
+                )
+
+            value, *grads = loss_and_gradients(loss, x[:2])
+            assert value == INF if is_infinite else value.isfinite(), (who, divergence)
+            if not is_infinite or divergence in ("kl", "ce"):
+                assert all(g.isfinite().all() for g in grads), (who, divergence)
+
+
+@pytest.mark.parametrize("layout", ["permuted", "sliced", "channels"])
+@pytest.mark.parametrize("divergence", ["kl", "score_mse"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend: str, divergence: str, layout: str) -> None:
+    q, k, tq, tk = (strided(x, layout) for x in operands(3, 3, 33, 33, 8, 24))
+    check((q, k, tq[:1].expand_as(tq), tk), divergence=divergence, backend=backend)
+    projection = torch.randn(2, 33, 3, 3, 8, device=DEVICE)  # (B, N, qkv, H, d), as ViTs have it
+    q, k, _ = projection.permute(2, 0, 3, 1, 4)
+    check((q, k, tq[:2], tk[:2]), divergence=divergence, backend=backend)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_teacher_of_another_dtype(backend: str, divergence: str) -> None:
+    q, k, tq, tk = (x.half() for x in operands(2, 3, 33, 33, 8, 24))
+
+    def run(tq: Tensor, tk: Tensor) -> tuple[Tensor, ...]:
+        return loss_and_gradients(
+            lambda q, k: fastkd.attention_loss(q, k, tq, tk, divergence=divergence, backend=backend), [q, k]
+        )
+
+    assert all(torch.equal(a, b) for a, b in zip(run(tq, tk), run(tq.float(), tk.float()), strict=True))
+
+
+@pytest.mark.usefixtures("_strips")
+@pytest.mark.parametrize(("divergence", "heads"), WITH_HEADS)
+def test_gradcheck(divergence: str, heads: str) -> None:
+    q, k, tq, tk = (x.double() for x in operands(2, 2, 5, 5, 3, 4))
+    bias = torch.randn(1, 2, 5, 5, device=DEVICE).double()
+    masks = {"key_mask": half_of(2, 5), "query_mask": half_of(2, 5)}
+    for options in ({"reduction": "none"}, {"is_causal": True, **masks}):
+        torch.autograd.gradcheck(
+            lambda q, k, b, o=options: fastkd.attention_loss(
+                q, k, tq, tk, bias_student=b, divergence=divergence, heads=heads, backend="eager", **o
+            ),
+            [x.requires_grad_() for x in (q, k, bias)],
+            fast_mode=True,
+        )
+
+
+@pytest.mark.parametrize("masks", [(), ("key_mask",), ("query_mask",), ("key_mask", "query_mask")], ids="+".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_by_grams(
+    backend: str, dtype: torch.dtype, masks: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pick_algorithm(150, 101, 8, 8, torch.device("cpu")) == "gram"
+    monkeypatch.setattr(_common, "CHUNK", 7000)
+    options = {name: half_of(2, {"key_mask": 101, "query_mask": 150}[name]) for name in masks}
+    for reduction in ("mean", "sum"):
+        x = operands(2, 3, 150, 101, 8, 8, dtype)
+        check(x, divergence="score_mse", reduction=reduction, backend=backend, **options)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(197, "tile"), (1024, "gram")], ids=str)
+def test_the_cheaper_algorithm_is_taken(n: int, expected: str) -> None:
+    assert pick_algorithm(n, n, 64, 64, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_student_equal_to_the_teacher(backend: str, dtype: torch.dtype, divergence: str) -> None:
+    for n, heads in ((33, "match"), (33, "mean"), (150, "match")):  # score_mse: by strips, by Grams
+        if heads == "mean" and divergence == "score_mse":
+            continue
+        q, k, _, _ = operands(2, 3, n, n, 8, 8, dtype)
+        loss, *grads = loss_and_gradients(
+            lambda a, b, q=q, k=k, h=heads: fastkd.attention_loss(
+                a, b, q, k, divergence=divergence, heads=h, backend=backend
+            ),
+            [q.transpose(1, 2).contiguous().transpose(1, 2), k],
+        )
+        assert divergence == "ce" or 0 <= loss <= 1e-6
+        assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("divergence", SOFTMAX)
+@pytest.mark.parametrize("where", ["keys", "bias"])
+@pytest.mark.parametrize("is_near", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_common_offset_of_a_row_is_free(backend: str, is_near: bool, where: str, divergence: str) -> None:
+    """All scores of a row 3,000 higher: errors of loss and gradients stay what they are without, near a match too."""
+    q, k, tq, tk = operands(1, 2, 65, 65, 24, 24)
+    if is_near:
+        q, k = tq + 0.01 * q, tk + 0.01 * k
+    plain: Operands = (q, k, tq, tk)
+    if where == "keys":  # in a direction of its own: queries 120, keys 120 and the teacher's -120, 24^-½ 120² = 2,939
+        offsets = (120, 120, 120, -120)
+        lifted = tuple(torch.cat([x, torch.full_like(x[..., :1], o)], -1) for x, o in zip(plain, offsets, strict=True))
+        options = {"scale_student": 24**-0.5, "scale_teacher": 24**-0.5}
+    else:
+        lifted = plain
+        options = {"bias_student": torch.tensor([[3000.0]]), "bias_teacher": torch.full((65, 65), -3000.0)}
+        options = {name: bias.to(DEVICE) for name, bias in options.items()}
+    oracle = loss_and_gradients(
+        lambda a, b: reference.attention_loss(a, b, tq.double(), tk.double(), divergence=divergence),
+        [q.double(), k.double()],
+    )
+
+    def errors(x: Operands, **options) -> list[float]:
+        actual = loss_and_gradients(
+            lambda a, b: fastkd.attention_loss(a, b, *x[2:], divergence=divergence, backend=backend, **options), x[:2]
+        )
+        actual = (actual[0], actual[1][..., :24], actual[2][..., :24])
+        return [((a - o).norm() / o.norm()).item() for a, o in zip(actual, oracle, strict=True)]
+
+    for with_offset, without in zip(errors(lifted, **options), errors(plain), strict=True):
+        assert with_offset <= 2 * without + 1e-6
+
+
+@pytest.mark.parametrize(("divergence", "heads"), WITH_HEADS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_scores(backend: str, divergence: str, heads: str) -> None:
+    q, k, tq, tk = operands(1, 2, 33, 33, 8, 8)
+    assert (q @ k.mT * 1500).abs().max() > 1e4
+    natural = torch.stack([q.norm(), k.norm()]) / (2 * 33)  # times the scale: a gradient where the map is not one-hot
+    for options in ({"scale_student": 1500, "scale_teacher": 1500}, {"temperature": 0.05}, {"scale_student": -1500}):
+
+        def run(function, dtype: torch.dtype, options: dict = options, **more) -> tuple[Tensor, ...]:
+            t = tq.to(dtype), tk.to(dtype)
+            return loss_and_gradients(
+                lambda x, y: function(x, y, *t, divergence=divergence, heads=heads, **options, **more),
+                [q.to(dtype), k.to(dtype)],
+            )
+
+        actual = run(fastkd.attention_loss, torch.float32, backend=backend)
+        oracle, eager = (run(reference.attention_loss, dtype) for dtype in (torch.float64, torch.float32))
+        assert_matches_oracle(actual[0], eager[0], oracle[0], 33 * 8, "loss")
+        scale = options.get("scale_student", 8**-0.5 / 0.05)
+        for a, e, o, unit in zip(actual[1:], eager[1:], oracle[1:], natural, strict=True):
+            assert a.isfinite().all()
+            assert (a - o).norm() <= 2 * (e - o).norm() + 1e-6 * abs(scale) * unit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_near_a_match(backend: str, dtype: torch.dtype) -> None:
+    """KL about 2e-4: the loss right to 1e-3, the gradient as from float32 arithmetic on the same inputs."""
+    _, _, tq, tk = operands(2, 3, 197, 197, 64, 64, dtype, gain=1.0)
+    q, k = ((x.float() + 0.015 * torch.randn_like(x.float())).to(dtype) for x in (tq, tk))
+    oracle = loss_and_gradients(
+        lambda a, b: reference.attention_loss(a, b, tq.double(), tk.double()), [q.double(), k.double()]
+    )
+    assert 5e-5 < oracle[0] < 5e-4
+    loss, *grads = loss_and_gradients(
+        lambda a, b: fastkd.attention_loss(a, b, tq, tk, backend=backend),
+        [q, k],
+        4096.0,  # clear of float16's subnormals
+    )
+    assert relative_difference(loss, oracle[0]) < 1e-3
+    for a, o in zip(grads, oracle[1:], strict=True):
+        assert ((a.double() / 4096 - o).norm() / o.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_with_a_grad_scaler(backend: str, reduction: str) -> None:
+    """An incoming gradient of 65536 keeps entries that would round to zero without it."""
+    q, k, tq, tk = operands(4, 3, 65, 65, 8, 24, torch.float16)
+    incoming = 65536.0 if reduction == "mean" else 65536.0 / (4 * 3 * 65)
+    _, *oracle = loss_and_gradients(
+        lambda a, b: reference.attention_loss(a, b, tq.double(), tk.double()), [q.double(), k.double()], 65536.0
+    )
+    _, *actual = loss_and_gradients(
+        lambda a, b: fastkd.attention_loss(a, b, tq, tk, reduction=reduction, backend=backend), [q, k], incoming
+    )
+    for a, o in zip(actual, oracle, strict=True):
+        assert ((a - o).norm() / o.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_symmetries(backend: str) -> None:
+    """Order of images, heads, queries and keys, and axes of a head, do not matter."""
+    q, k, tq, tk = operands(3, 4, 33, 17, 8, 24)
+
+    def loss(*x: Tensor, **options) -> Tensor:
+        return fastkd.attention_loss(*x, backend=backend, **options)
+
+    images, heads, rows, keys = (torch.randperm(n, device=DEVICE) for n in (3, 4, 33, 17))
+    rotation = torch.linalg.qr(torch.randn(8, 8, device=DEVICE))[0]
+    for divergence in DIVERGENCES:
+        whole = loss(q, k, tq, tk, divergence=divergence)
+        for moved in (
+            [x[images] for x in (q, k, tq, tk)],
+            [x[:, heads] for x in (q, k, tq, tk)],
+            [q[:, :, rows], k[:, :, keys], tq[:, :, rows], tk[:, :, keys]],
+            [q @ rotation, k @ rotation, tq, tk],
+        ):
+            assert relative_difference(loss(*moved, divergence=divergence), whole) < 1e-5
+    rows = loss(q, k, tq, tk, reduction="none")
+    assert rows.shape == (3, 4, 33) and relative_difference(rows.sum(), loss(q, k, tq, tk, reduction="sum")) < 1e-5
+    assert loss(q, k, tq, tk, reduction="none", heads="mean").shape == (3, 1, 33)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_is_as_good_as_absence(backend: str) -> None:
+    q, k, tq, tk = operands(2, 3, 9, 9, 8, 24)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    mask[1, 5:] = False
+    whole = fastkd.attention_loss(q, k, tq, tk, key_mask=mask, query_mask=mask, backend=backend)
+    first = fastkd.attention_loss(*(x[:1] for x in (q, k, tq, tk)), backend=backend)
+    second = fastkd.attention_loss(*(x[1:, :, :5] for x in (q, k, tq, tk)), backend=backend)
+    assert relative_difference(whole, (first + second) / 2) < 1e-6
+
+
+@pytest.mark.parametrize("divergence", ["kl", "score_mse"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_as_queries_and_keys(backend: str, reduction: str, divergence: str) -> None:
+    x, _, t, _ = operands(2, 3, 33, 33, 8, 24)
+
+    def run(function, keys, x: Tensor, t: Tensor, **options) -> tuple[Tensor, ...]:
+        return loss_and_gradients(
+            lambda a: function(a, keys(a), t, t, divergence=divergence, reduction=reduction, **options).sum(), [x]
+        )
+
+    actual = run(fastkd.attention_loss, lambda a: a, x, t, backend=backend)
+    oracle = run(reference.attention_loss, torch.clone, x.double(), t.double())
+    eager = run(reference.attention_loss, torch.clone, x, t)
+    for name, a, e, o in zip(("loss", "dx"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, 33 * 8, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_only_where_wanted(backend: str) -> None:
+    q, k, tq, tk = operands(2, 3, 9, 9, 8, 24)
+    bias = torch.randn(9, 9, device=DEVICE)
+    for reduction in ("mean", "none"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, bias)]
+
+        def loss(a: Tensor, b: Tensor, c: Tensor, reduction: str = reduction) -> Tensor:
+            out = fastkd.attention_loss(a, b, tq, tk, bias_student=c, reduction=reduction, backend=backend)
+            return out.square().sum()
+
+        together = torch.autograd.grad(loss(*leaves), leaves)
+        for i, expected in enumerate(together):
+            alone = [x if i == j else x.detach() for j, x in enumerate(leaves)]
+            (grad,) = torch.autograd.grad(loss(*alone), leaves[i])
+            assert torch.equal(grad, expected)
+        with torch.no_grad():
+            assert not loss(*leaves).requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_maths_in_float32(backend: str, reduction: str) -> None:
+    q, k, tq, tk = operands(2, 3, 33, 33, 8, 24)
+
+    def run() -> tuple[Tensor, ...]:
+        return loss_and_gradients(
+            lambda a, b: fastkd.attention_loss(a, b, tq, tk, reduction=reduction, backend=backend).sum(), [q, k]
+        )
+
+    expected = run()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        actual = run()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+COMPILED = {
+    "plain": {},
+    "rows": {"reduction": "none", "is_causal": True},
+    "all": {"is_causal": True, "query_slice": slice(1, 8, 2), "heads": "mean", "divergence": "js", "masks": True},
+    "scores": {"divergence": "score_mse", "masks": True},
+}
+
+
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_whole(backend: str, options: dict) -> None:
+    q, k, tq, tk = operands(2, 3, 9, 9, 8, 24)
+    options = dict(options)
+    if options.pop("masks", False):
+        options |= {"key_mask": half_of(2, 9), "query_mask": half_of(2, 9)}
+    bias = torch.randn(3, 9, 9, device=DEVICE)
+
+    def loss(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+        return fastkd.attention_loss(q, k, tq, tk, bias_student=bias, backend=backend, **options).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, actual = (loss_and_gradients(f, [q, k, bias]) for f in (loss, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relations_compile_whole(backend: str) -> None:
+    student, teacher = (tuple(torch.randn(2, 9, D, device=DEVICE) for _ in range(3)) for D in (16, 24))
+
+    def loss(*student: Tensor) -> Tensor:
+        return fastkd.qkv_relation_loss(
+            student, teacher, relations=("qq", "qk", "vv"), relation_heads=4, backend=backend
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, actual = (loss_and_gradients(f, student) for f in (loss, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+OPERATORS = [f"{op}{'' if b == 'native' else '_' + b}" for b in BACKENDS for op in ("attention_fwd", "attention_bwd")]
+
+
+@pytest.mark.parametrize("flags", [(True, True, True), (False, True, False), (False, False, False)], ids=str)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_operators_hold_their_contract(op: str, flags: tuple[bool, ...]) -> None:
+    q, k, tq, tk = operands(2, 3, 9, 9, 8, 24)
+    bias, mask = torch.randn(1, 3, 9, 9, device=DEVICE), half_of(2, 9)
+    operator = getattr(torch.ops.fastkd, op).default
+    options = ("kl", "match", 0.3, 0.3, 1.0, False, 0, 1, *flags)
+    if "bwd" in op:
+        torch.library.opcheck(operator, (torch.rand(2, 3, 9, device=DEVICE), q, k, tq, tk, bias, None, mask, *options))
+        return
+    for reduction in ("mean", "none"):
+        torch.library.opcheck(operator, (q, k, tq, tk, bias, bias, mask, None, reduction, "tile", *options))
+    shared = (*options[:-3], flags[0], False, False)
+    torch.library.opcheck(operator, (q, None, tq, tk, None, None, None, mask.float(), "sum", "tile", *shared))
+
+
+@pytest.mark.parametrize("divergence", ["kl", "score_mse"])
+def test_memory_is_linear_in_tokens(divergence: str) -> None:
+    """Forward and backward at N = 4096 in a fresh process: under 100 MB with both gradients (25 MB, twice)."""
+    program = f"""
+import torch, fastkd
+torch.set_num_threads(1)
+def megabytes(field):
+    return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith(field))
+q, k, tq, tk = (torch.randn(1, 12, 4096, 64) for _ in range(4))
+def run(n):
+    a, b = (x[:, :, :n].detach().requires_grad_() for x in (q, k))
+    fastkd.attention_loss(a, b, tq[:, :, :n], tk[:, :, :n], divergence={divergence!r}, backend="eager").backward()
+run(64)
+before = megabytes("VmRSS")
+run(4096)
+print(megabytes("VmHWM") - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("reads /proc")
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 100
+
+
+def of_dtype(case: golden.Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in golden.load(case).items()}
+
+
+def assert_golden(
+    case: golden.Case, dtype: torch.dtype, x: dict[str, Tensor], loss: Tensor, part: str = "loss"
+) -> None:
+    """A loss, and its gradients for those inputs of the case that it was computed from."""
+    assert relative_difference(loss, x[part]) <= golden.tolerance(case, dtype, "loss"), part
+    for name in [k.removeprefix("grad.") for k in x if k.startswith("grad.") and x[f"in.{k[5:]}"].requires_grad]:
+        (grad,) = torch.autograd.grad(loss, x[f"in.{name}"], retain_graph=True)
+        assert relative_difference(grad, x[f"grad.{name}"]) <= golden.tolerance(case, dtype, "grad"), name
+
+
+GOLDEN_DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
+
+
+@GOLDEN_DTYPES
+@pytest.mark.parametrize("case", golden.cases("attn_relation_kl"), ids=golden.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_attention_relations(backend: str, case: golden.Case, dtype: torch.dtype) -> None:
+    x = of_dtype(case, dtype)
+    module = losses.AttentionLoss(backend=backend)
+    for name in [k for k in x if f"grad.{k[3:]}" in x]:
+        x[name].requires_grad_()
+    layers = ["1", "2"] if "in.q_s1" in x else [""]
+    qk, vv = (
+        sum(module(*(x[f"in.{letter}_{who}{i}"] for who in "st" for letter in pair)) for i in layers)
+        for pair in ("qk", "vv")
+    )
+    assert relative_difference(qk.detach(), x["loss.qk"]) <= golden.tolerance(case, dtype, "loss")
+    assert relative_difference(vv.detach(), x["loss.vv"]) <= golden.tolerance(case, dtype, "loss")
+    assert_golden(case, dtype, x, qk + vv)
+
+
+@GOLDEN_DTYPES
+@pytest.mark.parametrize("case", golden.cases("minilmv2_relations"), ids=golden.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_minilmv2(backend: str, case: golden.Case, dtype: torch.dtype) -> None:
+    x, p = of_dtype(case, dtype), case["params"]
+    weights = {"".join("qkv"[int(i) - 1] for i in ids.split(",")): w for ids, w in p["relations"].items()}
+    mask = x["in.mask"].bool()
+    for name in [k for k in x if f"grad.{k[3:]}" in x]:
+        x[name].requires_grad_()
+
+    def loss(relations: dict[str, float]) -> Tensor:
+        module = losses.QKVRelationLoss(
+            relations=tuple(relations),
+            relation_heads=p["relation_heads"],
+            weights=list(relations.values()),
+            backend=backend,
+        )
+        student, teacher = (tuple(x[f"in.{letter}_{who}"] for letter in "qkv") for who in "st")
+        return module(student, teacher, key_mask=mask, query_mask=mask)
+
+    assert_golden(case, dtype, x, loss(weights))
+    for pair in weights:
+        part = f"loss.rel{''.join(str('qkv'.index(c) + 1) for c in pair)}"
+        assert relative_difference(loss({pair: 1.0}).detach(), x[part]) <= golden.tolerance(case, dtype, "loss")
+
+
+@GOLDEN_DTYPES
+@pytest.mark.parametrize("case", golden.cases("tinybert_attn_mse"), ids=golden.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_tinybert(backend: str, case: golden.Case, dtype: torch.dtype) -> None:
+    """From queries and keys where the case has them; raw scores go in as the bias of zero queries."""
+    x, p = of_dtype(case, dtype), case["params"]
+    for name in [k for k in x if k.startswith(("in.q_s", "in.k_s", "in.att_s"))]:
+        x[name].requires_grad_()
+    if "in.mask" in x:
+        (s, t) = (
+            tuple(x[f"in.{letter}_{who}0"].unflatten(-1, (p["heads"], -1)).transpose(1, 2) for letter in "qk")
+            for who in "st"
+        )
+        with fastkd.backend(backend):
+            assert_golden(case, dtype, x, compat.tinybert_att_loss([s], [t], x["in.mask"]))
+        return
+    every = p["layers_t"] // p["layers_s"]
+    total = 0.0
+    for layer in range(p["layers_s"]):
+        scores = x[f"in.att_s{layer}"], x[f"in.att_t{layer * every + every - 1}"]
+        zero = scores[0].new_zeros(*scores[0].shape[:3], 8)
+        mask = torch.arange(scores[0].shape[-1]) < torch.tensor(p["lengths"])[:, None]
+        total = total + fastkd.attention_loss(
+            zero,
+            zero.clone(),
+            zero.clone(),
+            zero.clone(),
+            divergence="score_mse",
+            bias_student=scores[0],
+            bias_teacher=scores[1],
+            key_mask=mask,
+            backend=backend,
+        )
+    assert_golden(case, dtype, x, total, "loss.att" if "loss.att" in x else "loss")
+
+
+@GOLDEN_DTYPES
+@pytest.mark.parametrize("case", golden.cases("attndistill_cls"), ids=golden.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_attndistill(backend: str, case: golden.Case, dtype: torch.dtype) -> None:
+    """Its attention term: the class token's row alone. The clamp binds in no row that comes from queries and keys; rows
+    given as probabilities are prepared here and go in as logarithms, which the softmax renormalises."""
+    x, p = of_dtype(case, dtype), case["params"]
+    wanted = ["in.q_s", "in.k_s"] if p["input"] == "qk" else ["in.attn_s"]
+    for name in wanted:
+        x[name].requires_grad_()
+    if p["input"] == "qk":
+        inputs = [x[f"in.{name}"] for name in ("q_s", "k_s", "q_t", "k_t")]
+        loss = fastkd.attention_loss(*inputs, query_slice=slice(0, 1), reduction="sum", backend=backend)
+    else:
+        s, t = x["in.attn_s"], x["in.attn_t"]
+        if p["interpolate"]:
+            g = p["teacher_grid"]
+            patches = torch.nn.functional.interpolate(
+                t[..., 1:].unflatten(-1, (g, g)), size=(p["student_grid"],) * 2, mode="bicubic"
+            ).flatten(2)
+            t = torch.cat([t[..., :1], patches * ((1 - t[..., :1]) / patches.sum(-1, keepdim=True))], -1)
+        if p["aggregation"]:
+            s, t = ((v.log().sum(1, keepdim=True) / p["attn_T"]).softmax(-1) for v in (s, t))
+        s, t = (v.clamp(*p["clamp"]).log().unsqueeze(2) for v in (s, t))
+        zeros = [s.new_zeros(*s.shape[:2], n, 8) for n in (1, s.shape[3]) * 2]
+        loss = fastkd.attention_loss(*zeros, bias_student=s, bias_teacher=t, reduction="sum", backend=backend)
+    assert_golden(case, dtype, x, p["weight_attn"] / len(x[wanted[0]]) * loss, "loss.attn")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relations_are_attention_of_relation_heads(backend: str) -> None:
+    student, teacher = (tuple(torch.randn(2, 33, D, device=DEVICE) for _ in range(3)) for D in (24, 48))
+    masks = {"key_mask": half_of(2, 33), "query_mask": half_of(2, 33)}
+    options = {"relations": ("qq", "qk", "vk", "vv"), "relation_heads": 4, "weights": [1, 0.5, 2, 0], **masks}
+
+    def run(function, dtype: torch.dtype, **more) -> tuple[Tensor, ...]:
+        return loss_and_gradients(
+            lambda *s: function(s, tuple(t.to(dtype) for t in teacher), **options, **more),
+            [s.to(dtype) for s in student],
+        )
+
+    actual = run(fastkd.qkv_relation_loss, torch.float32, backend=backend)
+    oracle, eager = (run(reference.qkv_relation_loss, dtype) for dtype in (torch.float64, torch.float32))
+    for name, a, e, o in zip(("loss", "dq", "dk", "dv"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, 33 * 24, name)
+
+
+def test_textbrewer_signatures() -> None:
+    """Against the originals' formulas on whole score maps, padded keys of which arrive 10,000 lower."""
+    q_S, k_S, q_T, k_T = operands(3, 2, 9, 9, 8, 24)
+    mask = (torch.arange(9, device=DEVICE) < torch.tensor([9, 5, 2], device=DEVICE)[:, None]).long()
+    S, T = (q @ k.mT * q.shape[-1] ** -0.5 - 1e4 * (1 - mask)[:, None, None] for q, k in ((q_S, k_S), (q_T, k_T)))
+    pairs = (mask[:, None, :, None] * mask[:, None, None, :]).expand(-1, 2, -1, -1)
+    rows = mask[:, None].expand(-1, 2, -1)
+
+    def ce(s: Tensor, t: Tensor) -> Tensor:
+        return -(t.softmax(-1) * s.log_softmax(-1) * mask[:, None, None]).sum(-1)
+
+    expected = {
+        "att_mse_loss": ((S - T).square() * pairs).sum() / pairs.sum(),
+        "att_mse_sum_loss": ((S - T).sum(1).square() * pairs[:, 0]).sum() / pairs[:, 0].sum(),
+        "att_ce_loss": (ce(S, T) * rows).sum() / rows.sum(),
+        "att_ce_mean_loss": (ce(S.mean(1, keepdim=True), T.mean(1, keepdim=True)) * rows[:, :1]).sum() / mask.sum(),
+    }
+    for name, value in expected.items():
+        actual = getattr(compat, name)(q_S, k_S, q_T, k_T, mask)
+        assert relative_difference(actual, value) < 1e-5, name
+        whole = getattr(compat, name)(q_S, k_S, q_T, k_T)
+        assert relative_difference(getattr(compat, name)(q_S, k_S, q_T, k_T, torch.ones_like(mask)), whole) < 1e-5
+
+
+def test_textbrewer_mmd() -> None:
+    (s1, s2), (t1, t2) = ([torch.randn(2, 9, D, device=DEVICE) for _ in range(2)] for D in (16, 24))
+    d = s1 @ s2.mT / 16 - t1 @ t2.mT / 24
+    assert relative_difference(compat.mmd_loss((s1, s2), (t1, t2)), d.square().mean()) < 1e-5
+    mask = half_of(2, 9).long()
+    pairs = mask[:, :, None] * mask[:, None]
+    expected = (d.square() * pairs).sum() / pairs.sum()
+    assert relative_difference(compat.mmd_loss((s1, s2), (t1, t2), mask), expected) < 1e-5
+
+
+Q, BOOL = (2, 3, 9, 8), torch.bool
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q_student": [1.0]}, TypeError, "q_student must be a tensor"),
+        ({"k_teacher": torch.ones(Q, dtype=torch.int64)}, TypeError, "k_teacher must be float64"),
+        ({"q_student": torch.ones(2, 9, 24)}, ValueError, r"q_student must have shape \(B, H, N, d\)"),
+        ({"k_student": torch.ones(2, 3, 0, 8)}, ValueError, "k_student must not be empty"),
+        ({"k_student": torch.ones(2, 3, 9, 16)}, ValueError, "must agree in images, heads and width"),
+        ({"q_teacher": torch.ones(2, 2, 9, 8)}, ValueError, "q_teacher .* must agree in images, heads and width"),
+        ({"q_student": torch.ones(2, 3, 10, 8)}, ValueError, "give both class tokens or neither"),
+        ({n: torch.ones(2, 2, 9, 8) for n in ("q_teacher", "k_teacher")}, ValueError, "got 3 and 2.*heads='mean'.*qkv"),
+        ({"k_teacher": torch.ones(Q, device="meta")}, ValueError, "k_teacher must be on the device of q_student"),
+        ({"q_teacher": torch.ones(Q, requires_grad=True)}, ValueError, "q_teacher is a constant.*detach it"),
+        ({"bias_teacher": torch.ones(9, 9, requires_grad=True)}, ValueError, "bias_teacher is a constant.*detach it"),
+        ({"bias_student": torch.ones(9, 8)}, ValueError, r"bias_student must broadcast .* \(2, 3, 9, 9\)"),
+        ({"bias_student": torch.ones(1, 2, 3, 9, 9)}, ValueError, "bias_student must have shape broadcastable"),
+        ({"bias_student": torch.ones(9, 9, dtype=BOOL)}, TypeError, "bias_student must be float64"),
+        ({"key_mask": torch.ones(2, 9)}, TypeError, r"key_mask must be a bool tensor .* got torch.float32"),
+        ({"key_mask": torch.ones(2, 8, dtype=BOOL)}, ValueError, r"key_mask must have shape \(B, N_k\) = \(2, 9\)"),
+        ({"query_mask": torch.ones(9, dtype=BOOL)}, ValueError, r"query_mask must have shape \(B, N_q\) = \(2, 9\)"),
+        ({"query_mask": [True]}, TypeError, "query_mask must be a bool tensor"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a finite number > 0"),
+        ({"temperature": -1}, ValueError, "temperature must be a finite number > 0"),
+        ({"temperature": INF}, ValueError, "temperature must be a finite number > 0"),
+        ({"temperature": torch.ones(())}, TypeError, "temperature must be a Python number"),
+        ({"scale_student": INF}, ValueError, "scale_student must be a finite number"),
+        ({"divergence": "l2"}, ValueError, "divergence must be one of 'kl', 'reverse_kl'"),
+        ({"heads": "max"}, ValueError, "heads must be one of 'match', 'mean'"),
+        ({"heads": "mean", "divergence": "score_mse"}, ValueError, "use 'mse'"),
+        ({"reduction": "batchmean"}, ValueError, "reduction must be one of"),
+        (
+            {n: torch.ones(2, 3, 5, 8) for n in ("q_teacher", "q_student")} | {"is_causal": True},
+            ValueError,
+            "got 5 and 9",
+        ),
+        ({"query_slice": slice(9, None)}, ValueError, "at least one of the 9 queries"),
+        ({"query_slice": slice(3, 3)}, ValueError, "at least one of the 9 queries"),
+        ({"query_slice": slice(None, None, -1)}, ValueError, "must step forward"),
+        ({"query_slice": 0}, TypeError, "query_slice must be a slice, got int"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, eager, native, triton"),
+    ],
+    ids=lambda x: "+".join(x) if isinstance(x, dict) else None,
+)
+def test_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:
+    names = ("q_student", "k_student", "q_teacher", "k_teacher")
+    arguments: dict[str, object] = {name: torch.ones(Q) for name in names}
+    with pytest.raises(error, match=message):
+        fastkd.attention_loss(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"relation_heads": 5}, ValueError, "student width 16 must be divisible by relation_heads = 5"),
+        ({"relation_heads": 16}, ValueError, "teacher width 24 must be divisible by relation_heads = 16"),
+        ({"relation_heads": 0}, ValueError, "relation_heads must be at least 1"),
+        ({"relation_heads": 2.0}, TypeError, "relation_heads must be an int"),
+        ({"relations": ()}, ValueError, "at least one"),
+        ({"relations": "qk"}, ValueError, "relations must list pairs"),
+        ({"relations": ("qk", "qx")}, ValueError, r"relations\[1\] must be one of 'qq'.* got 'qx'"),
+        ({"weights": [1.0]}, ValueError, "one number per relation, got 1 for 3"),
+        ({"weights": [1.0, -1.0, 1.0]}, ValueError, r"weights\[1\] must be a finite number >= 0"),
+        ({"student": (torch.ones(2, 9, 16),) * 2}, ValueError, r"student must be a triple \(q, k, v\), got 2"),
+        ({"student": (torch.ones(2, 9),) * 3}, ValueError, r"student q must have shape \(B, N, D\)"),
+        ({"student": (*[torch.ones(2, 9, 16)] * 2, torch.ones(2, 8, 16))}, ValueError, "must share one shape"),
+        ({"teacher": (torch.ones(2, 9, 24, requires_grad=True),) * 3}, ValueError, "detach it"),
+        ({"key_mask": torch.ones(2, 8, dtype=BOOL)}, ValueError, "key_mask must have shape"),
+    ],
+    ids=lambda x: "+".join(x) if isinstance(x, dict) else None,
+)
+def test_bad_relations(change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = {"student": (torch.ones(2, 9, 16),) * 3, "teacher": (torch.ones(2, 9, 24),) * 3, "relation_heads": 4}
+    with pytest.raises(error, match=message):
+        fastkd.qkv_relation_loss(**(arguments | change))
+
+
+def test_bad_layers() -> None:
+    pair = (torch.ones(Q), torch.ones(Q))
+    with pytest.raises(ValueError, match="got 3 for 2 layers"):
+        compat.tinybert_att_loss([pair] * 2, [pair] * 3)
+    with pytest.raises(ValueError, match="got 1 for 0 layers"):
+        compat.tinybert_att_loss([], [pair])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_refusals(backend: str, reduction: str) -> None:
+    q, k, tq, tk = operands(1, 2, 5, 5, 8, 8)
+    q.requires_grad_()
+
+    def loss(q: Tensor) -> Tensor:
+        return fastkd.attention_loss(q, k, tq, tk, reduction=reduction, backend=backend).sum()
+
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*fastkd\.reference\.attention_loss"):
+        torch.autograd.grad(loss(q), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"does not support torch\.vmap"):
+        torch.func.grad(loss)(q.detach())
+    value = loss(q)
+    first = torch.autograd.grad(value, q, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(value, q)[0])
