@@ -60,6 +60,6 @@ def _child(pipe: Connection, case: Case, provider: Provider) -> None:
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)  # else memory freed by compilation would serve the step unseen
     (PROC / "clear_refs").write_text("5")  # VmHWM := VmRSS
-    before = _resident("VmRSS")
+    before, code = _resident("VmRSS"), _resident("RssFile")
     step()
-    pipe.send(_resident("VmHWM") - before)
+    pipe.send(_resident("VmHWM") - before - (_resident("RssFile") - code))  # pages of libraries first used here

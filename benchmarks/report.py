@@ -1,7 +1,6 @@
 """Measured cases as a table for people and as JSON."""
 
 import json
-import math
 import re
 import subprocess
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from fastkd import info
 
 ROOT = Path(__file__).parent
 HEAD = (
-    f"  {'provider':<18}{'ms':>10}  {'p20-p80':<17}{'/eager':>8}{'/compile':>9}{'MB':>7}{'loss err':>10}{'grad err':>10}"
-    f"  {'GB/s (copy)':<14}GFLOP/s (product)"
+    f"  {'provider':<18}{'ms':>10}  {'p20-p80':<17}{'/eager':>8}{'/compile':>9}{'MB':>7}"
+    f"{'loss err':>10}{'grad err':>10}  {'GB/s (copy)':<14}GFLOP/s (product)"
 )
 
 
@@ -53,38 +52,38 @@ def title(head: dict[str, Any]) -> str:
 
 
 def _cell(value: float | None, pattern: str, width: int) -> str:
-    return f"{'-' if value is None or math.isnan(value) else pattern.format(value):>{width}}"
+    return f"{'-' if value is None else pattern.format(value):>{width}}"
+
+
+def _times_faster(f: Figures, other: Figures | None) -> float | None:
+    return other.median / f.median if other is not None and other.times else None
 
 
 def _row(name: str, f: Figures, measured: Measured) -> str:
-    errors = _cell(f.loss_error, "{:.0e}", 9) + _cell(f.gradient_error, "{:.0e}", 9)
+    errors = _cell(f.loss_error, "{:.0e}", 10) + _cell(f.gradient_error, "{:.0e}", 10)
     if not f.times:
-        return f"  {name:<18}{'-':>10}  {'':<17}{'':>7}{'':>8}{'':>8}{errors}  {f.failure}"
-    ratios = "".join(
-        _cell(None if other is None or not other.times else other.median / f.median, "{:.2f}x", width)
-        for other, width in ((measured.figures.get("eager"), 7), (measured.figures.get("compile"), 8))
-    )
+        return f"  {name:<18}{'-':>10}  {'':<17}{'-':>8}{'-':>9}{'-':>7}{errors}  {f.failure}"
     spread = f"{f.quantile(0.2) * 1e3:.3g}-{f.quantile(0.8) * 1e3:.3g}"
-    bytes_s, flop_s = measured.bytes / f.median, measured.case.flops / f.median
-    rates = f"{bytes_s / 1e9:.1f} ({bytes_s / measured.copy:.0%})"
-    if not measured.case.providers[name].gated:
-        rates, flops = "", ""
-    else:
-        flops = f"{flop_s / 1e9:.0f} ({flop_s / measured.matmul:.0%})"
-    megabytes = _cell(None if f.memory is None else f.memory / MB, "{:.0f}", 8)
-    return f"  {name:<18}{f.median * 1e3:>10.3f}  {spread:<17}{ratios}{megabytes}{errors}  {rates:<14}{flops}"
-
-
-def _number(x: float) -> str:
-    return f"{x:.3g}"
+    cells = (
+        _cell(_times_faster(f, measured.figures.get("eager")), "{:.2f}x", 8),
+        _cell(_times_faster(f, measured.figures.get("compile")), "{:.2f}x", 9),
+        _cell(None if f.memory is None else f.memory / MB, "{:.0f}", 7),
+        errors,
+    )
+    rates = ""
+    if measured.case.providers[name].gated:
+        bytes_s, flop_s = measured.bytes / f.median, measured.case.flops / f.median
+        of_copy = f"{bytes_s / 1e9:.1f} ({bytes_s / measured.copy:.0%})"
+        rates = f"{of_copy:<14}{flop_s / 1e9:.0f} ({flop_s / measured.matmul:.0%})"
+    return f"  {name:<18}{f.median * 1e3:>10.3f}  {spread:<17}{''.join(cells)}  {rates}"
 
 
 def _verdict(verdict: Verdict) -> str:
     bar: Bar = verdict.bar
-    ratio = "-" if verdict.ratio is None else _number(verdict.ratio)
-    alternative = f" or below {bar.or_below * 1e6:.0f} us" if bar.or_below else ""
-    what = f"{bar.rival}/fastkd {bar.what}"
-    return f"{what:<32}{ratio:>8} / {_number(bar.at_least)}{alternative}  {'pass' if verdict.passed else 'MISS'}"
+    alternative = f" or {bar.or_below * 1e6:.0f} us" if bar.or_below else ""
+    what = f"{bar.rival} / fastkd, {bar.what}"
+    ratio = _cell(verdict.ratio, "{:.2f}", 8)
+    return f"{what:<32}{ratio} / {bar.at_least:<6.3g}{alternative} {'pass' if verdict.passed else 'MISS'}"
 
 
 def block(measured: Measured) -> str:

@@ -62,7 +62,8 @@ def architecture(device: torch.device) -> str:
 
 def float32_products() -> str:
     """Precision of float32 products: full unless PyTorch's own are allowed tf32."""
-    return "tf32" if torch.version.hip is None and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 @triton.jit

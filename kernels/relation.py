@@ -161,7 +161,8 @@ def _row_norms(x_ptr, out_ptr, row, total, n, run, D, stride_g, stride_o, stride
         squares += x * x
     norm = tl.sqrt_rn(tl.sum(squares, 1))
     if INVERT:
-        norm = tl.where(norm <= eps, 0.0, 1.0 / norm)
+        short = norm <= eps
+        norm = tl.where(short, 0.0, 1.0 / tl.where(short, 1.0, norm))
     tl.store(out_ptr + row, norm, mask=mask)
 
 

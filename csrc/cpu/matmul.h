@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
 #include <cstring>
 
 // Weak: a torch linked against another BLAS may not carry them, and at::mm_out serves there.
@@ -59,19 +60,29 @@ inline int64_t packed_columns(int64_t n) {
 }
 
 // B (k, n) in the order the tile unit reads: pairs of rows interleaved, [k/2][packed_columns(n)][2]; zeros beyond.
-// `transposed`: src is Bᵀ (n, k).
+// `transposed`: src is Bᵀ (n, k), k even.
 inline void pack_bf16(const at::BFloat16* src, int64_t ld, int64_t k, int64_t n, bool transposed, at::BFloat16* out) {
   const int64_t cols = packed_columns(n);
-  for (int64_t p = 0; p < (k + 1) / 2; ++p) {
-    at::BFloat16* row = out + p * cols * 2;
-    const bool whole = 2 * p + 1 < k;
-    for (int64_t j = 0; j < n; ++j) {
-      const at::BFloat16* pair = transposed ? src + j * ld + 2 * p : src + 2 * p * ld + j;
-      row[2 * j] = pair[0];
-      row[2 * j + 1] = whole ? pair[transposed ? 1 : ld] : at::BFloat16(0);
+  if (transposed) {  // pairs are adjacent: a transpose of 32-bit words, in squares that stay in cache
+    constexpr int64_t kSquare = 16;
+    for (int64_t j0 = 0; j0 < n; j0 += kSquare)
+      for (int64_t p0 = 0; p0 < k / 2; p0 += kSquare)
+        for (int64_t p = p0; p < std::min(p0 + kSquare, k / 2); ++p)
+          for (int64_t j = j0; j < std::min(j0 + kSquare, n); ++j)
+            std::memcpy(static_cast<void*>(out + (p * cols + j) * 2), src + j * ld + 2 * p, 2 * sizeof(at::BFloat16));
+  } else {
+    for (int64_t p = 0; p < (k + 1) / 2; ++p) {
+      const at::BFloat16 *first = src + 2 * p * ld, *second = first + ld;
+      at::BFloat16* row = out + p * cols * 2;
+      const bool whole = 2 * p + 1 < k;
+      for (int64_t j = 0; j < n; ++j) {
+        row[2 * j] = first[j];
+        row[2 * j + 1] = whole ? second[j] : at::BFloat16(0);
+      }
     }
-    std::memset(static_cast<void*>(row + 2 * n), 0, (cols - n) * 2 * sizeof(at::BFloat16));
   }
+  for (int64_t p = 0; p < (k + 1) / 2; ++p)
+    std::memset(static_cast<void*>(out + (p * cols + n) * 2), 0, (cols - n) * 2 * sizeof(at::BFloat16));
 }
 
 // C (m, n) = A (m, k) B + add C, with B packed; k even. C has packed_columns(n) columns at least.

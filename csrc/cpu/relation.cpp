@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -121,25 +122,19 @@ FASTKD_MULTIVERSION acc_t difference_row(
   return sum;
 }
 
-// The same with W as the sum of two bfloat16 rows: its own rounding would show in the gradient.
-template <Rectify rectify>
-FASTKD_MULTIVERSION float difference_row_bf16(
-    const float* p, const float* pt, const float* r, const float* q, float r_i, float q_i, int64_t n, at::BFloat16* high,
-    at::BFloat16* low) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
+// w as the sum of two bfloat16 rows: one alone would show in the gradient. Truncated, which the second makes good.
+FASTKD_MULTIVERSION void split_row(const float* w, int64_t n, uint16_t* high, uint16_t* low) {
   for (int64_t j = 0; j < n; ++j) {
-    const float scale = r_i * r[j], map_s = p[j] * scale;
-    float map_t = pt[j] * (q_i * q[j]);
-    if (rectify != Rectify::kNone) map_t = std::max(map_t, 0.f);
-    float e = map_s - map_t;
-    if (rectify == Rectify::kBoth) e = std::max(map_s, 0.f) - map_t;
-    sum += e * e;
-    const float w = rectify == Rectify::kBoth && map_s < 0 ? 0.f : e * scale;
-    high[j] = w;
-    low[j] = w - static_cast<float>(high[j]);
+    uint32_t bits, rest_bits;
+    std::memcpy(&bits, w + j, sizeof bits);
+    high[j] = static_cast<uint16_t>(bits >> 16);
+    bits &= 0xffff0000u;
+    float top;
+    std::memcpy(&top, &bits, sizeof top);
+    const float rest = w[j] - top;
+    std::memcpy(&rest_bits, &rest, sizeof rest_bits);
+    low[j] = static_cast<uint16_t>(rest_bits >> 16);
   }
-  return sum;
 }
 
 // dS_i = c (U_i - s_i r_i² <s_i, U_i>); c U_i where rows are not normalised.
@@ -359,7 +354,6 @@ struct PiecesBf16 {
                             low = std::vector<at::BFloat16>(kStrip * kColumns);
 };
 
-template <Rectify rectify>
 double strip_bf16(
     const Problem& problem, const PackedRows& s, const PackedRows& t, int64_t i0, int64_t i1, bool with_grad,
     PiecesBf16& pieces) {
@@ -374,10 +368,13 @@ double strip_bf16(
     const int64_t even = (columns + 1) / 2 * 2;
     auto *high = pieces.high.data(), *low = pieces.low.data();
     for (int64_t i = 0; i < rows; ++i) {
-      sum += difference_row_bf16<rectify>(
-          p + i * padded, pt + i * padded, s.inverse.data() + j0, t.inverse.data() + j0, s.inverse[i0 + i],
-          t.inverse[i0 + i], columns, high + i * even, low + i * even);
-      if (even > columns) high[i * even + columns] = low[i * even + columns] = 0;
+      float* p_i = p + i * padded;
+      sum += difference<float>(
+          problem.rectify, p_i, pt + i * padded, s.inverse.data() + j0, t.inverse.data() + j0, s.inverse[i0 + i],
+          t.inverse[i0 + i], columns);
+      if (!with_grad) continue;
+      if (even > columns) p_i[columns] = 0;
+      split_row(p_i, even, reinterpret_cast<uint16_t*>(high + i * even), reinterpret_cast<uint16_t*>(low + i * even));
     }
     if (!with_grad) continue;
     const auto* packed = s.as_is.data() + j0 * width;
@@ -394,11 +391,8 @@ double tile_bf16(const Problem& problem) {
   std::vector<double> sums(G * strips);
   const auto run = [&](const PackedRows& s, const PackedRows& t, int64_t g, int64_t k, PiecesBf16& pieces) {
     const int64_t i0 = k * height, i1 = std::min(n, i0 + height);
-    const auto one = problem.rectify == Rectify::kNone   ? strip_bf16<Rectify::kNone>
-                     : problem.rectify == Rectify::kBoth ? strip_bf16<Rectify::kBoth>
-                                                         : strip_bf16<Rectify::kTeacher>;
     pieces.u.resize(height * width);
-    sums[g * strips + k] = one(problem, s, t, i0, i1, with_grad, pieces);
+    sums[g * strips + k] = strip_bf16(problem, s, t, i0, i1, with_grad, pieces);
     if (with_grad) problem.finish<float>(g, i0, i1, pieces.u.data(), width, s.inverse.data());
   };
   if (G >= at::get_num_threads()) {

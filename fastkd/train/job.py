@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,6 +252,7 @@ def run_epoch(trainee: Trainee, epoch: int, out: Path, rows: list[Row], bar: tqd
     report.write_log(out / "log.csv", rows)
     progress = f"{trainee.label:<17} epoch {epoch + 1:>3}/{trainee.epochs}"
     bar.write(f"{progress}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f}%  {row['seconds']:.1f} s")
+    sys.stdout.flush()
 
 
 def result(trainee: Trainee, rows: list[Row], top1: float | None = None) -> Row:
