@@ -274,20 +274,19 @@ def _relation_map_kernel(
             scale = tl.load(scale_ptr + group)
         else:
             scale = 1.0
-        along = along_ptr + local * columns * n
-        i_w = (i - first_tile * BLOCK_M).to(tl.int64)
-        w = e_grad * r_j[None, :]
-        w_tile = w_ptr + local * stride_wg + i_w[:, None] * pitch + j[None, :]
-        _store_terms(w_tile, term, w * scale, TERMS)
+        mirrored = IS_TRIANGLE and tile_i != tile_j
         if NORMALIZE:
-            tl.store(along + tile_j.to(tl.int64) * n + i, tl.sum(w * dot_s, 1), mask=in_i)
-        if IS_TRIANGLE:
-            if tile_i != tile_j:
-                w = e_grad * r_i[:, None]
-                w_tile = w_ptr + local * stride_wg + j.to(tl.int64)[:, None] * pitch + i[None, :]
-                _store_terms(w_tile, term, tl.trans(w) * scale, TERMS)
-                if NORMALIZE:
-                    tl.store(along + tile_i.to(tl.int64) * n + j, tl.sum(w * dot_s, 0), mask=in_j)
+            along = along_ptr + local * columns * n
+            x = e_grad * dot_s
+            tl.store(along + tile_j.to(tl.int64) * n + i, tl.sum(x * r_j[None, :], 1), mask=in_i)
+            if mirrored:
+                tl.store(along + tile_i.to(tl.int64) * n + j, tl.sum(x * r_i[:, None], 0), mask=in_j)
+        w_tile = w_ptr + local * stride_wg
+        i_w = (i - first_tile * BLOCK_M).to(tl.int64)
+        _store_terms(w_tile + i_w[:, None] * pitch + j[None, :], term, e_grad * (r_j * scale)[None, :], TERMS)
+        if mirrored:
+            w = tl.trans(e_grad * (r_i * scale)[:, None])
+            _store_terms(w_tile + j.to(tl.int64)[:, None] * pitch + i[None, :], term, w, TERMS)
 
 
 @triton.jit
