@@ -31,8 +31,8 @@ def peak(case: Case, provider: Provider, step: Step) -> int | None:
     except EOFError:
         return None
     finally:
+        process.join(10)
         process.kill()
-        process.join()
 
 
 def _on_gpu(step: Step) -> int:

@@ -59,11 +59,15 @@ def _times_faster(f: Figures, other: Figures | None) -> float | None:
     return other.median / f.median if other is not None and other.times else None
 
 
+def _rate(rate: float, limit: float) -> str:
+    return f"{rate / 1e9:.3g} ({rate / limit:.0%})" if rate > 0.01 * limit else "-"
+
+
 def _row(name: str, f: Figures, measured: Measured) -> str:
     errors = _cell(f.loss_error, "{:.0e}", 10) + _cell(f.gradient_error, "{:.0e}", 10)
     if not f.times:
         return f"  {name:<18}{'-':>10}  {'':<17}{'-':>8}{'-':>9}{'-':>7}{errors}  {f.failure}"
-    spread = f"{f.quantile(0.2) * 1e3:.3g}-{f.quantile(0.8) * 1e3:.3g}"
+    spread = f"{f.quantile(0.2) * 1e3:.4g}-{f.quantile(0.8) * 1e3:.4g}"
     cells = (
         _cell(_times_faster(f, measured.figures.get("eager")), "{:.2f}x", 8),
         _cell(_times_faster(f, measured.figures.get("compile")), "{:.2f}x", 9),
@@ -72,9 +76,8 @@ def _row(name: str, f: Figures, measured: Measured) -> str:
     )
     rates = ""
     if measured.case.providers[name].gated:
-        bytes_s, flop_s = measured.bytes / f.median, measured.case.flops / f.median
-        of_copy = f"{bytes_s / 1e9:.1f} ({bytes_s / measured.copy:.0%})"
-        rates = f"{of_copy:<14}{flop_s / 1e9:.0f} ({flop_s / measured.matmul:.0%})"
+        of_copy = _rate(measured.bytes / f.median, measured.copy)
+        rates = f"{of_copy:<14}{_rate(measured.case.flops / f.median, measured.matmul)}"
     return f"  {name:<18}{f.median * 1e3:>10.3f}  {spread:<17}{''.join(cells)}  {rates}"
 
 

@@ -1,6 +1,8 @@
 """How this project decides that two tensors agree, and the inputs it tests on."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
@@ -93,3 +95,24 @@ def strided(x: Tensor, layout: str) -> Tensor:
     if layout == "channels":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()
+
+
+def peak_extra_memory(setup: str, warm_up: str, run: str) -> int:
+    """Bytes by which the resident memory of a fresh single-threaded process grows at most while `run` runs.
+
+    setup makes the inputs; warm_up does the same on small ones, so that libraries are loaded before the count.
+    """
+    program = f"""
+import torch, fastkd
+torch.set_num_threads(1)
+def kilobytes(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+{setup}
+{warm_up}
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
+before = kilobytes("VmRSS")
+{run}
+print(kilobytes("VmHWM") - before)
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return 1024 * int(out.stdout)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, float32_products
+from ._common import architecture, float32_products, multiprocessors
 
 STRIP_BYTES = 12 << 20  # of W, beside as many bytes as the student has
 GRAM_CHUNK = 1 << 20  # elements of student and teacher taken to float64 at a time
@@ -57,29 +57,38 @@ class Fused(NamedTuple):
 @dataclass(frozen=True)
 class Config:
     map: Map
-    apply: Apply
+    apply: tuple[Apply, ...]  # the first that fills the card, else the last
     fused: dict[int, Fused]  # by the widest student it takes
 
 
-# By architecture and bytes of the wider input dtype. 8.x stays below the 99 KB of a consumer card's block.
+# By architecture and bytes of the wider input dtype. No configuration spills registers; 8.x stays below the 99 KB that
+# a block has on a consumer card, 10.x within the 512 columns of its tensor memory.
 CONFIGS: dict[tuple[str, int], Config] = {
     ("8.x", 2): Config(
-        Map(128, 32, 8, 3), Apply(128, 32, 64, 4, 3), {256: Fused(64, 64, 32, 64, 4, 3), 512: Fused(64, 64, 32, 128, 8, 3)}
+        Map(128, 32, 8, 3),
+        (Apply(128, 32, 128, 8, 3), Apply(64, 32, 64, 4, 3)),
+        {256: Fused(64, 32, 32, 64, 8, 3), 384: Fused(64, 32, 32, 128, 8, 3)},
     ),
     ("9.0", 2): Config(
-        Map(128, 64, 8, 3), Apply(128, 64, 64, 4, 3), {256: Fused(64, 64, 64, 64, 4, 3), 512: Fused(64, 64, 64, 128, 8, 3)}
+        Map(128, 64, 8, 3),
+        (Apply(128, 64, 128, 8, 3), Apply(64, 64, 64, 4, 3)),
+        {256: Fused(64, 64, 64, 64, 8, 3), 384: Fused(64, 32, 32, 128, 8, 3)},
     ),
     ("10.x", 2): Config(
-        Map(128, 64, 8, 3), Apply(128, 64, 64, 4, 3), {256: Fused(64, 64, 64, 64, 4, 3), 512: Fused(64, 64, 64, 128, 8, 3)}
+        Map(128, 64, 8, 3),
+        (Apply(128, 64, 128, 8, 3), Apply(64, 64, 64, 4, 3)),
+        {256: Fused(64, 64, 64, 64, 8, 3), 384: Fused(64, 32, 64, 128, 8, 3)},
     ),
     ("cdna", 2): Config(
-        Map(128, 32, 8, 2), Apply(128, 32, 64, 4, 2), {256: Fused(64, 64, 32, 64, 4, 2), 512: Fused(64, 64, 32, 128, 8, 2)}
+        Map(128, 32, 8, 2),
+        (Apply(128, 32, 128, 8, 2), Apply(64, 32, 64, 4, 2)),
+        {256: Fused(64, 64, 32, 64, 8, 2), 384: Fused(64, 64, 32, 128, 8, 2)},
     ),
     **{
         (arch, 4): Config(
             Map(64, 16, 4, stages),
-            Apply(64, 16, 64, 4, stages),
-            {256: Fused(32, 64, 16, 64, 4, stages), 512: Fused(32, 64, 16, 128, 8, stages)},
+            (Apply(64, 16, 64, 4, stages), Apply(32, 16, 32, 4, stages)),
+            {256: Fused(32, 16, 16, 64, 8, stages), 384: Fused(32, 16, 16, 128, 8, stages)},
         )
         for arch, stages in (("8.x", 3), ("9.0", 3), ("10.x", 3), ("cdna", 2))
     },
@@ -124,20 +133,28 @@ def _products(a_rows, a_mask, b_rows, b_mask, D, stride_d, acc, BLOCK_K: tl.cons
 
 
 @triton.jit
-def _difference(
-    dot_s, dot_t, r_i, r_j, q_i, q_j, NORMALIZE: tl.constexpr, RECTIFY_S: tl.constexpr, RECTIFY_T: tl.constexpr
-):
-    """E and, where the gradient sees another one (a clamped student passes none), that."""
+def _inverse_norms(ptr, i, mask, NORMALIZE: tl.constexpr):
+    """1 for raw rows."""
     if NORMALIZE:
-        dot_s = dot_s * r_i[:, None] * r_j[None, :]
-        dot_t = dot_t * q_i[:, None] * q_j[None, :]
-    if RECTIFY_T:
-        dot_t = tl.where(dot_t < 0, 0.0, dot_t)  # keeps NaN, as maximum does not
-    if RECTIFY_S:
-        e = tl.where(dot_s < 0, 0.0, dot_s) - dot_t
-        e_grad = tl.where(dot_s < 0, 0.0, e)
+        r = tl.load(ptr + i, mask=mask, other=0.0)
     else:
-        e = dot_s - dot_t
+        r = tl.full(i.shape, 1.0, tl.float32)
+    return r
+
+
+@triton.jit
+def _difference(dot_s, map_t, r_i, r_j, NORMALIZE: tl.constexpr, RECTIFY_S: tl.constexpr, RECTIFY_T: tl.constexpr):
+    """E and, where the gradient sees another one (a clamped student passes none), that."""
+    map_s = dot_s
+    if NORMALIZE:
+        map_s = dot_s * r_i[:, None] * r_j[None, :]
+    if RECTIFY_T:
+        map_t = tl.where(map_t < 0, 0.0, map_t)  # keeps NaN, as maximum does not
+    if RECTIFY_S:
+        e = tl.where(map_s < 0, 0.0, map_s) - map_t
+        e_grad = tl.where(map_s < 0, 0.0, e)
+    else:
+        e = map_s - map_t
         e_grad = e
     return e, e_grad
 
@@ -253,16 +270,14 @@ def _relation_map_kernel(
     s_j = _row_pointers(s_ptr, group, j, run, stride_sg, stride_so, stride_si)
     t_i = _row_pointers(t_ptr, group, i, run, stride_tg, stride_to, stride_ti)
     t_j = _row_pointers(t_ptr, group, j, run, stride_tg, stride_to, stride_ti)
-    dot_s = _products(s_i, in_i, s_j, in_j, Ds, stride_sd, zero, BLOCK_K, PRECISION)
-    dot_t = _products(t_i, in_i, t_j, in_j, Dt, stride_td, zero, BLOCK_K, PRECISION)
-    r = norms_ptr + group * n
+    # The teacher first, scaled at once: its norms' registers are free again when the student's products are summed.
+    map_t = _products(t_i, in_i, t_j, in_j, Dt, stride_td, zero, BLOCK_K, PRECISION)
+    r, q = norms_ptr + group * n, norms_ptr + total + group * n
     if NORMALIZE:
-        r_i, r_j = tl.load(r + i, mask=in_i, other=0.0), tl.load(r + j, mask=in_j, other=0.0)
-        q_i, q_j = tl.load(r + total + i, mask=in_i, other=0.0), tl.load(r + total + j, mask=in_j, other=0.0)
-    else:
-        r_i = tl.full((BLOCK_M,), 1.0, tl.float32)
-        r_j, q_i, q_j = r_i, r_i, r_i
-    e, e_grad = _difference(dot_s, dot_t, r_i, r_j, q_i, q_j, NORMALIZE, RECTIFY_S, RECTIFY_T)
+        map_t *= _inverse_norms(q, i, in_i, True)[:, None] * _inverse_norms(q, j, in_j, True)[None, :]
+    dot_s = _products(s_i, in_i, s_j, in_j, Ds, stride_sd, zero, BLOCK_K, PRECISION)
+    r_i, r_j = _inverse_norms(r, i, in_i, NORMALIZE), _inverse_norms(r, j, in_j, NORMALIZE)
+    e, e_grad = _difference(dot_s, map_t, r_i, r_j, NORMALIZE, RECTIFY_S, RECTIFY_T)
 
     square = tl.sum(tl.sum(e * e, 1), 0)
     if IS_TRIANGLE:
@@ -392,13 +407,8 @@ def _relation_fused_kernel(
     in_i = i < n
     s_i = _row_pointers(s_ptr, group, i, run, stride_sg, stride_so, stride_si)
     t_i = _row_pointers(t_ptr, group, i, run, stride_tg, stride_to, stride_ti)
-    r = norms_ptr + group * n
-    if NORMALIZE:
-        r_i = tl.load(r + i, mask=in_i, other=0.0)
-        q_i = tl.load(r + total + i, mask=in_i, other=0.0)
-    else:
-        r_i = tl.full((BLOCK_M,), 1.0, tl.float32)
-        q_i = r_i
+    r, q = norms_ptr + group * n, norms_ptr + total + group * n
+    r_i, q_i = _inverse_norms(r, i, in_i, NORMALIZE), _inverse_norms(q, i, in_i, NORMALIZE)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + group)
     else:
@@ -414,15 +424,12 @@ def _relation_fused_kernel(
         s_j = _row_pointers(s_ptr, group, j, run, stride_sg, stride_so, stride_si)
         t_j = _row_pointers(t_ptr, group, j, run, stride_tg, stride_to, stride_ti)
         zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        dot_t = _products(t_i, in_i, t_j, in_j, Dt, stride_td, zero, BLOCK_K, PRECISION)
-        dot_s = _products(s_i, in_i, s_j, in_j, Ds, stride_sd, zero, BLOCK_K, PRECISION)
+        map_t = _products(t_i, in_i, t_j, in_j, Dt, stride_td, zero, BLOCK_K, PRECISION)
         if NORMALIZE:
-            r_j = tl.load(r + j, mask=in_j, other=0.0)
-            q_j = tl.load(r + total + j, mask=in_j, other=0.0)
-        else:
-            r_j = tl.full((BLOCK_N,), 1.0, tl.float32)
-            q_j = r_j
-        e, e_grad = _difference(dot_s, dot_t, r_i, r_j, q_i, q_j, NORMALIZE, RECTIFY_S, RECTIFY_T)
+            map_t *= q_i[:, None] * _inverse_norms(q, j, in_j, True)[None, :]
+        dot_s = _products(s_i, in_i, s_j, in_j, Ds, stride_sd, zero, BLOCK_K, PRECISION)
+        r_j = _inverse_norms(r, j, in_j, NORMALIZE)
+        e, e_grad = _difference(dot_s, map_t, r_i, r_j, NORMALIZE, RECTIFY_S, RECTIFY_T)
         square += tl.sum(e * e, 1)
         w = e_grad * (r_j * scale)[None, :]
         high = w.to(s_ptr.dtype.element_ty)
@@ -461,6 +468,15 @@ def _largest(norms: Tensor, normalize: bool) -> Tensor:
     if normalize:
         return 2 * norms[0].amax(1)
     return norms.amax(2).square().sum(0)
+
+
+def _fill(choices: tuple[Apply, ...], groups: int, rows: int, Ds: int, device: torch.device) -> tuple[tuple[int, int], Apply]:
+    """The first configuration with a program for every multiprocessor, else the last; and its grid."""
+    for apply in choices:
+        grid = groups * triton.cdiv(rows, apply.BLOCK_M), triton.cdiv(Ds, apply.BLOCK_D)
+        if grid[0] * grid[1] >= multiprocessors(device):
+            break
+    return grid, apply
 
 
 def _tile(
@@ -538,11 +554,12 @@ def _tile(
                     **config.map._asdict(),
                 )  # fmt: skip
                 done += here * tiles
-                apply_tiles = triton.cdiv(min(tall * BLOCK_M, n - first_tile * BLOCK_M), config.apply.BLOCK_M)
-                _relation_apply_kernel[(here * apply_tiles, triton.cdiv(Ds, config.apply.BLOCK_D))](
+                rows = min(tall * BLOCK_M, n - first_tile * BLOCK_M)
+                grid, apply = _fill(config.apply, here, rows, Ds, student.device)
+                _relation_apply_kernel[grid](
                     w, along, student, norms, scale, dstudent, *s_rows, *_rows(dstudent, scope), n, run, Ds,
-                    g, first_tile * BLOCK_M, apply_tiles, columns, pitch, w.stride(1), w.stride(0), 4 / (G * n * n),
-                    HAS_SCALE=has_scale, **flags, **config.apply._asdict(),
+                    g, first_tile * BLOCK_M, grid[0] // here, columns, pitch, w.stride(1), w.stride(0), 4 / (G * n * n),
+                    HAS_SCALE=has_scale, **flags, **apply._asdict(),
                 )  # fmt: skip
 
     loss = student.new_empty((), dtype=torch.float32)

@@ -1,8 +1,5 @@
 """attention_loss, qkv_relation_loss and the modules and signatures made of them."""
 
-import subprocess
-import sys
-from pathlib import Path
 
 import golden
 import pytest
@@ -19,6 +16,7 @@ from fastkd.testing import (
     assert_matches_oracle,
     backends,
     loss_and_gradients,
+    peak_extra_memory,
     poisoned_allocations,
     relative_difference,
     strided,
@@ -534,24 +532,13 @@ def test_operators_hold_their_contract(op: str, flags: tuple[bool, ...]) -> None
 @pytest.mark.parametrize("divergence", ["kl", "score_mse"])
 def test_memory_is_linear_in_tokens(divergence: str) -> None:
     """Forward and backward at N = 4096 in a fresh process: under 100 MB with both gradients (25 MB, twice)."""
-    program = f"""
-import torch, fastkd
-torch.set_num_threads(1)
-def megabytes(field):
-    return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith(field))
+    setup = f"""
 q, k, tq, tk = (torch.randn(1, 12, 4096, 64) for _ in range(4))
 def run(n):
     a, b = (x[:, :, :n].detach().requires_grad_() for x in (q, k))
     fastkd.attention_loss(a, b, tq[:, :, :n], tk[:, :, :n], divergence={divergence!r}, backend="eager").backward()
-run(64)
-before = megabytes("VmRSS")
-run(4096)
-print(megabytes("VmHWM") - before)
 """
-    if not Path("/proc/self/status").exists():
-        pytest.skip("reads /proc")
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert float(out.stdout) < 100
+    assert peak_extra_memory(setup, "run(64)", "run(4096)") < 100e6
 
 
 def of_dtype(case: golden.Case, dtype: torch.dtype) -> dict[str, Tensor]:

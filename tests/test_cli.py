@@ -134,6 +134,7 @@ def bad(tmp_path_factory) -> Path:
         ("--batch-size 1000", ["--batch-size", "1000", "898"]),
         ("--out finished", ["--out", "finished", "--overwrite"]),
         ("--out file", ["--out", "file"]),
+        ("--out . --teacher-checkpoint other.safetensors", ["--out", "--teacher-checkpoint"]),
         ("--out file/below", ["--out", "file/below"]),
         ("--device tpu9", ["--device", "tpu9"]),
         ("--amp int8", ["--amp", "int8"]),

@@ -1,5 +1,7 @@
 """relation_loss, manifold_loss and the modules and signatures made of them."""
 
+from pathlib import Path
+
 import golden
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fastkd.testing import (
     assert_matches_oracle,
     backends,
     loss_and_gradients,
+    peak_extra_memory,
     poisoned_allocations,
     relative_difference,
     strided,
@@ -26,6 +29,8 @@ SCOPES = ["intra", "inter", "batch"]
 SHAPES = [(4, 7, 24, 80), (5, 65, 80, 24), (6, 197, 192, 384)]
 # bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists() or DEVICE != "cpu", reason="reads /proc, on a CPU")
 
 
 def features(B: int, N: int, Ds: int, Dt: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -307,6 +312,42 @@ def test_a_weight_of_zero_leaves_its_term_out() -> None:
     student, teacher = features(3, 33, 24, 40)
     loss = fastkd.manifold_loss(student, teacher, intra=2.0, inter=0.0, random=0.0)
     assert relative_difference(loss, 2 * reference.relation_loss(student, teacher)) < 1e-6
+
+
+def relation_memory(shape: tuple[int, ...], dtype: str, scope: str, backend: str) -> int:
+    B, N, Ds, Dt = shape
+    setup = f"""
+student, teacher = torch.randn({B}, {N}, {Ds}).to(torch.{dtype}), torch.randn({B}, {N}, {Dt}).to(torch.{dtype})
+def run(n):
+    s = student[:, :n].detach().requires_grad_()
+    fastkd.relation_loss(s, teacher[:, :n], scope={scope!r}, backend={backend!r}).backward()
+"""
+    return peak_extra_memory(setup, "run(8)", f"run({N})")
+
+
+@ON_LINUX
+def test_eager_holds_no_map() -> None:
+    """25,088 tokens, 192 and 384 wide: one map would be 2.5 GB."""
+    assert relation_memory((1, 25088, 192, 384), "float32", "batch", "eager") < 150e6
+
+
+@ON_LINUX
+@pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("shape", "scope"),
+    [
+        ((32, 196, 192, 384), "intra"),
+        ((8, 1024, 384, 768), "intra"),
+        ((128, 196, 192, 384), "inter"),
+        ((1, 25088, 192, 384), "batch"),
+    ],
+    ids=str,
+)
+def test_native_needs_little_beyond_the_gradient(shape: tuple[int, ...], scope: str, dtype: str) -> None:
+    gradient = shape[0] * shape[1] * shape[2] * getattr(torch, dtype).itemsize
+    allowed = (3 if dtype == "float16" else 2) * gradient + 16 * 2**20
+    assert relation_memory(shape, dtype, scope, "native") <= allowed
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def case(
         reduced=B * h * w,
         flops=(6 if backward else 4) * B * C * h * w,
         reads=2 if backward else 1,
-        bars=(*bars, Bar("others", 1), Bar(ALLOWANCE, 1, "memory")),
+        bars=(*bars, Bar("others", 1), *([Bar(ALLOWANCE, 1, "memory")] if backward else [])),
         allowance=one_gradient,
         backward=backward,
         **options,

@@ -115,7 +115,7 @@ def with_hooks(moments_of: Callable[[Tensor], Moments], images: Tensor, labels: 
 def with_capture(images: Tensor, labels: Tensor) -> Tensor:
     with capture.bn_inputs(resnet50(images.dtype)) as layers:
         loss = without_statistics(images, labels)
-    return loss + 0.01 * fastkd.bn_stat_loss(layers.inputs, layers.running_means, layers.running_vars)
+        return loss + 0.01 * fastkd.bn_stat_loss(layers.inputs, layers.running_means, layers.running_vars)
 
 
 def inversion_step() -> dict[str, Provider]:

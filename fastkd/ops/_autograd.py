@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SCALE_CHUNK = 1 << 20  # elements; bounds the float32 temporary of a mixed-dtype product
+_SCALE_CHUNK = 1 << 16  # elements; bounds the float32 temporaries of a mixed-dtype product, and keeps them in cache
 
 
 def wants_grad(*tensors: Tensor) -> bool:

@@ -11,6 +11,17 @@ from fastkd.ops._dispatch import Backend, resolve_plain
 EPS = 1e-12  # a feature whose norm is at most this counts as 0 and gets gradient 0
 
 
+def check_intra_divergence(features: Tensor, labels: Tensor, spread_margin: float, boundary_margin: float) -> None:
+    """What intra_divergence_loss raises about its arguments, before anything runs."""
+    check.tensor("features", features, 2, "(B, D)")
+    check.not_empty("features", features)
+    check.integers("labels", labels)
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(features)},), got {tuple(labels.shape)}")
+    check.number("spread_margin", spread_margin, low=0)
+    check.number("boundary_margin", boundary_margin, low=0)
+
+
 def intra_divergence_loss(
     features: Tensor,
     labels: Tensor,
@@ -45,13 +56,7 @@ def intra_divergence_loss(
         ValueError: shapes that do not fit or are empty, a margin < 0.
         RuntimeError: a backend that this loss has not; differentiated twice; under vmap or torch.func.
     """
-    check.tensor("features", features, 2, "(B, D)")
-    check.not_empty("features", features)
-    check.integers("labels", labels)
-    if labels.shape != features.shape[:1]:
-        raise ValueError(f"labels must have shape ({len(features)},), got {tuple(labels.shape)}")
-    check.number("spread_margin", spread_margin, low=0)
-    check.number("boundary_margin", boundary_margin, low=0)
+    check_intra_divergence(features, labels, spread_margin, boundary_margin)
     resolve_plain(backend, "intra_divergence_loss")
     refuse_transforms("intra_divergence_loss")
 

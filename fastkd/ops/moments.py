@@ -1,6 +1,6 @@
 """Batch moments in one read, and the batch-norm statistic losses made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,8 @@ from fastkd.ops._dispatch import Backend, call, resolve
 
 Dims = Literal["batch", "image"]
 Distance = Literal["l2", "mse", "image"]
+Moments = list[tuple[Tensor, Tensor]]  # per layer (mean, var)
+Merge = Callable[[Moments], Moments]
 
 
 class _Moments(torch.autograd.Function):
@@ -76,8 +78,12 @@ def bn_stat_loss_and_moments(
     momentum: float | None,
     ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     backend: Backend,
+    merge: Merge | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """bn_stat_loss, and the means and variances that it compared: per layer (C,), or (B, C) in "image"."""
+    """bn_stat_loss, and the means and variances that it compared: per layer (C,), or (B, C) in "image".
+
+    merge turns the moments of this rank's images into those of all ranks', once everything has been checked.
+    """
     check.one_of("distance", distance, ("l2", "mse", "image"))
     if len(inputs) == 0:
         raise ValueError("inputs must hold at least one layer, got none")
@@ -85,7 +91,7 @@ def bn_stat_loss_and_moments(
         check.tensor(f"inputs[{i}]", x, range(2, 16), "(B, C, ...)")
         check.not_empty(f"inputs[{i}]", x)
         elements = x[0, 0].numel() if distance == "image" else x[:, 0].numel()
-        if elements < 2:
+        if elements < 2 and (merge is None or distance == "image"):
             raise ValueError(
                 f"inputs[{i}] must hold at least 2 elements per channel{' and image' if distance == 'image' else ''} "
                 f"to have a variance, got {tuple(x.shape)}"
@@ -103,13 +109,18 @@ def bn_stat_loss_and_moments(
     weights = [1.0] * len(inputs) if layer_weights is None else layer_weights
     if len(weights) != len(inputs):
         raise ValueError(f"layer_weights must have one number per layer, got {len(weights)} for {len(inputs)} inputs")
+    for i, w in enumerate(weights):
+        check.number(f"layer_weights[{i}]", w, low=0)
 
+    dims: Dims = "image" if distance == "image" else "batch"
+    moments = [batch_moments(x, dims=dims, backend=backend) for x in inputs]
+    if merge is not None:
+        moments = merge(moments)
     terms, means, variances = [], [], []
     for i, (x, mean_running, var_running, w) in enumerate(
         zip(inputs, running_means, running_vars, weights, strict=True)
     ):
-        check.number(f"layer_weights[{i}]", w, low=0)
-        mean, var = batch_moments(x, dims="image" if distance == "image" else "batch", backend=backend)
+        mean, var = moments[i]
         if momentum is not None and ema is not None:
             mean, var = mean.lerp(ema[0][i].to(mean), momentum), var.lerp(ema[1][i].to(var), momentum)
         means.append(mean)

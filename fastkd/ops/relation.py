@@ -50,6 +50,42 @@ def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x[index // N, index % N].unsqueeze(0)
 
 
+def check_relation(
+    student: Tensor,
+    teacher: Tensor,
+    scope: str,
+    index: Tensor | None,
+    rectify: str,
+    eps: float,
+    algorithm: str,
+) -> None:
+    """What relation_loss raises about its arguments, before anything runs."""
+    check.tensor("student", student, 3, "(B, N, Ds)")
+    check.tensor("teacher", teacher, 3, "(B, N, Dt)")
+    check.not_empty("student", student)
+    check.not_empty("teacher", teacher)
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            "student and teacher must agree in images and tokens (B, N), "
+            f"got {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])}: drop class tokens or resize a grid first"
+        )
+    check.same_device(student=student, teacher=teacher)
+    check.one_of("scope", scope, ("intra", "inter", "batch"))
+    check.one_of("rectify", rectify, ("none", "both", "teacher"))
+    check.one_of("algorithm", algorithm, ("tile", "gram", "auto"))
+    check.number("eps", eps, low=0)
+    check.constant("teacher", teacher)
+    if algorithm == "gram" and rectify != "none":
+        raise ValueError(f"algorithm='gram' never forms the similarities that rectify={rectify!r} clamps; use 'tile'")
+    if index is not None:
+        if scope != "batch":
+            raise ValueError(f"index needs scope='batch', got {scope!r}")
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            raise TypeError(f"index must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+        if index.ndim != 1 or index.numel() == 0:
+            raise ValueError(f"index must have shape (K,) with K >= 1, got {tuple(index.shape)}")
+
+
 def relation_loss(
     student: Tensor,
     teacher: Tensor,
@@ -91,30 +127,7 @@ def relation_loss(
         RuntimeError: the named backend cannot run here; a row index out of range; differentiated twice; under vmap
             or torch.func.
     """
-    check.tensor("student", student, 3, "(B, N, Ds)")
-    check.tensor("teacher", teacher, 3, "(B, N, Dt)")
-    check.not_empty("student", student)
-    check.not_empty("teacher", teacher)
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            "student and teacher must agree in images and tokens (B, N), "
-            f"got {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])}: drop class tokens or resize a grid first"
-        )
-    check.same_device(student=student, teacher=teacher)
-    check.one_of("scope", scope, ("intra", "inter", "batch"))
-    check.one_of("rectify", rectify, ("none", "both", "teacher"))
-    check.one_of("algorithm", algorithm, ("tile", "gram", "auto"))
-    check.number("eps", eps, low=0)
-    check.constant("teacher", teacher)
-    if algorithm == "gram" and rectify != "none":
-        raise ValueError(f"algorithm='gram' never forms the similarities that rectify={rectify!r} clamps; use 'tile'")
-    if index is not None:
-        if scope != "batch":
-            raise ValueError(f"index needs scope='batch', got {scope!r}")
-        if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            raise TypeError(f"index must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
-        if index.ndim != 1 or index.numel() == 0:
-            raise ValueError(f"index must have shape (K,) with K >= 1, got {tuple(index.shape)}")
+    check_relation(student, teacher, scope, index, rectify, eps, algorithm)
     refuse_transforms("relation_loss")
 
     if index is not None:

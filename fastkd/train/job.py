@@ -129,6 +129,8 @@ def choose_folder(settings: Settings) -> Path:
         raise InputError(f"--out: {out} is a file, not a folder")
     if (out / "summary.json").exists() and not settings.overwrite:
         raise InputError(f"--out: {out} holds a finished run; name another folder or give --overwrite")
+    if settings.teacher_checkpoint and Path(settings.teacher_checkpoint).resolve().parent == out.resolve():
+        raise InputError(f"--out: {out} holds the --teacher-checkpoint, which the run would replace; name another")
     return out
 
 

@@ -1,0 +1,752 @@
+"""The losses that span images, over the global batch of a process group; the only place that knows ranks.
+
+Every rank gets the loss of one process on the concatenated batch (images in the order of the ranks, which may hold
+different numbers of them). Gradients are that loss's times the number of ranks: DistributedDataParallel averages over
+ranks, so parameter gradients come out as those of the single process, and a term that is a mean over the local batch
+weighs as it would there. All collectives are in forward: a gradient that reaches only some ranks cannot hang, and the
+incoming gradient must be the same on every rank, as it is wherever ranks add up the same terms.
+
+A call starts with one small all-gather that the host waits for: the sizes, and whether the ranks agree. Arguments that one
+rank refuses, or on which ranks disagree, are an error on every rank. Hence no CUDA-graph capture, and a graph break in
+torch.compile.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastkd import functional as F
+from fastkd._precision import accumulator, has_fast_float64, stored_gradient
+from fastkd.ops import _checks as check
+from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
+from fastkd.ops._dispatch import Backend, resolve, resolve_plain
+from fastkd.ops.diversity import check_intra_divergence
+from fastkd.ops.moments import Distance, Moments, bn_stat_loss_and_moments
+from fastkd.ops.relation import Algorithm, Rectify, Scope, check_relation
+
+__all__ = ["batch_moments", "bn_stat_loss", "intra_divergence_loss", "manifold_loss", "relation_loss"]
+
+_CHUNK = 1 << 22  # elements of a message or a temporary: 16 MB in float32
+
+Group = "dist.ProcessGroup | None"  # a string: PyTorch can be built without it
+About = dict[str, object]  # what must be the same on every rank
+
+
+class _Ranks:
+    """The ranks of one call, and what they tell each other."""
+
+    def __init__(self, group: Any) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("fastkd.distributed needs torch.distributed.init_process_group first")
+        self.group = dist.group.WORLD if group is None else group
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise ValueError("group must be one that this process belongs to")
+
+    def agree(self, arguments: Callable[[], tuple[About, int, bool]]) -> tuple[list[int], bool]:
+        """(each rank's size, whether all have the flag) once every rank's arguments are good and in agreement.
+
+        Args:
+            arguments: checks them, then gives (what must be the same everywhere, this rank's size, a flag).
+
+        Raises, on every rank: this rank's own error, else ValueError with another's or with what differs.
+        """
+        error: Exception | None = None
+        about: About
+        try:
+            about, size, flag = arguments()
+        except Exception as caught:  # noqa: BLE001  whatever it is, the others wait
+            error, about, size, flag = caught, {}, 0, False
+        digest = hashlib.blake2b(repr(about).encode(), digest_size=8).digest()
+        mine = [int.from_bytes(digest, "big", signed=True), size, int(flag), int(error is not None)]
+        # On the host where the group can: nothing then waits for the device.
+        config = dist.get_backend_config(self.group)
+        row = torch.tensor(mine, device="cpu" if "cpu:" in config else config.partition(":")[0])
+        rows = [torch.empty_like(row) for _ in range(self.world)]
+        dist.all_gather(rows, row, group=self.group)
+        digests, sizes, flags, errors = zip(*torch.stack(rows).tolist(), strict=True)
+        if len(set(digests)) == 1 and not any(errors):
+            return list(sizes), all(flags)
+        told: list[Any] = [None] * self.world
+        dist.all_gather_object(told, about if error is None else f"{type(error).__name__}: {error}", group=self.group)
+        if error is not None:
+            raise error
+        raise ValueError(_disagreement(told))
+
+    def sum_(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def share(self, x: Tensor, shape: Sequence[int], source: int) -> Tensor:
+        """x of the rank `source`, of that shape, on every rank."""
+        x = x.contiguous() if self.rank == source else x.new_empty(shape)
+        dist.broadcast(x, group=self.group, group_src=source)
+        return x
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Each rank's x (its size, ...) one after the other."""
+        padded = x.new_zeros((max(sizes), *x.shape[1:]))  # gloo gathers equal shapes only
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _disagreement(told: list[Any]) -> str:
+    """The message of ranks whose arguments differ, the same on each."""
+    for rank, about in enumerate(told):
+        if isinstance(about, str):
+            return f"rank {rank} of the process group refused its arguments: {about}"
+    differing = []
+    for key in dict.fromkeys(key for about in told for key in about):
+        values = [about.get(key) for about in told]
+        if any(value != values[0] for value in values):
+            differing.append(f"{key}: " + ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values)))
+    return f"the ranks of the process group must agree, got {'; '.join(differing)}"
+
+
+def _layout(x: Tensor) -> str:
+    """All but the number of images."""
+    return f"({', '.join(['B', *map(str, x.shape[1:])])}) {str(x.dtype).removeprefix('torch.')} {x.device.type}"
+
+
+class _Averaged(torch.autograd.Function):
+    """x itself; its gradient times the world size, by which DDP divides. Only on results, so 16 bits round once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: int) -> Tensor:
+        ctx.world = world
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return dx * ctx.world, None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over ranks. What every rank makes of it is the same loss, so its gradient is already the whole one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: _Ranks) -> Tensor:
+        return ranks.sum_(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return dx, None
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank's rows; as in _Sum, a rank's own slice of the gradient is all of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: _Ranks, sizes: Sequence[int]) -> Tensor:
+        ctx.start, ctx.size = sum(sizes[: ranks.rank]), sizes[ranks.rank]
+        return ranks.gather(x, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        return dx[ctx.start : ctx.start + ctx.size], None, None
+
+
+# ---- relations
+
+
+def pick_algorithm(n: int, student: Tensor, teacher: Tensor, rectify: str, fast_float64: bool) -> str:
+    """What sends fewer bytes for a group of n rows over all ranks: its Grams or its features.
+
+    gram: 2 (Ds² + Ds Dt + Dt²) float64 (an all-reduce sends twice).   tile: n (Ds + Dt) elements as they are.
+    As in one process, gram never with rectification nor where a rank's float64 is crippled.
+    """
+    if rectify != "none" or not fast_float64:
+        return "tile"
+    Ds, Dt = student.shape[-1], teacher.shape[-1]
+    features = n * (Ds * student.element_size() + Dt * teacher.element_size())
+    return "gram" if 16 * (Ds * Ds + Ds * Dt + Dt * Dt) < features else "tile"
+
+
+def _slices(total: int, elements_each: int) -> Iterator[slice]:
+    """Cuts of `total` items of `elements_each` elements into pieces of at most _CHUNK."""
+    step = max(1, _CHUNK // max(1, elements_each))
+    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def _length(piece: slice) -> int:
+    return piece.stop - piece.start
+
+
+def _groups(x: Tensor, scope: str) -> Tensor:
+    """(B, N, D) -> (G, n, D)."""
+    return x.transpose(0, 1) if scope == "inter" else x.reshape(1, -1, x.shape[-1])
+
+
+class _Rows:
+    """How rows are scaled: to unit length, or not; a row whose norm is at most eps relates as 0."""
+
+    def __init__(self, normalize: bool, eps: float, acc: torch.dtype) -> None:
+        self.normalize, self.eps, self.acc = normalize, eps, acc
+
+    def unit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x̂, r) of x̂ = r x."""
+        x = x.to(self.acc)
+        if not self.normalize:
+            return x, x.new_ones(())
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = norm.reciprocal().masked_fill_(norm <= self.eps, 0)
+        return x * r, r
+
+    def through(self, ds_hat: Tensor, s: Tensor) -> Tensor:
+        """dS = r (dŜ - ŝ <ŝ, dŜ>)."""
+        if not self.normalize:
+            return ds_hat
+        s_hat, r = self.unit(s)
+        return r * (ds_hat - s_hat * (s_hat * ds_hat).sum(-1, keepdim=True))
+
+
+def _gram(s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Rows, ranks: _Ranks) -> Tensor:
+    """||SᵀS||² - 2||SᵀT||² + ||TᵀT||² with the Grams summed over ranks, dS = 4/(G n²) (S(SᵀS) - T(TᵀS)) of own rows.
+
+    What is sent does not grow with the batch.
+    """
+    (G, n_own, Ds), Dt, n = s.shape, t.shape[-1], sum(counts)
+    sizes = [Ds * Ds, Ds * Dt, Dt * Dt]
+    total = s.new_zeros((), dtype=torch.float64)
+    for g in _slices(G, sum(sizes)):
+        # One message; ST stands in it as (Ds, Dt).
+        message = s.new_zeros(_length(g) * sum(sizes), dtype=torch.float64)
+        parts = message.split([_length(g) * size for size in sizes])
+        ss, st, tt = (x.view(-1, a, b) for x, (a, b) in zip(parts, ((Ds, Ds), (Ds, Dt), (Dt, Dt)), strict=True))
+        strips = list(_slices(n_own, _length(g) * (Ds + Dt)))
+        for r in strips:
+            s64, t64 = rows.unit(s[g, r])[0].double(), rows.unit(t[g, r])[0].double()
+            ss.baddbmm_(s64.mT, s64)
+            st.baddbmm_(s64.mT, t64)
+            tt.baddbmm_(t64.mT, t64)
+        ranks.sum_(message)
+        total += ss.square().sum() - 2 * st.square().sum() + tt.square().sum()
+        if ds is not None:
+            ss_acc, ts_acc = ss.to(rows.acc), st.mT.to(rows.acc)
+            for r in strips:
+                s_hat, t_hat = rows.unit(s[g, r])[0], rows.unit(t[g, r])[0]
+                ds_hat = torch.baddbmm(s_hat @ ss_acc, t_hat, ts_acc, alpha=-1).mul_(4 / (G * n * n))
+                ds[g, r] = rows.through(ds_hat, s[g, r]).to(ds.dtype)
+    return total.clamp_min(0) / (G * n * n)  # rounding alone can take a zero below 0
+
+
+def _tile(
+    s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Rows, ranks: _Ranks, rectify: str
+) -> Tensor:
+    """Own rows of the maps against the columns of each rank in turn, whose features pass by in pieces.
+
+    The maps are symmetric, so dŜ = 4/(G n²) E' Ŝ of own rows needs these strips alone; only the loss is summed.
+    """
+    (G, n_own, Ds), Dt, n = s.shape, t.shape[-1], sum(counts)
+    total = s.new_zeros((), dtype=torch.float64)
+    for g in _slices(G, max(counts) * (Ds + Dt)):
+        ds_hat = None if ds is None else s.new_zeros((_length(g), n_own, Ds), dtype=rows.acc)
+        for source, count in enumerate(counts):
+            for c in _slices(count, _length(g) * (Ds + Dt)):
+                shape = _length(g), _length(c)
+                own = c if source == ranks.rank else slice(0)
+                columns_s = rows.unit(ranks.share(s[g, own], (*shape, Ds), source))[0]
+                columns_t = rows.unit(ranks.share(t[g, own], (*shape, Dt), source))[0]
+                for r in _slices(n_own, _length(g) * max(_length(c), Ds + Dt)):
+                    s_hat, t_hat = rows.unit(s[g, r])[0], rows.unit(t[g, r])[0]
+                    if rectify == "none":
+                        error = torch.baddbmm(s_hat @ columns_s.mT, t_hat, columns_t.mT, alpha=-1)
+                    else:
+                        map_s, map_t = s_hat @ columns_s.mT, t_hat @ columns_t.mT
+                        error = (map_s.clamp_min(0) if rectify == "both" else map_s) - map_t.clamp_min_(0)
+                    total += torch.linalg.vector_norm(error).double().square()
+                    if ds_hat is not None:
+                        if rectify == "both":
+                            error.masked_fill_(map_s < 0, 0)
+                        ds_hat[:, r].baddbmm_(error, columns_s, alpha=4 / (G * n * n))
+        if ds is not None and ds_hat is not None:
+            for r in _slices(n_own, _length(g) * Ds):
+                ds[g, r] = rows.through(ds_hat[:, r], s[g, r]).to(ds.dtype)
+    return ranks.sum_(total) / (G * n * n)
+
+
+class _Relation(torch.autograd.Function):
+    """Scopes "inter" and "batch": forward forms the gradient of own rows, from what all ranks hold; backward scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        ranks: _Ranks,
+        sizes: list[int],
+        scope: str,
+        rectify: str,
+        algorithm: str,
+        rows: _Rows,
+        with_grad: bool,
+    ) -> Tensor:
+        dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=stored_gradient(student))
+        s, t = _groups(student, scope), _groups(teacher, scope)
+        ds = _groups(dstudent, scope) if with_grad else None
+        counts = sizes if scope == "inter" else [size * student.shape[1] for size in sizes]
+        # Autocast would round the products; the maths stays in its accumulation dtype.
+        with torch.autocast(student.device.type, enabled=False):
+            if algorithm == "gram":
+                loss = _gram(s, t, ds, counts, rows, ranks)
+            else:
+                loss = _tile(s, t, ds, counts, rows, ranks, rectify)
+        ctx.save_for_backward(dstudent)
+        ctx.dtype = student.dtype
+        return loss.to(rows.acc)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("relation_loss")
+        (dstudent,) = ctx.saved_tensors
+        return scaled(dstudent, dloss, ctx.dtype), *(None,) * 8
+
+
+def _spanning(
+    student: Tensor,
+    teacher: Tensor,
+    ranks: _Ranks,
+    sizes: list[int],
+    fast_float64: bool,
+    *,
+    scope: str,
+    normalize: bool = True,
+    rectify: str = "none",
+    eps: float = 1e-12,
+    algorithm: str = "auto",
+) -> Tensor:
+    """Scope "inter" or "batch" over all ranks."""
+    if algorithm == "auto":
+        n = sum(sizes) * (1 if scope == "inter" else student.shape[1])
+        algorithm = pick_algorithm(n, student, teacher, rectify, fast_float64)
+    rows = _Rows(normalize, eps, accumulator(student, teacher))
+    loss = _Relation.apply(student, teacher, ranks, sizes, scope, rectify, algorithm, rows, wants_grad(student))
+    return _Averaged.apply(loss, ranks.world)
+
+
+def _own_rows(x: Tensor, index: Tensor, start: int) -> Tensor:
+    """(K, D): the rows of the global batch that stand here, zeros for the others."""
+    N, last = x.shape[1], x.shape[0] * x.shape[1] - 1
+    local = (index - start).clamp(0, last)
+    return x[local // N, local % N].masked_fill((index - start != local)[:, None], 0)
+
+
+def _sampled(
+    student: Tensor, teacher: Tensor, index: Tensor, ranks: _Ranks, sizes: list[int], **options: Any
+) -> Tensor:
+    """The K x K map of rows of the global batch, on every rank; their gradient goes back to where they stand."""
+    B, N, Ds = student.shape
+    total = sum(sizes) * N
+    torch._assert_async(((index >= 0) & (index < total)).all(), f"index must lie in [0, B*N = {total})")
+    start = sum(sizes[: ranks.rank]) * N
+    # Each row is x + 0 + ... + 0: exact in any dtype that holds both.
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    both = _Sum.apply(torch.cat([_own_rows(x, index, start).to(dtype) for x in (student, teacher)], -1), ranks)
+    s, t = both[:, :Ds].to(student.dtype), both[:, Ds:].detach().to(teacher.dtype)
+    return _Averaged.apply(F.relation_loss(s[None], t[None], **options), ranks.world)
+
+
+def _joined(losses: Sequence[Tensor], ranks: _Ranks, sizes: list[int]) -> list[Tensor]:
+    """Means over all images from the means over each rank's, in one message."""
+    share = sizes[ranks.rank] / sum(sizes)
+    joined = _Sum.apply(torch.stack([loss.double() * share for loss in losses]), ranks)
+    return [_Averaged.apply(x.to(loss.dtype), ranks.world) for x, loss in zip(joined.unbind(), losses, strict=True)]
+
+
+@torch.compiler.disable
+def relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    scope: Scope = "intra",
+    index: Tensor | None = None,
+    normalize: bool = True,
+    rectify: Rectify = "none",
+    eps: float = 1e-12,
+    algorithm: Algorithm = "auto",
+    backend: Backend = "auto",
+    group: Group = None,
+) -> Tensor:
+    """fastkd.relation_loss of the batch of all ranks: Hao et al. 2022 (arXiv:2107.01378), DINOv3 (arXiv:2508.10104).
+
+        L = 1/(G n²) Σ_g || f(S_g S_gᵀ) - f(T_g T_gᵀ) ||²,  rows of S_g and T_g of unit length, from every rank
+
+    "intra" sends a scalar. "inter" and "batch" send D x D Grams or features (pick_algorithm); features go in pieces from
+    rank to rank, so that at no time a rank holds the batch of another. `index` sends those rows.
+
+    Args:
+        student: (B, N, Ds), this rank's; B may differ between ranks, all else may not. Differentiable.
+        teacher: (B, N, Dt). A constant.
+        scope: "intra", "inter" (N maps of all images) or "batch" (one map of all tokens of all images, exact).
+        index: (K,) int64 rows of the flattened (ΣB*N, D) tokens of all ranks, in their order, for scope "batch". The
+            first rank's counts.
+        normalize, rectify, eps: as in fastkd.relation_loss.
+        algorithm: "tile" sends features, "gram" Grams (no rectification); in "intra" and with `index`, as in one process.
+        backend: of "intra" and of `index`; across ranks there are PyTorch operations alone ("auto" or "eager").
+        group: a torch.distributed process group that this rank is in; None: the default one.
+
+    Returns:
+        Scalar, the same on every rank, float32 (float64 if an input is).
+
+    Raises:
+        ValueError: ranks that disagree on widths, tokens, dtypes or options, on every rank; as in fastkd.relation_loss,
+            and then on the other ranks too.
+        TypeError, RuntimeError: as in fastkd.relation_loss; no process group.
+    """
+    ranks = _Ranks(group)
+    options: dict[str, Any] = {"normalize": normalize, "rectify": rectify, "eps": eps, "algorithm": algorithm}
+    if ranks.world == 1:
+        return F.relation_loss(student, teacher, scope=scope, index=index, backend=backend, **options)
+
+    def arguments() -> tuple[About, int, bool]:
+        check_relation(student, teacher, scope, index, rectify, eps, algorithm)
+        refuse_transforms("relation_loss")
+        if scope == "intra" or index is not None:
+            resolve(backend, "relation_fwd", student)
+        else:
+            resolve_plain(backend, f"relation_loss of scope {scope!r} over a process group")
+        about = {"function": "relation_loss", "student": _layout(student), "teacher": _layout(teacher), "scope": scope}
+        about["index"] = None if index is None else tuple(index.shape)
+        return about | options, len(student), has_fast_float64(student.device)
+
+    sizes, fast_float64 = ranks.agree(arguments)
+    if index is not None:
+        index = ranks.share(index.to(student.device, non_blocking=True), index.shape, 0)
+        return _sampled(student, teacher, index, ranks, sizes, backend=backend, **options)
+    if scope == "intra":
+        return _joined([F.relation_loss(student, teacher, backend=backend, **options)], ranks, sizes)[0]
+    return _spanning(student, teacher, ranks, sizes, fast_float64, scope=scope, **options)
+
+
+def manifold_layers(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    intra: float,
+    inter: float,
+    random: float,
+    num_samples: int,
+    generator: torch.Generator | None,
+    indices: Sequence[Tensor] | None,
+    return_terms: bool,
+    backend: Backend,
+    group: Group,
+) -> list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    """(loss, (intra, inter, random)) per layer, with one agreement and one message of the scalars for all of them."""
+    ranks = _Ranks(group)
+
+    def arguments() -> tuple[About, int, bool]:
+        about: About = {"function": "manifold_loss", "layers": len(students), "num_samples": num_samples}
+        for name, weight in (("intra", intra), ("inter", inter), ("random", random)):
+            check.number(name, weight, low=0)
+            about[name] = weight
+        check.positive_int("num_samples", num_samples)
+        for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+            index = None if indices is None else indices[i]
+            check_relation(s, t, "batch", index, "none", 0.0, "auto")
+            resolve(backend, "relation_fwd", s)
+            if len(s) != len(students[0]):
+                raise ValueError(f"student must hold the same images in every layer, got {len(s)} in layer {i}")
+            layer = f" of layer {i}" if len(students) > 1 else ""
+            about |= {f"student{layer}": _layout(s), f"teacher{layer}": _layout(t)}
+            about[f"index{layer}"] = None if index is None else tuple(index.shape)
+        refuse_transforms("manifold_loss")
+        return about | {"return_terms": return_terms}, len(students[0]), has_fast_float64(students[0].device)
+
+    sizes, fast_float64 = ranks.agree(arguments)
+    pairs = list(zip(students, teachers, strict=True))
+    zeros = [s.new_zeros((), dtype=accumulator(s, t)) for s, t in pairs]
+    terms = [zeros, zeros, zeros]
+    if intra or return_terms:
+        terms[0] = _joined([F.relation_loss(s, t, backend=backend) for s, t in pairs], ranks, sizes)
+    if inter or return_terms:
+        terms[1] = [_spanning(s, t, ranks, sizes, fast_float64, scope="inter") for s, t in pairs]
+    if random or return_terms:
+        drawn = _draw(students, num_samples, generator, ranks, sizes) if indices is None else indices
+        lengths = [len(index) for index in drawn]
+        whole = torch.cat([index.to(students[0].device, non_blocking=True) for index in drawn])
+        shared = ranks.share(whole, whole.shape, 0).split(lengths)
+        terms[2] = [
+            _sampled(s, t, index.to(s.device), ranks, sizes, backend=backend)
+            for (s, t), index in zip(pairs, shared, strict=True)
+        ]
+    return [(intra * a + inter * b + random * c, (a, b, c)) for a, b, c in zip(*terms, strict=True)]
+
+
+def _draw(
+    students: Sequence[Tensor], num_samples: int, generator: torch.Generator | None, ranks: _Ranks, sizes: list[int]
+) -> list[Tensor]:
+    """Per layer K distinct rows of the global batch. The first rank draws; the others only make room."""
+    device = students[0].device if generator is None else generator.device
+    drawn = []
+    for s in students:
+        total = sum(sizes) * s.shape[1]
+        if ranks.rank == 0:
+            drawn.append(torch.randperm(total, generator=generator, device=device)[:num_samples])
+        else:
+            drawn.append(torch.empty(min(total, num_samples), dtype=torch.int64, device=device))
+    return drawn
+
+
+@torch.compiler.disable
+def manifold_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    intra: float = 4.0,
+    inter: float = 0.1,
+    random: float = 0.2,
+    num_samples: int = 192,
+    generator: torch.Generator | None = None,
+    index: Tensor | None = None,
+    return_terms: bool = False,
+    backend: Backend = "auto",
+    group: Group = None,
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """fastkd.manifold_loss of the batch of all ranks: Hao et al. 2022 (arXiv:2107.01378), weights of its code.
+
+        L = intra L_intra + inter L_inter + random L_random
+
+    with L_intra, L_inter the relation_loss of those scopes over all ranks and L_random that of K rows drawn from all
+    ΣB*N tokens.
+
+    Args:
+        student: (B, N, Ds), this rank's; B may differ between ranks, all else may not. Differentiable.
+        teacher: (B, N, Dt). A constant.
+        intra, inter, random: weights >= 0; a term of weight 0 is not computed unless return_terms.
+        num_samples: K distinct rows of the random term; all of them where K > ΣB*N.
+        generator: source of the draw, which the first rank of the group makes for all; the others' is left alone.
+        index: (K,) int64 rows of all ranks' tokens, in their order, instead of a draw. The first rank's counts.
+        return_terms: also give the unweighted (intra, inter, random).
+        backend: of the intra and random terms; the inter term is PyTorch operations.
+        group: a torch.distributed process group that this rank is in; None: the default one.
+
+    Returns:
+        Scalar, the same on every rank, float32 (float64 if an input is), or (scalar, (intra, inter, random)).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as relation_loss; a weight < 0, num_samples < 1.
+    """
+    if _Ranks(group).world == 1:
+        return F.manifold_loss(
+            student,
+            teacher,
+            intra=intra,
+            inter=inter,
+            random=random,
+            num_samples=num_samples,
+            generator=generator,
+            index=index,
+            return_terms=return_terms,
+            backend=backend,
+        )
+    ((loss, terms),) = manifold_layers(
+        [student],
+        [teacher],
+        intra=intra,
+        inter=inter,
+        random=random,
+        num_samples=num_samples,
+        generator=generator,
+        indices=None if index is None else [index],
+        return_terms=return_terms,
+        backend=backend,
+        group=group,
+    )
+    return (loss, terms) if return_terms else loss
+
+
+# ---- batch statistics
+
+
+def _merged(moments: Moments, counts: Sequence[int], ranks: _Ranks) -> Moments:
+    """(mean, var) over all ranks from each one's (count, mean, M2 = count var), gathered for all layers at once.
+
+        mean = Σ_r n_r/n mean_r,   M2 = Σ_r M2_r + n_r (mean_r - mean)²,   in float64
+    """
+    # A count is exact in float64 up to 2^53.
+    flat = [x.double() for pair in moments for x in pair]
+    flat.append(torch.tensor(counts, dtype=torch.float64).to(flat[0].device, non_blocking=True))
+    table = _Gather.apply(torch.cat(flat)[None], ranks, [1] * ranks.world)
+    *columns, n = table.split([len(x) for x in flat], 1)
+    share = n / n.sum(0)  # (ranks, layers)
+    merged = []
+    for i, (local, _) in enumerate(moments):
+        means, variances, w = columns[2 * i], columns[2 * i + 1], share[:, i, None]
+        mean = (w * means).sum(0)
+        var = (w * (variances + (means - mean).square())).sum(0)
+        merged.append((mean.to(local.dtype), var.to(local.dtype)))
+    return merged
+
+
+@torch.compiler.disable
+def batch_moments(x: Tensor, *, backend: Backend = "auto", group: Group = None) -> tuple[Tensor, Tensor]:
+    """fastkd.batch_moments of the batch of all ranks, merged from (count, mean, M2): Chan et al. 1979.
+
+        mean_c = 1/M Σ x,  var_c = 1/M Σ (x - mean_c)²,  over all images and positions of all ranks
+
+    Per-image moments (dims="image") span no ranks: fastkd.batch_moments.
+
+    Args:
+        x: (B, C, ...), this rank's, float64 | float32 | bfloat16 | float16, any strides; all but C may differ between
+            ranks. Differentiable: what the caller makes of the moments must be the same on every rank.
+        backend: "auto", "eager", "native" or "triton".
+        group: a torch.distributed process group that this rank is in; None: the default one.
+
+    Returns:
+        (mean, biased var), each (C,), the same on every rank, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: ranks that disagree on channels or dtype, on every rank; as in fastkd.batch_moments, and then on the
+            other ranks too.
+        TypeError, RuntimeError: as in fastkd.batch_moments; no process group.
+    """
+    ranks = _Ranks(group)
+    local: Moments = []
+
+    def arguments() -> tuple[About, int, bool]:
+        local.append(F.batch_moments(x, backend=backend))
+        return {"function": "batch_moments", "x": f"{x.shape[1]} channels {x.dtype} {x.device.type}"}, 0, True
+
+    if ranks.world == 1:
+        return F.batch_moments(x, backend=backend)
+    ranks.agree(arguments)
+    ((mean, var),) = _merged(local, [x[:, 0].numel()], ranks)
+    return _Averaged.apply(mean, ranks.world), _Averaged.apply(var, ranks.world)
+
+
+@torch.compiler.disable
+def bn_stat_loss_and_global_moments(
+    inputs: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    distance: Distance,
+    layer_weights: Sequence[float] | None,
+    momentum: float | None,
+    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    backend: Backend,
+    group: Group,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """bn_stat_loss, and the means and variances that it compared: per layer (C,), or this rank's (B, C) in "image"."""
+    ranks = _Ranks(group)
+    options = (distance, layer_weights, momentum, ema, backend)
+    if ranks.world == 1:
+        return bn_stat_loss_and_moments(inputs, running_means, running_vars, *options)
+    sizes: list[int] = []
+
+    def merge(moments: Moments) -> Moments:
+        def arguments() -> tuple[About, int, bool]:
+            about: About = {"function": "bn_stat_loss", "layers": len(inputs), "distance": distance}
+            about |= {"layer_weights": None if layer_weights is None else list(layer_weights), "momentum": momentum}
+            for i, x in enumerate(inputs):
+                about[f"inputs[{i}]"] = f"{x.shape[1]} channels {x.dtype} {x.device.type}"
+                if distance == "image" and len(x) != len(inputs[0]):
+                    raise ValueError(f"inputs must hold the same images, got {len(inputs[0])} and {len(x)}")
+            return about, len(inputs[0]), True
+
+        sizes.extend(ranks.agree(arguments)[0])
+        return moments if distance == "image" else _merged(moments, [x[:, 0].numel() for x in inputs], ranks)
+
+    try:
+        loss, means, variances = bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, merge)
+    except Exception as caught:  # noqa: BLE001  whatever it is, the others wait
+        if sizes:
+            raise
+        error = caught
+
+        def refused() -> tuple[About, int, bool]:
+            raise error
+
+        ranks.agree(refused)
+        raise  # agree has raised
+    if distance == "image":
+        return _joined([loss], ranks, sizes)[0], means, variances
+    return _Averaged.apply(loss, ranks.world), means, variances
+
+
+def bn_stat_loss(
+    inputs: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    *,
+    distance: Distance = "l2",
+    layer_weights: Sequence[float] | None = None,
+    momentum: float | None = None,
+    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+    backend: Backend = "auto",
+    group: Group = None,
+) -> Tensor:
+    """fastkd.bn_stat_loss with the statistics of the batch of all ranks (DeepInversion, arXiv:1912.08795; GDFQ,
+    arXiv:2003.03603; ZeroQ, arXiv:2001.00281). One message carries the moments of all layers.
+
+    Args:
+        inputs: per layer this rank's BatchNorm input (B, C, ...); all but C may differ between ranks. Differentiable.
+        running_means, running_vars, ema: per layer (C,), the same on every rank. Constants.
+        distance, layer_weights, momentum: as in fastkd.bn_stat_loss; "image" is the mean over all ranks' images. One
+            element per channel on a rank is enough, except for "image".
+        backend: "auto", "eager", "native" or "triton".
+        group: a torch.distributed process group that this rank is in; None: the default one.
+
+    Returns:
+        Scalar, the same on every rank, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: ranks that disagree on layers, channels, dtypes or options, on every rank; as in fastkd.bn_stat_loss,
+            and then on the other ranks too.
+        TypeError, RuntimeError: as in fastkd.bn_stat_loss; no process group.
+    """
+    loss, _, _ = bn_stat_loss_and_global_moments(
+        inputs, running_means, running_vars, distance, layer_weights, momentum, ema, backend, group
+    )
+    return loss
+
+
+@torch.compiler.disable
+def intra_divergence_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    spread_margin: float,
+    boundary_margin: float,
+    backend: Backend = "auto",
+    group: Group = None,
+) -> Tensor:
+    """fastkd.intra_divergence_loss of the batch of all ranks, whose features are gathered: our formulation of the idea of
+    DearKD's data-free variant (arXiv:2204.12997); its formula stands there.
+
+    Args:
+        features: (B, D), this rank's; B may differ between ranks, all else may not. Differentiable.
+        labels: (B,) integer classes.
+        spread_margin, boundary_margin: m₁ >= 0, m₂ >= 0.
+        backend: "auto" or "eager": PyTorch operations alone.
+        group: a torch.distributed process group that this rank is in; None: the default one.
+
+    Returns:
+        Scalar, the same on every rank, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: ranks that disagree on width, dtype or margins, on every rank; as in fastkd.intra_divergence_loss,
+            and then on the other ranks too.
+        TypeError, RuntimeError: as in fastkd.intra_divergence_loss; no process group.
+    """
+    ranks = _Ranks(group)
+    margins = {"spread_margin": spread_margin, "boundary_margin": boundary_margin}
+    if ranks.world == 1:
+        return F.intra_divergence_loss(features, labels, backend=backend, **margins)
+
+    def arguments() -> tuple[About, int, bool]:
+        check_intra_divergence(features, labels, spread_margin, boundary_margin)
+        resolve_plain(backend, "intra_divergence_loss")
+        refuse_transforms("intra_divergence_loss")
+        return {"function": "intra_divergence_loss", "features": _layout(features), **margins}, len(features), True
+
+    sizes, _ = ranks.agree(arguments)
+    everyones = ranks.gather(labels.to(features.device, torch.int64, non_blocking=True), sizes)
+    loss = F.intra_divergence_loss(_Gather.apply(features, ranks, sizes), everyones, backend=backend, **margins)
+    return _Averaged.apply(loss, ranks.world)
