@@ -28,9 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: all")
     parser.add_argument("--rounds", type=int, metavar="N", help="default: as many as a few seconds allow")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="default: benchmarks/results/<machine>.json after a run of every case"
-    )
+    where = "a file, or a folder for <machine>.json; default: benchmarks/results/ after a run of every case"
+    parser.add_argument("--json", type=Path, metavar="PATH", help=where)
     parser.add_argument("--list", action="store_true", help="only print the names")
     args = parser.parse_args(argv)
     cases = select(CASES, args.device, args.dtype, args.case)
@@ -50,8 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         print(report.block(done[-1]), flush=True)
     print(report.bars(done))
     is_whole = len(cases) == len(select(CASES, args.device, None, "*"))
-    path = args.json or (report.results_file(head["machine"]) if is_whole and args.rounds is None else None)
+    path = args.json or (report.RESULTS if is_whole and args.rounds is None else None)
     if path is not None:
+        path = path if path.suffix == ".json" else path / f"{head['machine']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(report.to_json(head, done))
         print(f"written to {path}")

@@ -108,13 +108,14 @@ def incoming(results: tuple[Tensor, ...]) -> list[Tensor]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """What is timed: one call of a provider, forward and backward, to results and gradients."""
 
     call: Callable[..., Result | None]
     inputs: Inputs
     backward: bool
+    incoming: list[Tensor] | None = None
 
     @classmethod
     def of(cls, provider: Provider, inputs: Inputs, backward: bool) -> "Step":
@@ -136,7 +137,9 @@ class Step:
             results = as_tuple(result)
             if not self.backward:
                 return results, ()
-            return results, torch.autograd.grad(results, self.inputs.leaves, incoming(results))
+            if self.incoming is None:
+                self.incoming = incoming(results)
+            return results, torch.autograd.grad(results, self.inputs.leaves, self.incoming)
 
 
 def oracle(case: Case, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:

@@ -15,6 +15,7 @@ from benchmarks.measure import Figures, Measured, Verdict
 from fastkd import info
 
 ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
 HEAD = (
     f"  {'provider':<18}{'ms':>10}  {'p20-p80':<17}{'/eager':>8}{'/compile':>9}{'MB':>7}"
     f"{'loss err':>10}{'grad err':>10}  {'GB/s (copy)':<14}GFLOP/s (product)"
@@ -40,10 +41,6 @@ def header(device: str) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def results_file(machine: str) -> Path:
-    return ROOT / "results" / f"{machine}.json"
 
 
 def title(head: dict[str, Any]) -> str:

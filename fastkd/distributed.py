@@ -6,14 +6,14 @@ ranks, so parameter gradients come out as those of the single process, and a ter
 weighs as it would there. All collectives are in forward: a gradient that reaches only some ranks cannot hang, and the
 incoming gradient must be the same on every rank, as it is wherever ranks add up the same terms.
 
-A call starts with one small all-gather that the host waits for: the sizes, and whether the ranks agree. Arguments that one
-rank refuses, or on which ranks disagree, are an error on every rank. Hence no CUDA-graph capture, and a graph break in
-torch.compile.
+A call starts with one small all-gather that the host waits for: the sizes, and whether the ranks agree. Arguments that
+one rank refuses, or on which ranks disagree, are an error on every rank. Hence no CUDA-graph capture, and a graph break
+in torch.compile.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,14 +25,14 @@ from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, resolve, resolve_plain
 from fastkd.ops.diversity import check_intra_divergence
-from fastkd.ops.moments import Distance, Moments, bn_stat_loss_and_moments
+from fastkd.ops.moments import Distance, Moments, bn_stat_loss_and_moments, check_bn_stat
 from fastkd.ops.relation import Algorithm, Rectify, Scope, check_relation
 
 __all__ = ["batch_moments", "bn_stat_loss", "intra_divergence_loss", "manifold_loss", "relation_loss"]
 
 _CHUNK = 1 << 22  # elements of a message or a temporary: 16 MB in float32
 
-Group = "dist.ProcessGroup | None"  # a string: PyTorch can be built without it
+Group: TypeAlias = "dist.ProcessGroup | None"  # a string: PyTorch can be built without it
 About = dict[str, object]  # what must be the same on every rank
 
 
@@ -59,7 +59,7 @@ class _Ranks:
         about: About
         try:
             about, size, flag = arguments()
-        except Exception as caught:  # noqa: BLE001  whatever it is, the others wait
+        except Exception as caught:  # whatever it is, the others wait
             error, about, size, flag = caught, {}, 0, False
         digest = hashlib.blake2b(repr(about).encode(), digest_size=8).digest()
         mine = [int.from_bytes(digest, "big", signed=True), size, int(flag), int(error is not None)]
@@ -96,6 +96,11 @@ class _Ranks:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def spans_ranks(group: Group) -> bool:
+    """Whether a module's process_group stands for more than this process."""
+    return group is not None and dist.get_world_size(group) > 1
+
+
 def _disagreement(told: list[Any]) -> str:
     """The message of ranks whose arguments differ, the same on each."""
     for rank, about in enumerate(told):
@@ -109,9 +114,13 @@ def _disagreement(told: list[Any]) -> str:
     return f"the ranks of the process group must agree, got {'; '.join(differing)}"
 
 
+def _kind(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {x.device.type}"
+
+
 def _layout(x: Tensor) -> str:
     """All but the number of images."""
-    return f"({', '.join(['B', *map(str, x.shape[1:])])}) {str(x.dtype).removeprefix('torch.')} {x.device.type}"
+    return f"({', '.join(['B', *map(str, x.shape[1:])])}) {_kind(x)}"
 
 
 class _Averaged(torch.autograd.Function):
@@ -150,9 +159,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
         return dx[ctx.start : ctx.start + ctx.size], None, None
-
-
-# ---- relations
 
 
 def pick_algorithm(n: int, student: Tensor, teacher: Tensor, rectify: str, fast_float64: bool) -> str:
@@ -272,7 +278,7 @@ def _tile(
 
 
 class _Relation(torch.autograd.Function):
-    """Scopes "inter" and "batch": forward forms the gradient of own rows, from what all ranks hold; backward scales it."""
+    """Scopes "inter" and "batch": forward forms the gradient of own rows from what all ranks send."""
 
     @staticmethod
     def forward(
@@ -341,7 +347,7 @@ def _sampled(
     student: Tensor, teacher: Tensor, index: Tensor, ranks: _Ranks, sizes: list[int], **options: Any
 ) -> Tensor:
     """The K x K map of rows of the global batch, on every rank; their gradient goes back to where they stand."""
-    B, N, Ds = student.shape
+    N, Ds = student.shape[1:]
     total = sum(sizes) * N
     torch._assert_async(((index >= 0) & (index < total)).all(), f"index must lie in [0, B*N = {total})")
     start = sum(sizes[: ranks.rank]) * N
@@ -377,8 +383,8 @@ def relation_loss(
 
         L = 1/(G n²) Σ_g || f(S_g S_gᵀ) - f(T_g T_gᵀ) ||²,  rows of S_g and T_g of unit length, from every rank
 
-    "intra" sends a scalar. "inter" and "batch" send D x D Grams or features (pick_algorithm); features go in pieces from
-    rank to rank, so that at no time a rank holds the batch of another. `index` sends those rows.
+    "intra" sends a scalar. "inter" and "batch" send D x D Grams or features (pick_algorithm); features pass by in
+    pieces, so that at no time a rank holds the batch of another. `index` sends those rows.
 
     Args:
         student: (B, N, Ds), this rank's; B may differ between ranks, all else may not. Differentiable.
@@ -387,7 +393,8 @@ def relation_loss(
         index: (K,) int64 rows of the flattened (ΣB*N, D) tokens of all ranks, in their order, for scope "batch". The
             first rank's counts.
         normalize, rectify, eps: as in fastkd.relation_loss.
-        algorithm: "tile" sends features, "gram" Grams (no rectification); in "intra" and with `index`, as in one process.
+        algorithm: "tile" sends features, "gram" Grams (no rectification), "auto" what is less; in "intra" and with
+            `index`, as in one process.
         backend: of "intra" and of `index`; across ranks there are PyTorch operations alone ("auto" or "eager").
         group: a torch.distributed process group that this rank is in; None: the default one.
 
@@ -411,7 +418,8 @@ def relation_loss(
             resolve(backend, "relation_fwd", student)
         else:
             resolve_plain(backend, f"relation_loss of scope {scope!r} over a process group")
-        about = {"function": "relation_loss", "student": _layout(student), "teacher": _layout(teacher), "scope": scope}
+        about: About = {"function": "relation_loss", "student": _layout(student), "teacher": _layout(teacher)}
+        about["scope"] = scope
         about["index"] = None if index is None else tuple(index.shape)
         return about | options, len(student), has_fast_float64(student.device)
 
@@ -424,6 +432,7 @@ def relation_loss(
     return _spanning(student, teacher, ranks, sizes, fast_float64, scope=scope, **options)
 
 
+@torch.compiler.disable
 def manifold_layers(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
@@ -437,8 +446,8 @@ def manifold_layers(
     return_terms: bool,
     backend: Backend,
     group: Group,
-) -> list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
-    """(loss, (intra, inter, random)) per layer, with one agreement and one message of the scalars for all of them."""
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Mean of manifold_loss over the layers of the same images, with one agreement and one draw for all of them."""
     ranks = _Ranks(group)
 
     def arguments() -> tuple[About, int, bool]:
@@ -447,6 +456,9 @@ def manifold_layers(
             check.number(name, weight, low=0)
             about[name] = weight
         check.positive_int("num_samples", num_samples)
+        lengths = [len(x) for x in (students, teachers, indices) if x is not None]
+        if min(lengths) == 0 or len(set(lengths)) > 1:
+            raise ValueError(f"students, teachers and indices must match layer by layer, got {lengths} layers")
         for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
             index = None if indices is None else indices[i]
             check_relation(s, t, "batch", index, "none", 0.0, "auto")
@@ -476,7 +488,9 @@ def manifold_layers(
             _sampled(s, t, index.to(s.device), ranks, sizes, backend=backend)
             for (s, t), index in zip(pairs, shared, strict=True)
         ]
-    return [(intra * a + inter * b + random * c, (a, b, c)) for a, b, c in zip(*terms, strict=True)]
+    L_intra, L_inter, L_random = (torch.stack(term).mean() for term in terms)
+    loss = intra * L_intra + inter * L_inter + random * L_random
+    return (loss, (L_intra, L_inter, L_random)) if return_terms else loss
 
 
 def _draw(
@@ -546,7 +560,7 @@ def manifold_loss(
             return_terms=return_terms,
             backend=backend,
         )
-    ((loss, terms),) = manifold_layers(
+    return manifold_layers(
         [student],
         [teacher],
         intra=intra,
@@ -559,16 +573,12 @@ def manifold_loss(
         backend=backend,
         group=group,
     )
-    return (loss, terms) if return_terms else loss
-
-
-# ---- batch statistics
 
 
 def _merged(moments: Moments, counts: Sequence[int], ranks: _Ranks) -> Moments:
     """(mean, var) over all ranks from each one's (count, mean, M2 = count var), gathered for all layers at once.
 
-        mean = Σ_r n_r/n mean_r,   M2 = Σ_r M2_r + n_r (mean_r - mean)²,   in float64
+    mean = Σ_r n_r/n mean_r,   M2 = Σ_r M2_r + n_r (mean_r - mean)²,   in float64
     """
     # A count is exact in float64 up to 2^53.
     flat = [x.double() for pair in moments for x in pair]
@@ -612,7 +622,7 @@ def batch_moments(x: Tensor, *, backend: Backend = "auto", group: Group = None) 
 
     def arguments() -> tuple[About, int, bool]:
         local.append(F.batch_moments(x, backend=backend))
-        return {"function": "batch_moments", "x": f"{x.shape[1]} channels {x.dtype} {x.device.type}"}, 0, True
+        return {"function": "batch_moments", "x": f"{x.shape[1]} channels {_kind(x)}"}, 0, True
 
     if ranks.world == 1:
         return F.batch_moments(x, backend=backend)
@@ -635,36 +645,27 @@ def bn_stat_loss_and_global_moments(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """bn_stat_loss, and the means and variances that it compared: per layer (C,), or this rank's (B, C) in "image"."""
     ranks = _Ranks(group)
-    options = (distance, layer_weights, momentum, ema, backend)
+    options = (distance, layer_weights, momentum, ema)
     if ranks.world == 1:
-        return bn_stat_loss_and_moments(inputs, running_means, running_vars, *options)
-    sizes: list[int] = []
+        return bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, backend)
+
+    def arguments() -> tuple[About, int, bool]:
+        check_bn_stat(inputs, running_means, running_vars, *options, spans_ranks=True)
+        about: About = {"function": "bn_stat_loss", "layers": len(inputs), "distance": distance, "momentum": momentum}
+        about["layer_weights"] = None if layer_weights is None else list(layer_weights)
+        for i, x in enumerate(inputs):
+            resolve(backend, "moments_fwd", x)
+            about[f"inputs[{i}]"] = f"{x.shape[1]} channels {_kind(x)}"
+            if distance == "image" and len(x) != len(inputs[0]):
+                raise ValueError(f"inputs must hold the same images, got {len(inputs[0])} and {len(x)}")
+        refuse_transforms("bn_stat_loss")
+        return about, len(inputs[0]), True
 
     def merge(moments: Moments) -> Moments:
-        def arguments() -> tuple[About, int, bool]:
-            about: About = {"function": "bn_stat_loss", "layers": len(inputs), "distance": distance}
-            about |= {"layer_weights": None if layer_weights is None else list(layer_weights), "momentum": momentum}
-            for i, x in enumerate(inputs):
-                about[f"inputs[{i}]"] = f"{x.shape[1]} channels {x.dtype} {x.device.type}"
-                if distance == "image" and len(x) != len(inputs[0]):
-                    raise ValueError(f"inputs must hold the same images, got {len(inputs[0])} and {len(x)}")
-            return about, len(inputs[0]), True
-
-        sizes.extend(ranks.agree(arguments)[0])
         return moments if distance == "image" else _merged(moments, [x[:, 0].numel() for x in inputs], ranks)
 
-    try:
-        loss, means, variances = bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, merge)
-    except Exception as caught:  # noqa: BLE001  whatever it is, the others wait
-        if sizes:
-            raise
-        error = caught
-
-        def refused() -> tuple[About, int, bool]:
-            raise error
-
-        ranks.agree(refused)
-        raise  # agree has raised
+    sizes, _ = ranks.agree(arguments)
+    loss, means, variances = bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, backend, merge)
     if distance == "image":
         return _joined([loss], ranks, sizes)[0], means, variances
     return _Averaged.apply(loss, ranks.world), means, variances
@@ -697,8 +698,8 @@ def bn_stat_loss(
         Scalar, the same on every rank, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: ranks that disagree on layers, channels, dtypes or options, on every rank; as in fastkd.bn_stat_loss,
-            and then on the other ranks too.
+        ValueError: ranks that disagree on layers, channels, dtypes or options, on every rank; as in
+            fastkd.bn_stat_loss, and then on the other ranks too.
         TypeError, RuntimeError: as in fastkd.bn_stat_loss; no process group.
     """
     loss, _, _ = bn_stat_loss_and_global_moments(
@@ -717,8 +718,8 @@ def intra_divergence_loss(
     backend: Backend = "auto",
     group: Group = None,
 ) -> Tensor:
-    """fastkd.intra_divergence_loss of the batch of all ranks, whose features are gathered: our formulation of the idea of
-    DearKD's data-free variant (arXiv:2204.12997); its formula stands there.
+    """fastkd.intra_divergence_loss, where its formula stands, of the batch of all ranks, whose features are gathered.
+    Our formulation of the idea of DearKD's data-free variant (arXiv:2204.12997).
 
     Args:
         features: (B, D), this rank's; B may differ between ranks, all else may not. Differentiable.

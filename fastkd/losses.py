@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd import distributed
 from fastkd import functional as F
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
@@ -14,11 +15,14 @@ from fastkd.ops._dispatch import Backend
 from fastkd.ops.attention import Divergence, Heads, Reduction
 from fastkd.ops.logits import LogitReduction
 from fastkd.ops.moments import Distance, bn_stat_loss_and_moments
-from fastkd.ops.relation import Algorithm, Rectify, Scope
+from fastkd.ops.relation import Algorithm, Rectify, Scope, manifold_layers
 
 
 class RelationLoss(nn.Module):
-    """fastkd.relation_loss with its options fixed: loss(student (B, N, Ds), teacher (B, N, Dt)) -> scalar."""
+    """fastkd.relation_loss with its options fixed: loss(student (B, N, Ds), teacher (B, N, Dt)) -> scalar.
+
+    process_group: relate the images of all its ranks (fastkd.distributed); None, those of this process.
+    """
 
     def __init__(
         self,
@@ -29,26 +33,28 @@ class RelationLoss(nn.Module):
         eps: float = 1e-12,
         algorithm: Algorithm = "auto",
         backend: Backend = "auto",
+        process_group: distributed.Group = None,
     ) -> None:
         super().__init__()
         self.scope, self.normalize, self.rectify, self.eps = scope, normalize, rectify, eps
-        self.algorithm, self.backend = algorithm, backend
+        self.algorithm, self.backend, self.process_group = algorithm, backend, process_group
 
     def extra_repr(self) -> str:
         return f"scope={self.scope!r}, normalize={self.normalize}, rectify={self.rectify!r}"
 
     def forward(self, student: Tensor, teacher: Tensor, *, index: Tensor | None = None) -> Tensor:
-        return F.relation_loss(
-            student,
-            teacher,
-            scope=self.scope,
-            index=index,
-            normalize=self.normalize,
-            rectify=self.rectify,
-            eps=self.eps,
-            algorithm=self.algorithm,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {
+            "scope": self.scope,
+            "index": index,
+            "normalize": self.normalize,
+            "rectify": self.rectify,
+            "eps": self.eps,
+            "algorithm": self.algorithm,
+            "backend": self.backend,
+        }
+        if self.process_group is not None:
+            return distributed.relation_loss(student, teacher, group=self.process_group, **options)
+        return F.relation_loss(student, teacher, **options)
 
 
 class ManifoldLoss(nn.Module):
@@ -60,6 +66,8 @@ class ManifoldLoss(nn.Module):
         intra, inter, random: weights of the three terms.
         num_samples: K rows of the random term, drawn anew for each layer and call.
         backend: "auto", "eager", "native" or "triton".
+        process_group: relate the images of all its ranks (fastkd.distributed; torch.distributed.group.WORLD for all,
+            which is None before init_process_group); None, those of this process.
     """
 
     def __init__(
@@ -70,10 +78,11 @@ class ManifoldLoss(nn.Module):
         random: float = 0.2,
         num_samples: int = 192,
         backend: Backend = "auto",
+        process_group: distributed.Group = None,
     ) -> None:
         super().__init__()
         self.intra, self.inter, self.random = intra, inter, random
-        self.num_samples, self.backend = num_samples, backend
+        self.num_samples, self.backend, self.process_group = num_samples, backend, process_group
 
     def extra_repr(self) -> str:
         return f"intra={self.intra}, inter={self.inter}, random={self.random}, num_samples={self.num_samples}"
@@ -102,34 +111,33 @@ class ManifoldLoss(nn.Module):
         """
         students = [students] if isinstance(students, Tensor) else list(students)
         teachers = [teachers] if isinstance(teachers, Tensor) else list(teachers)
-        if len(students) != len(teachers) or not students:
-            raise ValueError(
-                f"students and teachers must match layer by layer, got {len(students)} and {len(teachers)} layers"
-            )
-        if indices is not None and len(indices) != len(students):
-            raise ValueError(f"indices must have one tensor per layer, got {len(indices)} for {len(students)} layers")
-        losses, terms = [], []
-        for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-            result = F.manifold_loss(
-                s,
-                t,
+        if distributed.spans_ranks(self.process_group):
+            return distributed.manifold_layers(
+                students,
+                teachers,
                 intra=self.intra,
                 inter=self.inter,
                 random=self.random,
                 num_samples=self.num_samples,
                 generator=generator,
-                index=None if indices is None else indices[i],
+                indices=indices,
                 return_terms=return_terms,
                 backend=self.backend,
+                group=self.process_group,
             )
-            losses.append(result[0] if return_terms else result)
-            if return_terms:
-                terms.append(result[1])
-        loss = torch.stack(losses).mean()
-        if not return_terms:
-            return loss
-        intra, inter, random = (torch.stack(column).mean() for column in zip(*terms, strict=True))
-        return loss, (intra, inter, random)
+        loss, terms = manifold_layers(
+            students,
+            teachers,
+            intra=self.intra,
+            inter=self.inter,
+            random=self.random,
+            num_samples=self.num_samples,
+            generator=generator,
+            indices=indices,
+            return_terms=return_terms,
+            backend=self.backend,
+        )
+        return (loss, terms) if return_terms else loss
 
 
 class AttentionLoss(nn.Module):
@@ -248,6 +256,7 @@ class BatchNormStatLoss(nn.Module):
         layer_weights: per layer a weight; None is 1 each. [10, 1, 1, ...] is DeepInversion's first-layer multiplier.
         momentum: m in [0, 1); not with "image", whose statistics belong to single images.
         backend: "auto", "eager", "native" or "triton".
+        process_group: take the statistics of the images of all its ranks (fastkd.distributed); None, of this process's.
 
     Raises:
         TypeError: momentum is not a Python number.
@@ -264,6 +273,7 @@ class BatchNormStatLoss(nn.Module):
         layer_weights: Sequence[float] | None = None,
         momentum: float | None = None,
         backend: Backend = "auto",
+        process_group: distributed.Group = None,
     ) -> None:
         super().__init__()
         check.one_of("distance", distance, ("l2", "mse", "image"))
@@ -274,7 +284,7 @@ class BatchNormStatLoss(nn.Module):
             if distance == "image":
                 raise ValueError('momentum averages batch statistics: use distance "l2" or "mse", got "image"')
         self.distance, self.layer_weights = distance, layer_weights
-        self.momentum, self.backend = momentum, backend
+        self.momentum, self.backend, self.process_group = momentum, backend, process_group
         # All layers' channels end to end, once there has been a call to average.
         self.register_buffer("ema_mean", None)
         self.register_buffer("ema_var", None)
@@ -303,14 +313,20 @@ class BatchNormStatLoss(nn.Module):
         momentum, ema = None, None
         if self.momentum and self.ema_mean is not None and self.ema_var is not None:
             channels = [x.shape[1] for x in inputs]
-            if sum(channels) != len(self.ema_mean):
+            fits = sum(channels) == len(self.ema_mean)
+            if not fits and self.process_group is None:
                 raise ValueError(
                     f"inputs must have the {len(self.ema_mean)} channels of the moving average, got {sum(channels)}"
                 )
-            momentum, ema = self.momentum, (self.ema_mean.split(channels), self.ema_var.split(channels))
-        loss, means, variances = bn_stat_loss_and_moments(
-            inputs, running_means, running_vars, self.distance, self.layer_weights, momentum, ema, self.backend
-        )
+            # One that does not fit is refused below, where the other ranks learn of it.
+            average = (self.ema_mean, self.ema_var)
+            mean_ema, var_ema = (x.split(channels) if fits else (x,) for x in average)
+            momentum, ema = self.momentum, (mean_ema, var_ema)
+        compared = (inputs, running_means, running_vars, self.distance, self.layer_weights, momentum, ema, self.backend)
+        if self.process_group is None:
+            loss, means, variances = bn_stat_loss_and_moments(*compared)
+        else:
+            loss, means, variances = distributed.bn_stat_loss_and_global_moments(*compared, self.process_group)
         if self.momentum and update:
             with torch.no_grad():
                 mean, var = torch.cat(means), torch.cat(variances)
@@ -337,21 +353,26 @@ class IntraDivergenceLoss(nn.Module):
     Args:
         spread_margin: m₁ >= 0, beyond which images of a class are not pushed further apart.
         boundary_margin: m₂ >= 0, kept between a class's radius and the nearest other class.
+        process_group: compare the images of all its ranks (fastkd.distributed); None, those of this process.
     """
 
-    def __init__(self, *, spread_margin: float, boundary_margin: float) -> None:
+    def __init__(
+        self, *, spread_margin: float, boundary_margin: float, process_group: distributed.Group = None
+    ) -> None:
         super().__init__()
         check.number("spread_margin", spread_margin, low=0)
         check.number("boundary_margin", boundary_margin, low=0)
         self.spread_margin, self.boundary_margin = spread_margin, boundary_margin
+        self.process_group = process_group
 
     def extra_repr(self) -> str:
         return f"spread_margin={self.spread_margin}, boundary_margin={self.boundary_margin}"
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return F.intra_divergence_loss(
-            features, labels, spread_margin=self.spread_margin, boundary_margin=self.boundary_margin
-        )
+        margins: dict[str, Any] = {"spread_margin": self.spread_margin, "boundary_margin": self.boundary_margin}
+        if self.process_group is not None:
+            return distributed.intra_divergence_loss(features, labels, group=self.process_group, **margins)
+        return F.intra_divergence_loss(features, labels, **margins)
 
 
 class SoftTargetLoss(nn.Module):

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 import triton
-from fastkd_kernels import moments
+from fastkd_kernels import moments, relation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -17,17 +17,22 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes of a block
+TENSOR_MEMORY = 512  # columns, where there is one
 DTYPES = ("fp32", "bf16", "fp16")
+ARCHITECTURES = {"sm_80": "8.x", "sm_90": "9.0", "sm_100": "10.x", "gfx942": "cdna"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of a kernel: the types of its arguments, its constants and its launch options."""
+    """One specialisation of a kernel: the types of its arguments, its constants, its launch options, the arguments
+    taken to be multiples of 16 (vector loads depend on it) and the targets whose tables hold it."""
 
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
+    aligned: frozenset[str] = frozenset()
+    targets: tuple[str, ...] = tuple(TARGETS)
 
     def __str__(self) -> str:
         types = "-".join(sorted({t[1:] for t in self.signature.values() if t.startswith("*")}))
@@ -36,7 +41,8 @@ class Variant:
     def compile(self, target: str) -> CompiledKernel:
         signature = self.signature | dict.fromkeys(self.constants, "constexpr")
         ordered = {name: signature[name] for name in self.kernel.arg_names}
-        source = ASTSource(self.kernel, ordered, constexprs=self.constants)
+        attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(ordered) if name in self.aligned}
+        source = ASTSource(self.kernel, ordered, constexprs=self.constants, attrs=attrs)
         return triton.compile(source, target=TARGETS[target], options=self.options)
 
 
@@ -63,5 +69,55 @@ def _moments() -> Iterator[Variant]:
     yield Variant(kernel, _signature(kernel, pointers, constants), constants)
 
 
+def _relation_variant(
+    kernel: Any, target: str, student: str, teacher: str, config: Any = None, **constants: Any
+) -> Variant:
+    """As launched on contiguous rows: stride 1 along D, widths and other strides multiples of 16."""
+    pointers = dict.fromkeys(("norms_ptr", "scale_ptr", "partial_ptr", "along_ptr", "loss_ptr"), "fp32")
+    pointers |= {"s_ptr": student, "t_ptr": teacher, "w_ptr": student}
+    pointers["ds_ptr"] = "fp32" if student == "fp16" else student
+    blocks = config._asdict() if config else {}
+    options = {k: blocks.pop(k) for k in ("num_warps", "num_stages") if k in blocks}
+    constants |= blocks | dict.fromkeys(("stride_sd", "stride_td", "stride_dd"), 1)
+    constants |= {
+        "HAS_SCALE": constants.get("HAS_GRAD", True) and student == "fp16",
+        "NORMALIZE": True,
+        "TERMS": 1 if student == "fp32" else 2,
+        "PRECISION": "ieee",
+    }
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    signature = _signature(kernel, pointers, constants)
+    signature |= {k: "fp32" for k in ("eps", "scale", "factor") if k in signature}
+    aligned = {k for k, v in signature.items() if v[0] == "*" or k in ("Ds", "Dt", "pitch", "term") or "stride" in k}
+    return Variant(kernel, signature, constants, options, frozenset(aligned), (target,))
+
+
+def _relation() -> Iterator[Variant]:
+    mixed = (("bf16", "fp32"), ("fp32", "fp16"))
+    for target, (student, teacher) in product(TARGETS, (*zip(DTYPES, DTYPES, strict=True), *mixed)):
+        config = relation.CONFIGS[ARCHITECTURES[target], 4 if "fp32" in (student, teacher) else 2]
+
+        def variant(kernel: Any, *args: Any, on: tuple[str, ...] = (target, student, teacher), **constants: Any) -> Variant:
+            return _relation_variant(kernel, *on, *args, **constants)
+
+        clamps = {"RECTIFY_S": True, "RECTIFY_T": True}
+        most = {max(f.BLOCK_D, width) // f.BLOCK_D: f for width, f in config.fused.items()}
+        if student == teacher:  # a mixed pair runs the map and fused kernels in its wider dtype's configuration
+            BLOCK_R, BLOCK_K = relation.NORM_BLOCK
+            yield variant(relation._relation_norms_kernel, INVERT=True, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
+            yield variant(relation._relation_map_kernel, config.map, IS_TRIANGLE=True, HAS_GRAD=False, **clamps)
+            yield variant(relation._relation_map_kernel, config.map, IS_TRIANGLE=False, HAS_GRAD=True, **clamps)
+            for apply in config.apply:
+                yield variant(relation._relation_apply_kernel, apply)
+        yield variant(relation._relation_map_kernel, config.map, IS_TRIANGLE=True, HAS_GRAD=True, **clamps)
+        for chunks, fused in most.items():
+            yield variant(relation._relation_fused_kernel, fused, CHUNKS=chunks, **clamps)
+    yield Variant(
+        relation._relation_sum_kernel,
+        {"partial_ptr": "*fp32", "loss_ptr": "*fp32", "count": "i32", "scale": "fp32"},
+        {"BLOCK": relation.SUM_BLOCK},
+    )
+
+
 def variants() -> list[Variant]:
-    return list(_moments())
+    return [*_moments(), *_relation()]

@@ -12,12 +12,14 @@ if os.getenv("TRITON_INTERPRET") == "1":
 import aot
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("variant", aot.variants(), ids=str)
+@pytest.mark.parametrize(
+    ("variant", "target"), [(v, target) for v in aot.variants() for target in v.targets], ids=str
+)
 def test_compiles(variant: aot.Variant, target: str) -> None:
     compiled = variant.compile(target)
     assert compiled.asm["cubin" if target.startswith("sm") else "hsaco"]
     assert compiled.metadata.shared <= aot.SHARED_MEMORY[target]
+    assert (getattr(compiled.metadata, "tmem_size", 0) or 0) <= aot.TENSOR_MEMORY
 
 
 def test_every_kernel_is_covered() -> None:

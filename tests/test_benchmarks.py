@@ -7,8 +7,6 @@ from functools import partial
 import pytest
 import torch
 
-pytest.importorskip("pytest_benchmark")
-
 from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.case import ALLOWANCE, COPY, Bar, Provider

@@ -8,6 +8,7 @@ import torch
 from cases import CASES, Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
@@ -139,8 +140,7 @@ def _calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
 @each_case
 def test_opcheck(case: Case, backend: str) -> None:
     for op, args in _calls(case):
-        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(op, detached)
+        torch.library.opcheck(op, tree_map_only(Tensor, Tensor.detach, args))
 
 
 def test_every_operator_is_checked() -> None:

@@ -27,6 +27,8 @@ BACKENDS = backends("relation_fwd")
 SCOPES = ["intra", "inter", "batch"]
 # (B, N, Ds, Dt): below any tile; one past a tile of 64; DeiT-Tiny and -Small with class token.
 SHAPES = [(4, 7, 24, 80), (5, 65, 80, 24), (6, 197, 192, 384)]
+if INTERPRETED:  # a program takes milliseconds there: the last is one past a tile of 128 in scope batch
+    SHAPES = [(4, 7, 24, 80), (9, 15, 72, 40)]
 # bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 
@@ -88,6 +90,44 @@ def test_gram_matches_oracle(
     n = {"intra": shape[1], "inter": shape[0], "batch": shape[0] * shape[1]}[scope]
     assert pick_algorithm(n, *shape[2:], "none", torch.device("cpu")) == "gram"
     check(*features(*shape, dtype), n, scope=scope, backend=backend, algorithm="gram")
+
+
+@pytest.mark.parametrize(("rectify", "normalize"), [("both", True), ("none", False)])
+@pytest.mark.parametrize(
+    ("form", "Ds"), [("whole maps", 200), ("fused", 200), ("fused", 24), ("strips", 400)], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_every_form_of_the_kernels(
+    backend: str, dtype: torch.dtype, form: str, Ds: int, rectify: str, normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several maps at a time, one pass for a narrow student, strips for a wide one: memory decides between them."""
+    kernels = pytest.importorskip("fastkd_kernels.relation")
+    if form != "whole maps":
+        monkeypatch.setattr(kernels, "STRIP_BYTES", -(1 << 40))
+    N = 67 if dtype == torch.float32 else 131  # one tile and a tail
+    student, teacher = features(2 if form == "whole maps" else 1, N, Ds, 40, dtype)
+    options = {"rectify": rectify, "normalize": normalize}
+    check(student, teacher, N, backend=backend, algorithm="tile", **options)
+    with torch.no_grad():  # another kernel, and no gradient
+        loss = fastkd.relation_loss(student, teacher, backend=backend, algorithm="tile", **options)
+    expected = reference.relation_loss(student.double(), teacher.double(), **options)
+    assert relative_difference(loss, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_trained_student(backend: str, dtype: torch.dtype) -> None:
+    """Its gradient is a small difference of large terms: rounding those to 16 bits would show."""
+    student, teacher = (x.double() for x in features(1, 131, 128, 256))
+    student.requires_grad_()
+    optimizer = torch.optim.Adam([student], lr=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        reference.relation_loss(student, teacher).backward()
+        optimizer.step()
+    # A scale at which float16 holds the gradient.
+    check(student.detach().to(dtype), teacher.to(dtype), 131, 2.0**14, backend=backend, algorithm="tile")
 
 
 @pytest.mark.parametrize("layout", ["permuted", "sliced", "channels"])
@@ -296,6 +336,46 @@ def test_float16_with_a_grad_scaler(backend: str) -> None:
     _, oracle = loss_and_gradients(lambda s: reference.relation_loss(s, t64), [s64], 65536.0)
     _, grad = loss_and_gradients(lambda s: fastkd.relation_loss(s, teacher, backend=backend), [student], 65536.0)
     assert ((grad - oracle).norm() / oracle.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", backends("manifold_fwd"))
+def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
+    """Two layers of different widths and strides, the fused weighted sum and each term by itself."""
+    layers = [features(5, 33, 48, 80, dtype), features(5, 33, 24, 40, dtype)]
+    students = [strided(layers[0][0], "permuted"), strided(layers[1][0], "sliced")]
+    teachers = [t for _, t in layers]
+    indices = [torch.randint(0, 165, (40,), device=DEVICE) for _ in layers]  # with repeats
+    module = losses.ManifoldLoss(backend=backend)
+
+    def expected(*students: Tensor, dtype: torch.dtype) -> Tensor:
+        cast = [t.to(dtype) for t in teachers]
+        return torch.stack(
+            [reference.manifold_loss(s, t, index=i) for s, t, i in zip(students, cast, indices, strict=True)]
+        ).mean()
+
+    with poisoned_allocations():
+        actual = loss_and_gradients(lambda *s: module(s, teachers, indices=indices), students, 3.0)
+    eager = loss_and_gradients(lambda *s: expected(*s, dtype=dtype), students, 3.0)
+    oracle = loss_and_gradients(lambda *s: expected(*s, dtype=torch.float64), [s.double() for s in students], 3.0)
+    for name, a, e, o in zip(("loss", "dstudent 0", "dstudent 1"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, 33 * 48, name)
+
+    for i, scope in enumerate(("intra", "inter", "batch")):
+        own = loss_and_gradients(
+            lambda *s, i=i: module(s, teachers, indices=indices, return_terms=True)[1][i], students
+        )
+        alone = loss_and_gradients(
+            lambda *s, o=scope: torch.stack(
+                [
+                    reference.relation_loss(x, t, scope=o, index=index if o == "batch" else None)
+                    for x, t, index in zip(s, teachers, indices, strict=True)
+                ]
+            ).mean(),
+            students,
+        )
+        limit = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        assert all(relative_difference(a, b) < limit for a, b in zip(own, alone, strict=True)), scope
 
 
 def test_manifold_loss_draws_rows() -> None:

@@ -1,8 +1,8 @@
 // Relation loss: 1/(G n²) Σ_g ||f(ŜŜᵀ) - f(T̂T̂ᵀ)||² and its gradient, in one sweep over strips of the maps.
 //
 // Rows stay as they lie in memory: with r, q the inverse norms, E_ij = r_i r_j <s_i, s_j> - q_i q_j <t_i, t_j>, and with
-// W_ij = r_i E_ij r_j, U = W S, the gradient is dS_i = 4/(G n²) (U_i - s_i r_i² <s_i, U_i>). W is symmetric: a strip of its
-// upper triangle serves the rows it starts in (W S) and, transposed, the rows below (Wᵀ S).
+// W_ij = 4/(G n²) r_i E_ij r_j, U = W S, the gradient is dS_i = U_i - s_i r_i² <s_i, U_i>. W is symmetric: a strip of its
+// upper triangle serves the rows it starts in (W S) and, transposed, the rows below (Wᵀ S). U adds up over terms.
 #include "common.h"
 #include "cpu/matmul.h"
 #include "isa.h"
@@ -31,13 +31,15 @@ enum class Rectify { kNone, kBoth, kTeacher };
 struct Groups {
   at::Tensor x;
   int64_t G, n, D, per_image, group_stride, row_stride, image_stride;
+  bool across;  // a group is a token position across images
 
-  Groups(const at::Tensor& x, const std::string& scope) : x(x), D(x.size(2)), per_image(x.size(1)) {
+  Groups(const at::Tensor& x, const std::string& scope)
+      : x(x), D(x.size(2)), per_image(x.size(1)), across(scope == "inter") {
     const int64_t B = x.size(0), N = x.size(1);
     image_stride = x.stride(0);
     if (scope == "intra") {
       G = B, n = N, group_stride = x.stride(0), row_stride = x.stride(1);
-    } else if (scope == "inter") {
+    } else if (across) {
       G = N, n = B, group_stride = x.stride(1), row_stride = x.stride(0);
     } else {
       G = 1, n = B * N, group_stride = 0, row_stride = x.stride(1);
@@ -47,6 +49,11 @@ struct Groups {
 
   int64_t offset(int64_t g, int64_t i) const {
     return row_stride >= 0 ? g * group_stride + i * row_stride : i / per_image * image_stride + i % per_image * x.stride(1);
+  }
+
+  // Which of the B N tokens row i of group g is.
+  int64_t token(int64_t g, int64_t i) const {
+    return across ? i * per_image + g : g * n + i;
   }
 
   // Whether rows can be given to a matrix product where they are.
@@ -107,7 +114,7 @@ void inverse_norms(const Groups& x, int64_t g, int64_t begin, int64_t end, bool 
 // Row i of E from its two products; p becomes that of W. Returns Σ_j E_ij².
 template <typename acc_t, Rectify rectify>
 FASTKD_MULTIVERSION acc_t difference_row(
-    acc_t* p, const acc_t* pt, const acc_t* r, const acc_t* q, acc_t r_i, acc_t q_i, int64_t n) {
+    acc_t* p, const acc_t* pt, const acc_t* r, const acc_t* q, acc_t r_i, acc_t q_i, acc_t c, int64_t n) {
   acc_t sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
@@ -117,7 +124,7 @@ FASTKD_MULTIVERSION acc_t difference_row(
     acc_t e = map_s - map_t;
     if (rectify == Rectify::kBoth) e = std::max(map_s, acc_t(0)) - map_t;
     sum += e * e;
-    p[j] = rectify == Rectify::kBoth && map_s < 0 ? acc_t(0) : e * scale;
+    p[j] = rectify == Rectify::kBoth && map_s < 0 ? acc_t(0) : c * e * scale;
   }
   return sum;
 }
@@ -135,6 +142,10 @@ FASTKD_MULTIVERSION void split_row(const float* w, int64_t n, uint16_t* high, ui
     std::memcpy(&rest_bits, &rest, sizeof rest_bits);
     low[j] = static_cast<uint16_t>(rest_bits >> 16);
   }
+}
+
+FASTKD_MULTIVERSION void add_row(float* to, const float* from, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] += from[j];
 }
 
 // dS_i = c (U_i - s_i r_i² <s_i, U_i>); c U_i where rows are not normalised.
@@ -155,50 +166,57 @@ FASTKD_MULTIVERSION void finish_row(
     out[d] = static_cast<out_t>(c * (u[d] - dot * static_cast<acc_t>(s[d * stride])));
 }
 
-struct Problem {
-  Groups s, t;
-  at::Tensor dstudent;  // (B, N, Ds) contiguous, or empty
-  std::optional<Groups> ds;
-  bool normalize;
-  Rectify rectify;
-  double eps;
+// 1/||x|| of all B N tokens, in order.
+template <typename acc_t>
+std::vector<acc_t> all_inverse_norms(const at::Tensor& x, bool normalize, double eps) {
+  const Groups tokens(x, "batch");
+  std::vector<acc_t> out(tokens.n);
+  at::parallel_for(0, tokens.n, kGramRows, [&](int64_t begin, int64_t end) {
+    inverse_norms(tokens, 0, begin, end, normalize, eps, out.data() + begin);
+  });
+  return out;
+}
 
-  double elements() const {
-    return static_cast<double>(s.G) * static_cast<double>(s.n) * static_cast<double>(s.n);
+// One term: the maps of a scope, and what they add to U.
+template <typename acc_t>
+struct Term {
+  Groups s, t;
+  const acc_t *r, *q;  // (B N) inverse norms of both networks
+  Rectify rectify = Rectify::kNone;
+  acc_t c = 0;           // factor of the gradient
+  acc_t* u = nullptr;    // (B, N, Ds), in ds's layout; null where a strip finishes by itself or no gradient is wanted
+  bool add = false;      // u holds earlier terms
+  at::Tensor dstudent;   // (B, N, Ds) contiguous: takes the finished gradient, where defined
+  bool normalize = true;
+
+  bool with_grad() const {
+    return u || dstudent.defined();
   }
 
-  // u: rows [begin, end) of group g, leading dimension ld; may be the rows of dstudent themselves.
-  template <typename acc_t>
-  void finish(int64_t g, int64_t begin, int64_t end, const acc_t* u, int64_t ld, const acc_t* r) const {
-    const auto c = static_cast<acc_t>(4 / elements());
+  // dstudent of rows [begin, end) of group g from their U (leading dimension ld).
+  void finish(int64_t g, int64_t begin, int64_t end, const acc_t* rows, int64_t ld) const {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, s.x.scalar_type(), "finish", [&] {
       using stored_t = std::conditional_t<std::is_same_v<scalar_t, at::Half>, float, scalar_t>;
       const auto* s_ptr = s.x.const_data_ptr<scalar_t>();
       auto* d_ptr = static_cast<stored_t*>(dstudent.data_ptr());
       for (int64_t i = begin; i < end; ++i)
         finish_row<scalar_t, acc_t, stored_t>(
-            u + (i - begin) * ld,
-            s_ptr + s.offset(g, i),
-            s.x.stride(2),
-            s.D,
-            r[i],
-            c,
-            normalize,
-            d_ptr + ds->offset(g, i));
+            rows + (i - begin) * ld, s_ptr + s.offset(g, i), s.x.stride(2), s.D, r[s.token(g, i)], acc_t(1), normalize,
+            d_ptr + s.token(g, i) * s.D);
     });
   }
 };
 
 template <typename acc_t>
 acc_t difference(
-    Rectify rectify, acc_t* p, const acc_t* pt, const acc_t* r, const acc_t* q, acc_t r_i, acc_t q_i, int64_t n) {
+    Rectify rectify, acc_t* p, const acc_t* pt, const acc_t* r, const acc_t* q, acc_t r_i, acc_t q_i, acc_t c, int64_t n) {
   switch (rectify) {
     case Rectify::kNone:
-      return difference_row<acc_t, Rectify::kNone>(p, pt, r, q, r_i, q_i, n);
+      return difference_row<acc_t, Rectify::kNone>(p, pt, r, q, r_i, q_i, c, n);
     case Rectify::kBoth:
-      return difference_row<acc_t, Rectify::kBoth>(p, pt, r, q, r_i, q_i, n);
+      return difference_row<acc_t, Rectify::kBoth>(p, pt, r, q, r_i, q_i, c, n);
     default:
-      return difference_row<acc_t, Rectify::kTeacher>(p, pt, r, q, r_i, q_i, n);
+      return difference_row<acc_t, Rectify::kTeacher>(p, pt, r, q, r_i, q_i, c, n);
   }
 }
 
@@ -209,9 +227,9 @@ struct Rows {
   const acc_t* data = nullptr;
   int64_t ld = 0;
 
-  void load(const Groups& x, int64_t g, bool normalize, double eps) {
+  void load(const Groups& x, int64_t g, const acc_t* norms) {
     inverse.resize(x.n);
-    inverse_norms(x, g, 0, x.n, normalize, eps, inverse.data());
+    for (int64_t i = 0; i < x.n; ++i) inverse[i] = norms[x.token(g, i)];
     if (x.in_place(c10::CppTypeToScalarType<acc_t>::value)) {
       data = x.x.template const_data_ptr<acc_t>() + x.offset(g, 0);
       ld = x.ld();
@@ -227,7 +245,7 @@ struct Rows {
 // A thread's pieces of a strip.
 template <typename acc_t>
 struct Pieces {
-  std::vector<acc_t> p = std::vector<acc_t>(kStrip * kColumns), pt = std::vector<acc_t>(kStrip * kColumns);
+  std::vector<acc_t> p = std::vector<acc_t>(kStrip * kColumns), pt = std::vector<acc_t>(kStrip * kColumns), u;
 };
 
 // Rows of a strip: as even as possible, for a tail of a few rows runs at a fraction of the product's rate.
@@ -240,9 +258,9 @@ int64_t strip_rows(int64_t n) {
 // then the whole group's and takes both products. Otherwise all columns, and u is the strip's. Returns Σ E².
 template <typename acc_t>
 double strip(
-    const Problem& problem, const Rows<acc_t>& s, const Rows<acc_t>& t, int64_t i0, int64_t i1, bool triangle,
+    const Term<acc_t>& term, const Rows<acc_t>& s, const Rows<acc_t>& t, int64_t i0, int64_t i1, bool triangle,
     Pieces<acc_t>& pieces, acc_t* u, int64_t ldu) {
-  const int64_t n = problem.s.n, Ds = problem.s.D, Dt = problem.t.D, rows = i1 - i0, step = std::min(n, kColumns);
+  const int64_t n = term.s.n, Ds = term.s.D, Dt = term.t.D, rows = i1 - i0, step = std::min(n, kColumns);
   acc_t *p = pieces.p.data(), *pt = pieces.pt.data();
   double sum = 0;
   for (int64_t j0 = triangle ? i0 : 0, first = 1; j0 < n; j0 += step, first = 0) {
@@ -256,19 +274,19 @@ double strip(
       const acc_t r_i = s.inverse[i0 + i], q_i = t.inverse[i0 + i];
       const auto part = [&](int64_t begin, int64_t end) {
         return static_cast<double>(difference<acc_t>(
-            problem.rectify, p + i * columns + begin, pt + i * columns + begin, s.inverse.data() + j0 + begin,
-            t.inverse.data() + j0 + begin, r_i, q_i, end - begin));
+            term.rectify, p + i * columns + begin, pt + i * columns + begin, s.inverse.data() + j0 + begin,
+            t.inverse.data() + j0 + begin, r_i, q_i, term.c, end - begin));
       };
       sum += part(0, diagonal) + (triangle ? 2 : 1) * part(diagonal, columns);
     }
     if (!u) continue;
-    const bool add = triangle ? i0 > 0 || !first : !first;
+    const bool written = term.add || (triangle ? i0 > 0 || !first : !first);
     acc_t* u_i = triangle ? u + i0 * ldu : u;
-    gemm<acc_t>(Op::kAsIs, Op::kAsIs, rows, Ds, columns, 1, p, columns, s_j, s.ld, add ? 1 : 0, u_i, ldu);
+    gemm<acc_t>(Op::kAsIs, Op::kAsIs, rows, Ds, columns, 1, p, columns, s_j, s.ld, written ? 1 : 0, u_i, ldu);
     if (triangle && columns > diagonal)
       gemm<acc_t>(
-          Op::kTransposed, Op::kAsIs, columns - diagonal, Ds, rows, 1, p + diagonal, columns, s_i, s.ld, i0 > 0 ? 1 : 0,
-          u + (j0 + diagonal) * ldu, ldu);
+          Op::kTransposed, Op::kAsIs, columns - diagonal, Ds, rows, 1, p + diagonal, columns, s_i, s.ld,
+          term.add || i0 > 0 ? 1 : 0, u + (j0 + diagonal) * ldu, ldu);
   }
   return sum;
 }
@@ -278,14 +296,12 @@ double sum_of(const std::vector<double>& parts) {
 }
 
 template <typename acc_t>
-double tile(const Problem& problem) {
-  const int64_t G = problem.s.G, n = problem.s.n, Ds = problem.s.D, height = strip_rows(n), strips = (n + height - 1) / height;
-  const bool with_grad = problem.ds.has_value();
-  // Where the stored gradient is in acc_t, U is formed in it.
-  const bool direct = with_grad && problem.dstudent.scalar_type() == c10::CppTypeToScalarType<acc_t>::value;
+double tile(const Term<acc_t>& term) {
+  const int64_t G = term.s.G, n = term.s.n, Ds = term.s.D, height = strip_rows(n), strips = (n + height - 1) / height;
+  // U of rows from (g, i) on: in term.u, or in a buffer of the thread's.
   const auto u_of = [&](std::vector<acc_t>& buffer, int64_t g, int64_t i, int64_t rows) -> std::pair<acc_t*, int64_t> {
-    if (!with_grad) return {nullptr, 0};
-    if (direct) return {problem.dstudent.template data_ptr<acc_t>() + problem.ds->offset(g, i), problem.ds->ld()};
+    if (term.u) return {term.u + term.s.token(g, i) * Ds, term.s.across ? term.s.per_image * Ds : Ds};
+    if (!term.with_grad()) return {nullptr, 0};
     buffer.resize(rows * Ds);
     return {buffer.data(), Ds};
   };
@@ -294,14 +310,13 @@ double tile(const Problem& problem) {
     at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
       Rows<acc_t> s, t;
       Pieces<acc_t> pieces;
-      std::vector<acc_t> buffer;
       for (int64_t g = begin; g < end; ++g) {
-        s.load(problem.s, g, problem.normalize, problem.eps);
-        t.load(problem.t, g, problem.normalize, problem.eps);
-        const auto [u, ldu] = u_of(buffer, g, 0, n);
+        s.load(term.s, g, term.r);
+        t.load(term.t, g, term.q);
+        const auto [u, ldu] = u_of(pieces.u, g, 0, n);
         for (int64_t i0 = 0; i0 < n; i0 += height)
-          sums[g] += strip<acc_t>(problem, s, t, i0, std::min(n, i0 + height), true, pieces, u, ldu);
-        if (with_grad) problem.finish<acc_t>(g, 0, n, u, ldu, s.inverse.data());
+          sums[g] += strip<acc_t>(term, s, t, i0, std::min(n, i0 + height), true, pieces, u, ldu);
+        if (term.dstudent.defined()) term.finish(g, 0, n, u, ldu);
       }
     });
     return sum_of(sums);
@@ -310,16 +325,15 @@ double tile(const Problem& problem) {
   std::vector<double> sums(G * strips);
   Rows<acc_t> s, t;
   for (int64_t g = 0; g < G; ++g) {
-    s.load(problem.s, g, problem.normalize, problem.eps);
-    t.load(problem.t, g, problem.normalize, problem.eps);
+    s.load(term.s, g, term.r);
+    t.load(term.t, g, term.q);
     at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
       Pieces<acc_t> pieces;
-      std::vector<acc_t> buffer;
       for (int64_t k = begin; k < end; ++k) {
         const int64_t i0 = k * height, i1 = std::min(n, i0 + height);
-        const auto [u, ldu] = u_of(buffer, g, i0, height);
-        sums[g * strips + k] = strip<acc_t>(problem, s, t, i0, i1, !with_grad, pieces, u, ldu);
-        if (with_grad) problem.finish<acc_t>(g, i0, i1, u, ldu, s.inverse.data());
+        const auto [u, ldu] = u_of(pieces.u, g, i0, height);
+        sums[g * strips + k] = strip<acc_t>(term, s, t, i0, i1, !term.with_grad(), pieces, u, ldu);
+        if (term.dstudent.defined()) term.finish(g, i0, i1, u, ldu);
       }
     });
   }
@@ -329,14 +343,14 @@ double tile(const Problem& problem) {
 // The same for two bfloat16 networks where the CPU has a matrix unit for them: it is so much faster than float32
 // that every strip takes all its columns.
 struct PackedRows {
-  std::vector<at::BFloat16> transposed, as_is;  // X^T, packed for X X^T; X, packed for W X
+  std::vector<at::BFloat16> transposed, as_is;  // Xᵀ, packed for X Xᵀ; X, packed for W X
   std::vector<float> inverse;
   const at::BFloat16* data = nullptr;
   int64_t ld = 0, columns = 0;
 
-  void load(const Groups& x, int64_t g, bool normalize, double eps, bool with_grad) {
+  void load(const Groups& x, int64_t g, const float* norms, bool with_grad) {
     inverse.resize(x.n);
-    inverse_norms<float>(x, g, 0, x.n, normalize, eps, inverse.data());
+    for (int64_t i = 0; i < x.n; ++i) inverse[i] = norms[x.token(g, i)];
     data = x.x.const_data_ptr<at::BFloat16>() + x.offset(g, 0);
     ld = x.ld();
     columns = packed_columns(x.n);
@@ -348,35 +362,34 @@ struct PackedRows {
   }
 };
 
-struct PiecesBf16 {
-  std::vector<float> p = std::vector<float>(kStrip * kColumns), pt = std::vector<float>(kStrip * kColumns), u;
+struct PiecesBf16 : Pieces<float> {
   std::vector<at::BFloat16> high = std::vector<at::BFloat16>(kStrip * kColumns),
                             low = std::vector<at::BFloat16>(kStrip * kColumns);
 };
 
+// As strip, all columns; the strip's U is left in pieces.u, packed_columns(Ds) wide.
 double strip_bf16(
-    const Problem& problem, const PackedRows& s, const PackedRows& t, int64_t i0, int64_t i1, bool with_grad,
-    PiecesBf16& pieces) {
-  const int64_t n = problem.s.n, Ds = problem.s.D, rows = i1 - i0, width = packed_columns(Ds);
+    const Term<float>& term, const PackedRows& s, const PackedRows& t, int64_t i0, int64_t i1, PiecesBf16& pieces) {
+  const int64_t n = term.s.n, Ds = term.s.D, rows = i1 - i0, width = packed_columns(Ds);
   double sum = 0;
   for (int64_t j0 = 0; j0 < n; j0 += kColumns) {
     const int64_t columns = std::min(kColumns, n - j0), padded = packed_columns(columns);
     float *p = pieces.p.data(), *pt = pieces.pt.data();
     gemm_bf16(rows, padded, Ds, s.data + i0 * s.ld, s.ld, s.transposed.data() + 2 * j0, s.columns, false, p, padded);
     gemm_bf16(
-        rows, padded, problem.t.D, t.data + i0 * t.ld, t.ld, t.transposed.data() + 2 * j0, t.columns, false, pt, padded);
+        rows, padded, term.t.D, t.data + i0 * t.ld, t.ld, t.transposed.data() + 2 * j0, t.columns, false, pt, padded);
     const int64_t even = (columns + 1) / 2 * 2;
     auto *high = pieces.high.data(), *low = pieces.low.data();
     for (int64_t i = 0; i < rows; ++i) {
       float* p_i = p + i * padded;
       sum += difference<float>(
-          problem.rectify, p_i, pt + i * padded, s.inverse.data() + j0, t.inverse.data() + j0, s.inverse[i0 + i],
-          t.inverse[i0 + i], columns);
-      if (!with_grad) continue;
+          term.rectify, p_i, pt + i * padded, s.inverse.data() + j0, t.inverse.data() + j0, s.inverse[i0 + i],
+          t.inverse[i0 + i], term.c, columns);
+      if (!term.with_grad()) continue;
       if (even > columns) p_i[columns] = 0;
       split_row(p_i, even, reinterpret_cast<uint16_t*>(high + i * even), reinterpret_cast<uint16_t*>(low + i * even));
     }
-    if (!with_grad) continue;
+    if (!term.with_grad()) continue;
     const auto* packed = s.as_is.data() + j0 * width;
     gemm_bf16(rows, width, even, high, even, packed, width, j0 > 0, pieces.u.data(), width);
     gemm_bf16(rows, width, even, low, even, packed, width, true, pieces.u.data(), width);
@@ -384,24 +397,30 @@ double strip_bf16(
   return sum;
 }
 
-double tile_bf16(const Problem& problem) {
-  const int64_t G = problem.s.G, n = problem.s.n, height = strip_rows(n), strips = (n + height - 1) / height;
-  const bool with_grad = problem.ds.has_value();
-  const int64_t width = packed_columns(problem.s.D);
+double tile_bf16(const Term<float>& term) {
+  const int64_t G = term.s.G, n = term.s.n, Ds = term.s.D, height = strip_rows(n), strips = (n + height - 1) / height;
+  const int64_t width = packed_columns(Ds);
   std::vector<double> sums(G * strips);
   const auto run = [&](const PackedRows& s, const PackedRows& t, int64_t g, int64_t k, PiecesBf16& pieces) {
     const int64_t i0 = k * height, i1 = std::min(n, i0 + height);
     pieces.u.resize(height * width);
-    sums[g * strips + k] = strip_bf16(problem, s, t, i0, i1, with_grad, pieces);
-    if (with_grad) problem.finish<float>(g, i0, i1, pieces.u.data(), width, s.inverse.data());
+    sums[g * strips + k] = strip_bf16(term, s, t, i0, i1, pieces);
+    if (term.u) {  // to and from the sum over terms
+      for (int64_t i = i0; i < i1; ++i) {
+        float *sum = term.u + term.s.token(g, i) * Ds, *own = pieces.u.data() + (i - i0) * width;
+        if (term.add) add_row(own, sum, Ds);
+        if (!term.dstudent.defined()) std::copy_n(own, Ds, sum);
+      }
+    }
+    if (term.dstudent.defined()) term.finish(g, i0, i1, pieces.u.data(), width);
   };
   if (G >= at::get_num_threads()) {
     at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
       PackedRows s, t;
       PiecesBf16 pieces;
       for (int64_t g = begin; g < end; ++g) {
-        s.load(problem.s, g, problem.normalize, problem.eps, with_grad);
-        t.load(problem.t, g, problem.normalize, problem.eps, false);
+        s.load(term.s, g, term.r, term.with_grad());
+        t.load(term.t, g, term.q, false);
         for (int64_t k = 0; k < strips; ++k) run(s, t, g, k, pieces);
       }
       release_bf16();
@@ -410,8 +429,8 @@ double tile_bf16(const Problem& problem) {
   }
   PackedRows s, t;
   for (int64_t g = 0; g < G; ++g) {
-    s.load(problem.s, g, problem.normalize, problem.eps, with_grad);
-    t.load(problem.t, g, problem.normalize, problem.eps, false);
+    s.load(term.s, g, term.r, term.with_grad());
+    t.load(term.t, g, term.q, false);
     at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
       PiecesBf16 pieces;
       for (int64_t k = begin; k < end; ++k) run(s, t, g, k, pieces);
@@ -419,6 +438,16 @@ double tile_bf16(const Problem& problem) {
     });
   }
   return sum_of(sums);
+}
+
+template <typename acc_t>
+double visit(const Term<acc_t>& term) {
+  if constexpr (std::is_same_v<acc_t, float>) {
+    if (term.s.in_place(at::kBFloat16) && term.t.in_place(at::kBFloat16) && term.s.D % 2 == 0 && term.t.D % 2 == 0 &&
+        has_bf16_products())
+      return tile_bf16(term);
+  }
+  return tile(term);
 }
 
 // Gram algorithm. With X = [Ŝ | T̂], XᵀX holds the three Grams: float64, lower triangle, in blocks of columns.
@@ -457,15 +486,17 @@ struct UnitRows {
   std::vector<acc_t> x, r, q;
   std::vector<double> x64;
 
-  void load(const Problem& problem, int64_t g, int64_t begin, int64_t end, bool in_double) {
-    const int64_t D = problem.s.D + problem.t.D, rows = end - begin;
+  void load(const Term<acc_t>& term, int64_t g, int64_t begin, int64_t end, bool in_double) {
+    const int64_t D = term.s.D + term.t.D, rows = end - begin;
     x.resize(kGramRows * D);
     r.resize(kGramRows);
     q.resize(kGramRows);
-    inverse_norms<acc_t>(problem.s, g, begin, end, problem.normalize, problem.eps, r.data());
-    inverse_norms<acc_t>(problem.t, g, begin, end, problem.normalize, problem.eps, q.data());
-    convert_rows<acc_t>(problem.s, g, begin, end, r.data(), x.data(), D);
-    convert_rows<acc_t>(problem.t, g, begin, end, q.data(), x.data() + problem.s.D, D);
+    for (int64_t i = begin; i < end; ++i) {
+      r[i - begin] = term.r[term.s.token(g, i)];
+      q[i - begin] = term.q[term.t.token(g, i)];
+    }
+    convert_rows<acc_t>(term.s, g, begin, end, r.data(), x.data(), D);
+    convert_rows<acc_t>(term.t, g, begin, end, q.data(), x.data() + term.s.D, D);
     if (!in_double) return;
     x64.resize(kGramRows * D);
     convert_row<acc_t, double>(x.data(), 1, rows * D, 1.0, x64.data());
@@ -473,39 +504,30 @@ struct UnitRows {
 };
 
 template <typename acc_t>
-double gram(const Problem& problem) {
-  const int64_t G = problem.s.G, n = problem.s.n, Ds = problem.s.D, D = Ds + problem.t.D;
+double gram(const Term<acc_t>& term) {
+  const int64_t G = term.s.G, n = term.s.n, Ds = term.s.D, D = Ds + term.t.D;
   const int64_t blocks = (n + kGramRows - 1) / kGramRows;
-  const bool with_grad = problem.ds.has_value();
+  const bool with_grad = term.with_grad();
   const auto accumulate = [&](int64_t g, int64_t begin, int64_t end, UnitRows<acc_t>& rows, double* out) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t i0 = k * kGramRows, i1 = std::min(n, i0 + kGramRows);
-      rows.load(problem, g, i0, i1, true);
+      rows.load(term, g, i0, i1, true);
       add_gram(rows.x64.data(), i1 - i0, D, out);
     }
   };
   const auto gradient = [&](int64_t g, int64_t begin, int64_t end, UnitRows<acc_t>& rows, const acc_t* factor) {
-    const auto c = static_cast<acc_t>(4 / problem.elements());
-    std::vector<acc_t> u(kGramRows * Ds), one(kGramRows, acc_t(1));
+    std::vector<acc_t> u(kGramRows * Ds);
     for (int64_t k = begin; k < end; ++k) {
       const int64_t i0 = k * kGramRows, i1 = std::min(n, i0 + kGramRows);
-      rows.load(problem, g, i0, i1, false);
+      rows.load(term, g, i0, i1, false);
       gemm<acc_t>(Op::kAsIs, Op::kAsIs, i1 - i0, Ds, D, 1, rows.x.data(), D, factor, Ds, 0, u.data(), Ds);
-      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, problem.s.x.scalar_type(), "gram", [&] {
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, term.s.x.scalar_type(), "gram", [&] {
         using stored_t = std::conditional_t<std::is_same_v<scalar_t, at::Half>, float, scalar_t>;
-        auto* d_ptr = static_cast<stored_t*>(problem.dstudent.data_ptr());
-        for (int64_t i = i0; i < i1; ++i) {  // dS = r (dŜ - ŝ <ŝ, dŜ>): the unit rows are at hand
-          const acc_t scale = rows.r[i - i0];
+        auto* d_ptr = static_cast<stored_t*>(term.dstudent.data_ptr());
+        for (int64_t i = i0; i < i1; ++i)  // dS = r (dŜ - ŝ <ŝ, dŜ>): the unit rows are at hand
           finish_row<acc_t, acc_t, stored_t>(
-              u.data() + (i - i0) * Ds,
-              rows.x.data() + (i - i0) * D,
-              1,
-              Ds,
-              acc_t(1),
-              c * scale,
-              problem.normalize,
-              d_ptr + problem.ds->offset(g, i));
-        }
+              u.data() + (i - i0) * Ds, rows.x.data() + (i - i0) * D, 1, Ds, acc_t(1), term.c * rows.r[i - i0],
+              term.normalize, d_ptr + term.s.token(g, i) * Ds);
       });
     }
   };
@@ -551,6 +573,17 @@ double gram(const Problem& problem) {
   return std::max(sum_of(sums), 0.0);  // rounding alone can take a zero below 0
 }
 
+at::Tensor empty_gradient(const at::Tensor& student, bool with_grad) {
+  const auto stored = student.scalar_type() == at::kHalf ? at::kFloat : student.scalar_type();
+  return at::empty(with_grad ? student.sizes() : at::IntArrayRef{0}, student.options().dtype(stored));
+}
+
+// dstudent itself where it is stored in acc_t, else null.
+template <typename acc_t>
+acc_t* sums_in(const at::Tensor& dstudent) {
+  return dstudent.scalar_type() == c10::CppTypeToScalarType<acc_t>::value ? dstudent.data_ptr<acc_t>() : nullptr;
+}
+
 std::tuple<at::Tensor, at::Tensor> relation_fwd_cpu(
     const at::Tensor& student,  // (B, N, Ds)
     const at::Tensor& teacher,  // (B, N, Dt)
@@ -561,36 +594,111 @@ std::tuple<at::Tensor, at::Tensor> relation_fwd_cpu(
     std::string algorithm,
     bool with_grad) {
   const auto acc = at::promote_types(accumulator(student), accumulator(teacher));
-  const auto stored = student.scalar_type() == at::kHalf ? at::kFloat : student.scalar_type();
-  auto dstudent = at::empty(with_grad ? student.sizes() : at::IntArrayRef{0}, student.options().dtype(stored));
+  auto dstudent = empty_gradient(student, with_grad);
   if (student.numel() == 0 || teacher.numel() == 0) return {at::zeros({}, student.options().dtype(acc)), dstudent.zero_()};
-  const Problem problem{
-      Groups(student, scope),
-      Groups(teacher, scope),
-      dstudent,
-      with_grad ? std::make_optional(Groups(dstudent, scope)) : std::nullopt,
-      normalize,
-      rectify == "none"   ? Rectify::kNone
-      : rectify == "both" ? Rectify::kBoth
-                          : Rectify::kTeacher,
-      eps};
-  const bool bf16 = problem.s.in_place(at::kBFloat16) && problem.t.in_place(at::kBFloat16) && problem.s.D % 2 == 0 &&
-      problem.t.D % 2 == 0 && has_bf16_products();
-  double sum;
-  if (algorithm == "gram") {
-    sum = acc == at::kDouble ? gram<double>(problem) : gram<float>(problem);
-  } else if (acc == at::kDouble) {
-    sum = tile<double>(problem);
-  } else {
-    sum = bf16 ? tile_bf16(problem) : tile<float>(problem);
+  double loss = 0;
+  AT_DISPATCH_FLOATING_TYPES(acc, "relation_fwd_cpu", [&] {
+    using acc_t = scalar_t;
+    const auto r = all_inverse_norms<acc_t>(student, normalize, eps), q = all_inverse_norms<acc_t>(teacher, normalize, eps);
+    Term<acc_t> term{Groups(student, scope), Groups(teacher, scope), r.data(), q.data()};
+    term.rectify = rectify == "none" ? Rectify::kNone : rectify == "both" ? Rectify::kBoth : Rectify::kTeacher;
+    term.normalize = normalize;
+    const double elements = static_cast<double>(term.s.G) * term.s.n * term.s.n;
+    term.c = static_cast<acc_t>(4 / elements);
+    if (with_grad) {
+      term.dstudent = dstudent;
+      term.u = sums_in<acc_t>(dstudent);
+    }
+    loss = (algorithm == "gram" ? gram(term) : visit(term)) / elements;
+  });
+  return {at::full({}, loss, student.options().dtype(acc)), dstudent};
+}
+
+// Rows `index` of the flattened batch, as one group.
+at::Tensor take_rows(const at::Tensor& x, const at::Tensor& index) {
+  const auto N = x.size(1);
+  return x.index({at::floor_divide(index, N), at::remainder(index, N)}).unsqueeze(0);
+}
+
+// One layer's three terms, into losses[0..2]; they share the norms, and U where a gradient is wanted.
+template <typename acc_t>
+void manifold_layer(
+    const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& index, const std::array<double, 3>& weights,
+    const at::Tensor& dstudent, acc_t* losses) {
+  constexpr double kEps = 1e-12;
+  const bool with_grad = dstudent.numel() > 0;
+  const int64_t Ds = student.size(2);
+  const auto r = all_inverse_norms<acc_t>(student, true, kEps), q = all_inverse_norms<acc_t>(teacher, true, kEps);
+  acc_t* u = with_grad ? sums_in<acc_t>(dstudent) : nullptr;
+  std::vector<acc_t> buffer;
+  if (with_grad && !u) {
+    buffer.resize(student.numel());
+    u = buffer.data();
   }
-  return {at::full({}, sum / problem.elements(), student.options().dtype(acc)), dstudent};
+  const auto term_of = [&](const at::Tensor& s, const at::Tensor& t, const char* scope, double weight, const acc_t* r_s,
+                           const acc_t* q_t) {
+    Term<acc_t> term{Groups(s, scope), Groups(t, scope), r_s, q_t};
+    term.c = static_cast<acc_t>(4 * weight / (static_cast<double>(term.s.G) * term.s.n * term.s.n));
+    return term;
+  };
+  const auto mean = [](double sum, const Term<acc_t>& term) {
+    return static_cast<acc_t>(sum / (static_cast<double>(term.s.G) * term.s.n * term.s.n));
+  };
+  auto inter = term_of(student, teacher, "inter", weights[1], r.data(), q.data());
+  inter.u = u;
+  losses[1] = mean(visit(inter), inter);
+
+  const auto rows_s = take_rows(student, index), rows_t = take_rows(teacher, index);
+  const int64_t K = index.numel();
+  const auto ids = index.contiguous();
+  const auto* id = ids.const_data_ptr<int64_t>();
+  std::vector<acc_t> r_k(K), q_k(K), u_k(with_grad ? K * Ds : 0);
+  for (int64_t k = 0; k < K; ++k) {
+    r_k[k] = r[id[k]];
+    q_k[k] = q[id[k]];
+  }
+  auto random = term_of(rows_s, rows_t, "intra", weights[2], r_k.data(), q_k.data());
+  random.u = with_grad ? u_k.data() : nullptr;
+  losses[2] = mean(visit(random), random);
+  for (int64_t k = 0; with_grad && k < K; ++k)
+    for (int64_t d = 0; d < Ds; ++d) u[id[k] * Ds + d] += u_k[k * Ds + d];
+
+  auto intra = term_of(student, teacher, "intra", weights[0], r.data(), q.data());
+  intra.u = u;
+  intra.add = true;
+  if (with_grad) intra.dstudent = dstudent;
+  losses[0] = mean(visit(intra), intra);
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> manifold_fwd_cpu(
+    at::TensorList students,  // (B, N, Ds) each
+    at::TensorList teachers,  // (B, N, Dt) each
+    at::TensorList indices,   // (K) each
+    double intra,
+    double inter,
+    double random,
+    bool with_grad) {
+  auto acc = at::kFloat;
+  for (size_t l = 0; l < students.size(); ++l)
+    acc = at::promote_types(acc, at::promote_types(accumulator(students[l]), accumulator(teachers[l])));
+  auto terms = at::empty({static_cast<int64_t>(students.size()), 3}, students[0].options().dtype(acc));
+  std::vector<at::Tensor> dstudents;
+  for (size_t l = 0; l < students.size(); ++l) {
+    dstudents.push_back(empty_gradient(students[l], with_grad));
+    AT_DISPATCH_FLOATING_TYPES(acc, "manifold_fwd_cpu", [&] {
+      manifold_layer<scalar_t>(
+          students[l], teachers[l], indices[l], {intra, inter, random}, dstudents[l],
+          terms.mutable_data_ptr<scalar_t>() + 3 * l);
+    });
+  }
+  return {terms, dstudents};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("relation_fwd", &relation_fwd_cpu);
+  m.impl("manifold_fwd", &manifold_fwd_cpu);
 }
 
 }  // namespace fastkd

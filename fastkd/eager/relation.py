@@ -103,3 +103,31 @@ def relation_fwd(
     if algorithm == "gram":
         return _gram(s, t, ds, normalize, eps, acc), dstudent
     return _tile(s, t, ds, normalize, rectify, eps, acc), dstudent
+
+
+def manifold_fwd(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    indices: list[Tensor],
+    intra: float,
+    inter: float,
+    random: float,
+    with_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    acc = accumulator(*students, *teachers)
+    terms = students[0].new_empty((len(students), 3), dtype=acc)
+    dstudents = []
+    for layer, (s, t, index) in enumerate(zip(students, teachers, indices, strict=True)):
+        N = s.shape[1]
+        at = (index // N, index % N)
+        total = s.new_zeros(s.shape if with_grad else (0,), dtype=accumulator(s))
+        for i, (weight, scope, a, b) in enumerate(
+            ((intra, "intra", s, t), (inter, "inter", s, t), (random, "intra", s[at][None], t[at][None]))
+        ):
+            terms[layer, i], d = relation_fwd(a, b, scope, True, "none", 1e-12, "tile", with_grad)
+            if with_grad and i < 2:
+                total.add_(d, alpha=weight)
+            elif with_grad:
+                total.index_put_(at, weight * d[0].to(total.dtype), accumulate=True)
+        dstudents.append(total.to(stored_gradient(s)))
+    return terms, dstudents

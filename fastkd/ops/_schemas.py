@@ -25,7 +25,8 @@ def _register(stem: str, op: str, schema: str, fake: Callable[..., Any]) -> None
 
     def eager(*args: Any) -> Any:
         # Autocast would round the chunks' products; an operator's maths stays in its accumulation dtype.
-        with torch.autocast(args[0].device.type, enabled=False):
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        with torch.autocast(first.device.type, enabled=False):
             return getattr(importlib.import_module(f"fastkd.eager.{stem}"), op)(*args)
 
     def triton(*args: Any) -> Any:
@@ -58,6 +59,29 @@ _register(
     "(Tensor student, Tensor teacher, str scope, bool normalize, str rectify, float eps, str algorithm, bool with_grad)"
     " -> (Tensor loss, Tensor dstudent)",
     _relation_fwd,
+)
+
+
+def _manifold_fwd(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    indices: list[Tensor],
+    intra: float,
+    inter: float,
+    random: float,
+    with_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    terms = students[0].new_empty((len(students), 3), dtype=accumulator(*students, *teachers))
+    return terms, [s.new_empty(s.shape if with_grad else (0,), dtype=stored_gradient(s)) for s in students]
+
+
+# terms: (layers, 3), unweighted intra, inter, random; dstudents: gradients of each layer's weighted sum.
+_register(
+    "relation",
+    "manifold_fwd",
+    "(Tensor[] students, Tensor[] teachers, Tensor[] indices, float intra, float inter, float random, bool with_grad)"
+    " -> (Tensor terms, Tensor[] dstudents)",
+    _manifold_fwd,
 )
 
 

@@ -69,7 +69,7 @@ def _check_layers(name: str, layers: Sequence[Tensor], inputs: Sequence[Tensor])
         check.constant(f"{name}[{i}]", v)
 
 
-def bn_stat_loss_and_moments(
+def check_bn_stat(
     inputs: Sequence[Tensor],
     running_means: Sequence[Tensor],
     running_vars: Sequence[Tensor],
@@ -77,13 +77,9 @@ def bn_stat_loss_and_moments(
     layer_weights: Sequence[float] | None,
     momentum: float | None,
     ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
-    backend: Backend,
-    merge: Merge | None = None,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """bn_stat_loss, and the means and variances that it compared: per layer (C,), or (B, C) in "image".
-
-    merge turns the moments of this rank's images into those of all ranks', once everything has been checked.
-    """
+    spans_ranks: bool,
+) -> None:
+    """What bn_stat_loss raises about its arguments, before anything runs."""
     check.one_of("distance", distance, ("l2", "mse", "image"))
     if len(inputs) == 0:
         raise ValueError("inputs must hold at least one layer, got none")
@@ -91,7 +87,7 @@ def bn_stat_loss_and_moments(
         check.tensor(f"inputs[{i}]", x, range(2, 16), "(B, C, ...)")
         check.not_empty(f"inputs[{i}]", x)
         elements = x[0, 0].numel() if distance == "image" else x[:, 0].numel()
-        if elements < 2 and (merge is None or distance == "image"):
+        if elements < (1 if spans_ranks and distance != "image" else 2):
             raise ValueError(
                 f"inputs[{i}] must hold at least 2 elements per channel{' and image' if distance == 'image' else ''} "
                 f"to have a variance, got {tuple(x.shape)}"
@@ -106,12 +102,34 @@ def bn_stat_loss_and_moments(
             raise ValueError(f"momentum must be below 1, got {momentum}")
         _check_layers("ema[0]", ema[0], inputs)
         _check_layers("ema[1]", ema[1], inputs)
-    weights = [1.0] * len(inputs) if layer_weights is None else layer_weights
-    if len(weights) != len(inputs):
-        raise ValueError(f"layer_weights must have one number per layer, got {len(weights)} for {len(inputs)} inputs")
-    for i, w in enumerate(weights):
-        check.number(f"layer_weights[{i}]", w, low=0)
+    if layer_weights is not None:
+        if len(layer_weights) != len(inputs):
+            raise ValueError(
+                f"layer_weights must have one number per layer, got {len(layer_weights)} for {len(inputs)} inputs"
+            )
+        for i, w in enumerate(layer_weights):
+            check.number(f"layer_weights[{i}]", w, low=0)
 
+
+def bn_stat_loss_and_moments(
+    inputs: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    distance: Distance,
+    layer_weights: Sequence[float] | None,
+    momentum: float | None,
+    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    backend: Backend,
+    merge: Merge | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """bn_stat_loss, and the means and variances that it compared: per layer (C,), or (B, C) in "image".
+
+    merge turns the moments of this rank's images into those of all ranks' images.
+    """
+    check_bn_stat(
+        inputs, running_means, running_vars, distance, layer_weights, momentum, ema, spans_ranks=merge is not None
+    )
+    weights = [1.0] * len(inputs) if layer_weights is None else layer_weights
     dims: Dims = "image" if distance == "image" else "batch"
     moments = [batch_moments(x, dims=dims, backend=backend) for x in inputs]
     if merge is not None:

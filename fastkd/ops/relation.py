@@ -1,5 +1,6 @@
 """Relation losses: mean squared differences of Gram maps, without the maps."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,48 @@ class _Relation(torch.autograd.Function):
         return scaled(dstudent, dloss, ctx.dtype), *(None,) * (3 + ctx.n_options)
 
 
-def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device) -> str:
+class _Manifold(torch.autograd.Function):
+    """The three terms of matched layers at once; the gradient of their weighted sum is formed in forward.
+
+    A term differentiated by itself, which only a caller of return_terms can do, has its gradient computed in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, impl: Backend, weights: tuple[float, ...], n_layers: int, with_grad: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        students, teachers, indices = _thirds(tensors, n_layers)
+        per_layer = [w / n_layers for w in weights]
+        terms, dstudents = call(impl, "manifold_fwd", students, teachers, indices, *per_layer, with_grad)
+        ctx.save_for_backward(*dstudents, *(tensors if with_grad else ()))
+        ctx.impl, ctx.n_layers = impl, n_layers
+        ctx.set_materialize_grads(False)
+        means = terms.mean(0).unbind()
+        return (sum(w * mean for w, mean in zip(weights, means, strict=True)), *(mean.clone() for mean in means))
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *dterms: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("manifold_loss")
+        n, saved = ctx.n_layers, ctx.saved_tensors  # unpacked once: checkpointing allows no more
+        dstudents, tensors = saved[:n], saved[n:]
+        students = tensors[:n]
+        grads = [None] * n if dloss is None else [
+            scaled(d, dloss, s.dtype) for d, s in zip(dstudents, students, strict=True)
+        ]
+        for i, dterm in enumerate(dterms):
+            if dterm is not None:
+                alone = [float(i == k) / n for k in range(3)]
+                _, own = call(ctx.impl, "manifold_fwd", *_thirds(tensors, n), *alone, True)
+                extra = [scaled(d, dterm, s.dtype) for d, s in zip(own, students, strict=True)]
+                grads = extra if grads[0] is None else [a + b for a, b in zip(grads, extra, strict=True)]
+        return None, None, None, None, *grads, *(None,) * (2 * n)
+
+
+def _thirds(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n :])
+
+
+def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device) -> Algorithm:
     """Cheaper of tile and gram, counted in float32 multiply-adds per row; a float64 one counts twice.
 
     tile: n (2 Ds + Dt).  gram: 2 (Ds² + Ds Dt + Dt²) + Ds (Ds + Dt), never with rectification,
@@ -86,6 +128,20 @@ def check_relation(
             raise ValueError(f"index must have shape (K,) with K >= 1, got {tuple(index.shape)}")
 
 
+def _checked_index(index: Tensor, student: Tensor) -> Tensor:
+    """index on the device of student, its range asserted there without waiting for it."""
+    index = index.to(student.device, non_blocking=True)
+    total = student.shape[0] * student.shape[1]
+    torch._assert_async(((index >= 0) & (index < total)).all(), f"index must lie in [0, B*N = {total})")
+    return index
+
+
+def draw_rows(student: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
+    """num_samples distinct rows of the B*N tokens, all of them if there are fewer."""
+    device = student.device if generator is None else generator.device
+    return torch.randperm(student.shape[0] * student.shape[1], generator=generator, device=device)[:num_samples]
+
+
 def relation_loss(
     student: Tensor,
     teacher: Tensor,
@@ -131,9 +187,7 @@ def relation_loss(
     refuse_transforms("relation_loss")
 
     if index is not None:
-        index = index.to(student.device, non_blocking=True)
-        total = student.shape[0] * student.shape[1]
-        torch._assert_async(((index >= 0) & (index < total)).all(), f"index must lie in [0, B*N = {total})")
+        index = _checked_index(index, student)
         student, teacher, scope = _take_rows(student, index), _take_rows(teacher, index), "intra"
     B, N, Ds = student.shape
     if algorithm == "auto":
@@ -180,20 +234,75 @@ def manifold_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as relation_loss; a weight < 0, num_samples < 1.
     """
-    for name, weight in (("intra", intra), ("inter", inter), ("random", random)):
+    loss, terms = manifold_layers(
+        [student],
+        [teacher],
+        intra=intra,
+        inter=inter,
+        random=random,
+        num_samples=num_samples,
+        generator=generator,
+        indices=None if index is None else [index],
+        return_terms=return_terms,
+        backend=backend,
+    )
+    return (loss, terms) if return_terms else loss
+
+
+def manifold_layers(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    intra: float,
+    inter: float,
+    random: float,
+    num_samples: int,
+    generator: torch.Generator | None,
+    indices: Sequence[Tensor] | None,
+    return_terms: bool,
+    backend: Backend,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Mean of manifold_loss over matched layers, in one operator call where no term is cheaper by Grams.
+
+    Returns (loss, terms); the terms are 0 where their weight is 0 and return_terms is not set.
+    """
+    weights = {"intra": intra, "inter": inter, "random": random}
+    for name, weight in weights.items():
         check.number(name, weight, low=0)
     check.positive_int("num_samples", num_samples)
-    check.tensor("student", student, 3, "(B, N, Ds)")
-    check.not_empty("student", student)
-    if index is None:
-        device = student.device if generator is None else generator.device
-        index = torch.randperm(student.shape[0] * student.shape[1], generator=generator, device=device)[:num_samples]
+    if len(students) != len(teachers) or len(students) == 0:
+        raise ValueError(
+            f"students and teachers must match layer by layer, got {len(students)} and {len(teachers)} layers"
+        )
+    if indices is not None and len(indices) != len(students):
+        raise ValueError(f"indices must have one tensor per layer, got {len(indices)} for {len(students)} layers")
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        check_relation(s, t, "batch", None if indices is None else indices[i], "none", 0.0, "auto")
+    refuse_transforms("manifold_loss")
+    if indices is None:
+        indices = [draw_rows(s, num_samples, generator) for s in students]
 
-    def term(weight: float, **options: Any) -> Tensor:
-        if weight == 0 and not return_terms:
-            return student.new_zeros((), dtype=accumulator(student, teacher))
-        return relation_loss(student, teacher, backend=backend, **options)
+    # Grams need a call of their own, and so does a graph in which a term may be differentiated by itself.
+    separate = (return_terms and torch.compiler.is_compiling()) or (not return_terms and 0 in weights.values())
+    for s, t in zip(students, teachers, strict=True):
+        B, N, Ds = s.shape
+        separate |= any(pick_algorithm(n, Ds, t.shape[-1], "none", s.device) == "gram" for n in (N, B))
+    if not separate:
+        indices = [_checked_index(index, s) for index, s in zip(indices, students, strict=True)]
+        impl = resolve(backend, "manifold_fwd", students[0])
+        loss, *terms = _Manifold.apply(
+            impl, (intra, inter, random), len(students), wants_grad(*students), *students, *teachers, *indices
+        )
+        return loss, tuple(terms)
 
-    terms = (term(intra, scope="intra"), term(inter, scope="inter"), term(random, scope="batch", index=index))
-    loss = intra * terms[0] + inter * terms[1] + random * terms[2]
-    return (loss, terms) if return_terms else loss
+    def term(name: str, **options: Any) -> Tensor:
+        if weights[name] == 0 and not return_terms:
+            return students[0].new_zeros((), dtype=accumulator(*students, *teachers))
+        losses = [
+            relation_loss(s, t, backend=backend, **{k: v[i] if k == "index" else v for k, v in options.items()})
+            for i, (s, t) in enumerate(zip(students, teachers, strict=True))
+        ]
+        return torch.stack(losses).mean()
+
+    terms = (term("intra", scope="intra"), term("inter", scope="inter"), term("random", scope="batch", index=indices))
+    return intra * terms[0] + inter * terms[1] + random * terms[2], terms

@@ -59,8 +59,8 @@ def write_curve(path: Path, rows: list[Row], teacher_top1: float | None, title: 
     if teacher_top1 is not None:
         top1.axhline(teacher_top1, color=COLOURS["teacher"], linestyle="--", linewidth=1.2)
         top1.annotate(
-            f"teacher {teacher_top1:.1f}", (1, teacher_top1), (-4, -4), xycoords=("axes fraction", "data"),
-            textcoords="offset points", ha="right", va="top", color=COLOURS["teacher"], fontsize=9,
+            f"teacher {teacher_top1:.1f}", (0, teacher_top1), (6, -4), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="left", va="top", color=COLOURS["teacher"], fontsize=9,
         )  # fmt: skip
     for label in ("student alone", "student distilled"):
         own = [row for row in rows if row["network"] == label]

@@ -1,0 +1,459 @@
+"""The global batch: three gloo processes on one machine, in groups of three, two and one.
+
+A process costs seconds to start, so all checks run in one spawn, in the same order on every rank.
+"""
+
+import copy
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fastkd
+from fastkd import distributed, reference
+from fastkd.losses import BatchNormStatLoss, IntraDivergenceLoss, ManifoldLoss, RelationLoss
+from fastkd.testing import assert_matches_oracle, relative_difference, strided
+
+SIZES = {3: [3, 1, 2], 2: [1, 2], 1: [2]}  # images per rank: uneven, one alone
+N, WIDTH, DS, DT = 5, 6, 8, 10
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+WEIGHTS = torch.linspace(0.5, 1.5, DS)
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def maps(s: Tensor) -> list[Tensor]:
+    """Two layers of BatchNorm inputs, (B, C, N) and (B, C, 1)."""
+    return [s.mT, s[:, :1].mT * 2]
+
+
+def statistics(s: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    return (
+        [randn(DS, seed=i, dtype=s.dtype) for i in (1, 2)],
+        [randn(DS, seed=i, dtype=s.dtype).abs() for i in (3, 4)],
+    )
+
+
+def relation(**options):
+    return lambda api, s, t, labels, **group: api.relation_loss(s, t, **options, **group)
+
+
+def moments(api, s, t, labels, **group):
+    mean, var = api.batch_moments(s.mT, **group)
+    return ((mean + 2 * var.sqrt()) * WEIGHTS.to(mean)).sum()
+
+
+def bn_stat(with_ema=False, distance="l2"):
+    def loss(api, s, t, labels, **group):
+        options = {"momentum": 0.7, "ema": statistics(s + 1)} if with_ema else {}
+        layers = maps(s)[: 1 if distance == "image" else 2]  # an image of (B, C, 1) has no variance
+        running = [x[: len(layers)] for x in statistics(s)]
+        weights = [2.0, 0.5][: len(layers)]
+        return api.bn_stat_loss(layers, *running, distance=distance, layer_weights=weights, **options, **group)
+
+    return loss
+
+
+def diversity(api, s, t, labels, **group):
+    return api.intra_divergence_loss(s.mean(1), labels, spread_margin=2.0, boundary_margin=0.5, **group)
+
+
+# Rows of the smallest group's batch, with repeats.
+INDEX = torch.tensor([0, 9, 3, 3, 7, 5, 9, 1])
+LOSSES = {
+    "intra": relation(scope="intra"),
+    "intra-gram": relation(scope="intra", algorithm="gram"),
+    "inter-tile": relation(scope="inter", algorithm="tile"),
+    "inter-gram": relation(scope="inter", algorithm="gram"),
+    "inter-auto": relation(scope="inter"),
+    "inter-teacher": relation(scope="inter", rectify="teacher"),
+    "batch-tile": relation(scope="batch", algorithm="tile"),
+    "batch-gram": relation(scope="batch", algorithm="gram"),
+    "batch-both": relation(scope="batch", rectify="both"),
+    "batch-teacher": relation(scope="batch", rectify="teacher"),
+    "batch-raw-tile": relation(scope="batch", normalize=False, algorithm="tile"),
+    "batch-raw-gram": relation(scope="batch", normalize=False, algorithm="gram"),
+    "index": relation(scope="batch", index=INDEX, rectify="both"),
+    "manifold": lambda api, s, t, labels, **group: api.manifold_loss(s, t, index=INDEX, **group),
+    "manifold-terms": lambda api, s, t, labels, **group: torch.stack(
+        api.manifold_loss(s, t, inter=0.0, index=INDEX, return_terms=True, **group)[1]
+    ).sum(),
+    "manifold-two": lambda api, s, t, labels, **group: api.manifold_loss(s, t, intra=0, index=INDEX, **group),
+    "moments": moments,
+    "bn-l2": bn_stat(),
+    "bn-mse": bn_stat(distance="mse"),
+    "bn-image": bn_stat(distance="image"),
+    "bn-ema": bn_stat(with_ema=True),
+    "diversity": diversity,
+}
+
+
+class Rank:
+    """One rank of one group, with its share of the batch. `value` is what every rank must see the same."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.world = group, dist.get_rank(group), dist.get_world_size(group)
+        self.sizes = SIZES[self.world]
+        start = sum(self.sizes[: self.rank])
+        self.own = slice(start, start + self.sizes[self.rank])
+        self.value: object = None
+
+    def batch(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all ranks: what the student's layer gets, the teacher's tokens, labels."""
+        B = sum(self.sizes)
+        direction = randn(1, 1, WIDTH, seed=12, dtype=dtype)
+        return (
+            randn(B, N, WIDTH, seed=10, dtype=dtype) + direction,
+            randn(B, N, DT, seed=11, dtype=dtype),
+            torch.arange(B) % 2,
+        )
+
+
+def raises(rank: Rank, error: type[Exception], match: str, call) -> None:
+    with pytest.raises(error, match=match) as caught:
+        call()
+    rank.value = str(caught.value)
+
+
+def ddp(rank: Rank, dtype: torch.dtype) -> None:
+    """Losses and the parameters' gradients after averaging, against one process with the concatenated batch."""
+    torch.manual_seed(0)
+    alone = nn.Linear(WIDTH, DS).to(dtype)
+    parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(alone), process_group=rank.group)
+    x, t, labels = rank.batch(dtype)
+    values = []
+    for name, loss in LOSSES.items():
+        expected = loss(fastkd, alone(x), t, labels)
+        gradients = torch.autograd.grad(expected, list(alone.parameters()))
+        parallel.zero_grad()
+        s = parallel(x[rank.own])
+        actual = loss(distributed, s, t[rank.own], labels[rank.own], group=rank.group)
+        actual.backward()
+        assert actual.dtype == expected.dtype, name
+        assert relative_difference(actual, expected) <= TOLERANCE[dtype], f"{name}: {actual} and {expected}"
+        for p, g in zip(parallel.parameters(), gradients, strict=True):
+            assert relative_difference(p.grad, g) <= TOLERANCE[dtype], f"{name}: gradient {p.grad} and {g}"
+        if rank.world == 1:
+            assert torch.equal(actual, expected), name
+        values.append(actual.item())
+    rank.value = values
+
+
+def oracle(rank: Rank) -> None:
+    """Gradients of own features, by the rule of the kernels, in each dtype and other strides."""
+    if rank.world == 1:
+        return  # the plain function, with its own tests
+    B = sum(rank.sizes)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        # Widths that auto sends as features, and as Grams.
+        for Ds, Dt in ((24, 40), (3, 2)):
+            s, t = (randn(B, 9, D, seed=D, dtype=dtype) + 0.5 for D in (Ds, Dt))
+            s[0, 1] = 0
+            for scope, layout in (("inter", "sliced"), ("batch", "permuted"), ("batch", "sliced")):
+
+                def compute(relation_loss, s, t, incoming, scope=scope, **options):
+                    leaf = s.detach().requires_grad_()
+                    loss = relation_loss(leaf, t, scope=scope, **options)
+                    return loss.detach(), *torch.autograd.grad(loss, leaf, torch.full_like(loss, incoming))
+
+                own_s, own_t = (strided(x[rank.own], layout) for x in (s, t))
+                # By the world size less comes in, as after DDP.
+                loss, ds = compute(distributed.relation_loss, own_s, own_t, 1024 / rank.world, group=rank.group)
+                eager, oracle = (
+                    compute(reference.relation_loss, s.to(a), t.to(a), 1024) for a in (dtype, torch.float64)
+                )
+                assert_matches_oracle(loss, eager[0], oracle[0], B * 9 * Ds, f"{scope} {dtype} loss")
+                assert_matches_oracle(
+                    ds, eager[1][rank.own], oracle[1][rank.own], B * 9 * Ds, f"{scope} {dtype} {Ds} gradient"
+                )
+
+
+def auto(rank: Rank) -> None:
+    """Which algorithm sends less, and that what Grams send does not grow with the batch."""
+    wide, narrow = (torch.empty(1, 1, D) for D in (24, 4))
+    assert distributed.pick_algorithm(100, wide, wide, "none", True) == "tile"
+    assert distributed.pick_algorithm(1000, wide, wide, "none", True) == "gram"
+    assert distributed.pick_algorithm(1000, wide.half(), wide.half(), "none", True) == "gram"
+    assert distributed.pick_algorithm(200, wide.half(), wide.half(), "none", True) == "tile"
+    assert distributed.pick_algorithm(1000, wide, wide, "both", True) == "tile"
+    assert distributed.pick_algorithm(1000, wide, wide, "none", False) == "tile"
+    traffic = []
+    for tokens in (20, 200):
+        s, t = (randn(2, tokens, D, seed=D) for D in (4, 3))
+        sent = [0]
+
+        def counted(x, *args, sent=sent, **kwargs):
+            sent[0] += x.numel() * x.element_size()
+
+        with (
+            mock.patch.object(dist, "all_reduce", counted),
+            mock.patch.object(dist, "broadcast", counted),
+        ):
+            distributed.relation_loss(s, t, scope="batch", group=rank.group)
+        traffic.append(sent[0])
+    assert traffic == ([0, 0] if rank.world == 1 else [8 * (16 + 12 + 9)] * 2)
+    assert distributed.pick_algorithm(20, narrow, narrow, "none", True) == "tile"
+
+
+def first_index(rank: Rank) -> None:
+    """The first rank's rows are everyone's, drawn or given."""
+    s, t, _ = rank.batch()
+    own = s[rank.own], t[rank.own]
+    generator = torch.Generator().manual_seed(100 + rank.rank)
+    drawn = distributed.manifold_loss(
+        *own, intra=0, inter=0, random=1.0, num_samples=4, generator=generator, group=rank.group
+    )
+    rows = torch.randperm(sum(rank.sizes) * N, generator=torch.Generator().manual_seed(100))[:4]
+    expected = fastkd.relation_loss(s, t, scope="batch", index=rows)
+    given = distributed.relation_loss(
+        *own, scope="batch", index=rows if rank.rank == 0 else torch.zeros_like(rows), group=rank.group
+    )
+    assert relative_difference(drawn, expected) <= 1e-5
+    assert relative_difference(given, expected) <= 1e-5
+    everything = distributed.manifold_loss(*own, intra=0, inter=0, random=1.0, group=rank.group)
+    assert relative_difference(everything, fastkd.relation_loss(s, t, scope="batch")) <= 1e-5
+    rank.value = [drawn.item(), given.item()]
+
+
+def index_out_of_range(rank: Rank) -> None:
+    s, t, _ = rank.batch()
+    index = torch.tensor([0, sum(rank.sizes) * N])
+    raises(
+        rank,
+        RuntimeError,
+        "index must lie in",
+        lambda: distributed.relation_loss(s[rank.own], t[rank.own], scope="batch", index=index, group=rank.group),
+    )
+
+
+def disagreement(rank: Rank) -> None:
+    """The last rank's argument is another: the same ValueError everywhere, and the group lives on."""
+    if rank.world == 1:
+        return
+    s, t, labels = rank.batch()
+    last = rank.world - 1
+    odd = rank.rank == last
+    own = s[rank.own], t[rank.own]
+    narrow = own[0][..., :-1] if odd else own[0], own[1]
+    values = []
+
+    def check(match: str, call) -> None:
+        raises(rank, ValueError, match, call)
+        values.append(rank.value)
+
+    group = {"group": rank.group}
+    for scope in ("intra", "inter", "batch"):
+        check(
+            rf"must agree, got student: \(B, 5, 6\) float32 cpu on rank 0.*\(B, 5, 5\) float32 cpu on rank {last}",
+            lambda scope=scope: distributed.relation_loss(*narrow, scope=scope, **group),
+        )
+    check("must agree, got student", lambda: distributed.manifold_loss(*narrow, **group))
+    check("student of layer 1", lambda: ManifoldLoss(process_group=rank.group)([own[0], narrow[0]], [own[1]] * 2))
+    check(
+        "layers: 2 on rank 0", lambda: ManifoldLoss(process_group=rank.group)(*([x] * (1 if odd else 2) for x in own))
+    )
+    check("must agree, got x", lambda: distributed.batch_moments(narrow[0].mT, **group))
+    check("must agree, got features", lambda: distributed.intra_divergence_loss(
+        narrow[0][:, 0], labels[rank.own], spread_margin=1.0, boundary_margin=1.0, **group
+    ))  # fmt: skip
+    x = narrow[0].mT
+    zeros = torch.zeros(x.shape[1])
+    check(r"must agree, got inputs\[0\]: 6 channels", lambda: distributed.bn_stat_loss([x], [zeros], [zeros], **group))
+    check("tokens|student", lambda: distributed.relation_loss(*(v[:, : 4 if odd else 5] for v in own), **group))
+    check("float64", lambda: distributed.relation_loss(own[0].double() if odd else own[0], own[1], **group))
+    check("scope: inter on rank 0", lambda: distributed.relation_loss(*own, scope="batch" if odd else "inter", **group))
+    check("eps: 0.1 on rank 0", lambda: distributed.relation_loss(*own, eps=0.2 if odd else 0.1, **group))
+    check("function: ", lambda: (distributed.manifold_loss if odd else distributed.relation_loss)(*own, **group))
+    index = torch.arange(4 if odd else 5)
+    check("index", lambda: distributed.relation_loss(*own, scope="batch", index=index, **group))
+    rank.value = values
+
+
+def refusal(rank: Rank) -> None:
+    """One rank's own error stops the others too."""
+    if rank.world == 1:
+        return
+    s, t, labels = rank.batch()
+    own, odd, group = (s[rank.own], t[rank.own]), rank.rank == 1, {"group": rank.group}
+    others = (ValueError, "rank 1 of the process group refused its arguments: {}: ")
+
+    def check(error: type[Exception], match: str, call) -> None:
+        expected, text = (error, match) if odd else (others[0], others[1].format(error.__name__) + match)
+        with pytest.raises(expected, match=text):
+            call()
+
+    check(
+        TypeError,
+        "student must be",
+        lambda: distributed.relation_loss(own[0].int() if odd else own[0], own[1], **group),
+    )
+    check(ValueError, "student must not be empty", lambda: distributed.relation_loss(
+        *((x[:0] if odd else x) for x in own), **group
+    ))  # fmt: skip
+    check(ValueError, "intra must be", lambda: distributed.manifold_loss(*own, intra=-1.0 if odd else 1.0, **group))
+    check(RuntimeError, "backend='native' cannot run here", lambda: distributed.relation_loss(
+        *own, scope="batch", backend="native" if odd else "eager", **group
+    ))  # fmt: skip
+    check(TypeError, "x must be", lambda: distributed.batch_moments(None if odd else own[0].mT, **group))
+    zeros = [torch.zeros(WIDTH)]
+    check(ValueError, "inputs must hold at least one layer", lambda: distributed.bn_stat_loss(
+        [] if odd else [own[0].mT], zeros, zeros, **group
+    ))  # fmt: skip
+    margins = {"spread_margin": 1.0, "boundary_margin": 1.0}
+    here = labels[rank.own].float() if odd else labels[rank.own]
+    check(
+        TypeError, "labels must be", lambda: distributed.intra_divergence_loss(own[0][:, 0], here, **margins, **group)
+    )
+    module = BatchNormStatLoss(momentum=0.5, process_group=rank.group)
+    module([own[0].mT], zeros, zeros)
+    narrow = own[0].mT[:, :4] if odd else own[0].mT
+    running = [torch.zeros(narrow.shape[1])]
+    check(ValueError, r"ema\[0\]\[0\] must have the 4 channels", lambda: module([narrow], running, running))
+
+
+def modules(rank: Rank) -> None:
+    """The modules on this rank's share, and plain on the whole batch."""
+    x, t, labels = rank.batch(torch.float64)
+
+    def both(make, call) -> None:
+        results = []
+        for group, own in ((None, slice(None)), (rank.group, rank.own)):
+            module, leaf = make(process_group=group), x[own].clone().requires_grad_()
+            loss = call(module, leaf, own)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad[rank.own] if group is None else leaf.grad / rank.world))
+            results[-1] += tuple(module.buffers())
+        for expected, actual in zip(*results, strict=True):
+            assert relative_difference(actual, expected) <= 1e-10, module
+
+    both(lambda **o: RelationLoss(scope="inter", **o), lambda m, s, own: m(s, t[own]))
+    both(lambda **o: RelationLoss(scope="batch", **o), lambda m, s, own: m(s, t[own], index=INDEX))
+    both(ManifoldLoss, lambda m, s, own: m([s, s * 2 + 1], [t[own], t[own, :, :4]], indices=[INDEX, INDEX[:5]]))
+    both(ManifoldLoss, lambda m, s, own: sum(m(s, t[own], indices=[INDEX], return_terms=True)[1]))
+    margins = {"spread_margin": 1.0, "boundary_margin": 0.2}
+    both(lambda **o: IntraDivergenceLoss(**margins, **o), lambda m, s, own: m(s[:, 0], labels[own]))
+    running = [randn(WIDTH, seed=1).double()], [randn(WIDTH, seed=2).double().abs()]
+
+    def twice(module, s, own):
+        return module([s.mT], *running) + module([s.mT * 2], *running)
+
+    both(lambda **o: BatchNormStatLoss(momentum=0.6, **o), twice)
+    both(lambda **o: BatchNormStatLoss(distance="image", **o), lambda m, s, own: m([s.mT], *running))
+
+
+def far_mean(rank: Rank) -> None:
+    """A mean of 1e4 times the spread costs the variance no more digits than in one process."""
+    x = randn(sum(rank.sizes), 3, 500, seed=5) + 1e4
+    mean, var = distributed.batch_moments(x[rank.own], group=rank.group)
+    assert relative_difference(mean, x.double().mean((0, 2))) < 1e-6
+    assert relative_difference(var, x.double().var((0, 2), correction=0)) < 1e-4
+    rank.value = [mean.tolist(), var.tolist()]
+
+
+def modes(rank: Rank) -> None:
+    """No gradient on one rank, autocast, two backwards, no double backward, inputs untouched."""
+    s, t, _ = rank.batch()
+    own_s, own_t = s[rank.own].clone(), t[rank.own].clone()
+    for scope in ("intra", "inter", "batch"):
+        with torch.set_grad_enabled(rank.rank == 0):
+            leaf = own_s.clone().requires_grad_()
+            loss = distributed.relation_loss(leaf, own_t, scope=scope, group=rank.group)
+        assert loss.requires_grad == (rank.rank == 0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again = distributed.relation_loss(leaf, own_t, scope=scope, group=rank.group)
+        assert torch.equal(loss, again)
+        (first,) = torch.autograd.grad(again, leaf, retain_graph=True)
+        (second,) = torch.autograd.grad(again * 3, leaf, retain_graph=True)
+        torch.testing.assert_close(second, first * 3)
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            torch.autograd.grad(again, leaf, create_graph=True)
+        assert torch.equal(leaf, own_s) and torch.equal(own_t, t[rank.own])
+        assert leaf._version == own_t._version == 0  # a backward that saved them would refuse otherwise
+    mean, var = distributed.batch_moments(leaf.mT, group=rank.group)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad((mean + var).sum(), leaf, create_graph=True)
+
+
+def compiled(rank: Rank) -> None:
+    """A graph break, not an error."""
+    s, t, _ = rank.batch()
+    module = RelationLoss(scope="inter", process_group=rank.group)
+
+    def step(s, t):
+        return module(s * 2, t) + 1
+
+    actual = torch.compile(step, backend="eager")(s[rank.own], t[rank.own])
+    assert torch.equal(actual, step(s[rank.own], t[rank.own]))
+
+
+CHECKS = {
+    "ddp-float64": lambda rank: ddp(rank, torch.float64),
+    "ddp-float32": lambda rank: ddp(rank, torch.float32),
+    **{
+        check.__name__: check
+        for check in (
+            oracle, auto, first_index, index_out_of_range, disagreement, refusal, modules, far_mean, modes, compiled
+        )
+    },
+}  # fmt: skip
+
+
+def work(rank: int, folder: str) -> None:
+    """What each process does: every check in every group it is in, and a note of how that went."""
+    torch.set_num_threads(1)
+    distributed._CHUNK = 100  # several pieces and a tail at these sizes
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3, timeout=timedelta(seconds=30)
+    )
+    groups = [dist.group.WORLD, dist.new_group([1, 2]), *(dist.new_group([r]) for r in range(3))]
+    notes: dict[str, tuple[object, str | None]] = {}
+    for group in groups:
+        if dist.get_rank(group) < 0:
+            with pytest.raises(ValueError, match="group must be one that this process belongs to"):
+                distributed.batch_moments(torch.ones(2, 2), group=group)
+            continue
+        for name, check in CHECKS.items():
+            here, failure = Rank(group), None
+            try:
+                check(here)
+            except Exception:  # noted for the parent, which shows it
+                failure = traceback.format_exc()
+            notes[f"{name} in a group of {here.world}"] = here.value, failure
+            torch.save(notes, f"{folder}/{rank}.pt")
+            if failure is not None:
+                return  # the ranks are out of step
+    dist.destroy_process_group()
+
+
+def test_every_rank(tmp_path: Path) -> None:
+    context = torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=3, join=False)
+    deadline = time.monotonic() + 240
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the ranks hang")
+    notes = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    failures = [
+        f"{name}, rank {rank}:\n{note[1]}" for rank, own in enumerate(notes) for name, note in own.items() if note[1]
+    ]
+    assert not failures, "\n".join(failures)
+    assert len(notes[0]) == 2 * len(CHECKS) and len(notes[1]) == len(notes[2]) == 3 * len(CHECKS)
+    for a, b in ((0, 1), (1, 2)):
+        for name in notes[a].keys() & notes[b].keys():
+            if "group of 1" not in name:
+                assert notes[a][name][0] == notes[b][name][0], f"{name} on ranks {a} and {b}"
+
+
+def test_without_processes() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        distributed.relation_loss(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+    assert not distributed.spans_ranks(None)
