@@ -13,7 +13,7 @@ from benchmarks import memory
 from benchmarks.case import ALLOWANCE, COPY, MATMUL, MB, Bar, Case, Inputs, Step, oracle
 from fastkd.testing import assert_matches_oracle
 
-SECONDS = 8.0  # of timed rounds a case; its oracle, compilation and memory come on top
+SECONDS = 6.0  # of timed rounds a case; its oracle, compilation and memory come on top
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
 

@@ -383,7 +383,7 @@ def _resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
     if not blocks:
         raise ValueError("blocks is empty: name at least one")
     modules = dict(root.named_modules())
-    numbered = _block_names(root, modules)
+    numbered = block_names(root)
     kind = type(root).__name__
     names = []
     for block in blocks:
@@ -404,7 +404,11 @@ def _resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
     return names
 
 
-def _block_names(root: Any, modules: dict[str, nn.Module]) -> list[str]:
+def block_names(model: nn.Module) -> list[str]:
+    """Module names of the model's blocks, in the order that integers count them in tokens and qkv."""
+    root: Any = model
+    modules = dict(root.named_modules())
+
     def inside(prefix: str) -> list[str]:
         children = [f"{prefix}.{name}" for name, _ in modules[prefix].named_children()]
         # A ModuleList never fires: its members do.

@@ -199,17 +199,27 @@ class _Rows:
         """(x̂, r) of x̂ = r x."""
         x = x.to(self.acc)
         if not self.normalize:
-            return x, x.new_ones(())
+            return x, x.new_ones(()).expand(*x.shape[:-1], 1)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         r = norm.reciprocal().masked_fill_(norm <= self.eps, 0)
         return x * r, r
 
-    def through(self, ds_hat: Tensor, s: Tensor) -> Tensor:
+    def through(self, ds_hat: Tensor, s_hat: Tensor, r: Tensor) -> Tensor:
         """dS = r (dŜ - ŝ <ŝ, dŜ>)."""
-        if not self.normalize:
-            return ds_hat
-        s_hat, r = self.unit(s)
-        return r * (ds_hat - s_hat * (s_hat * ds_hat).sum(-1, keepdim=True))
+        return r * (ds_hat - s_hat * (s_hat * ds_hat).sum(-1, keepdim=True)) if self.normalize else ds_hat
+
+
+class _Scaled:
+    """Strips of x as (x̂, r): scaled at once where that takes little memory, else each when it is asked for."""
+
+    def __init__(self, x: Tensor, rows: _Rows, at_once: bool) -> None:
+        self.x, self.rows, self.whole = x, rows, rows.unit(x) if at_once else None
+
+    def __getitem__(self, strip: slice) -> tuple[Tensor, Tensor]:
+        if self.whole is None:
+            return self.rows.unit(self.x[:, strip])
+        x_hat, r = self.whole
+        return x_hat[:, strip], r[:, strip]
 
 
 def _gram(s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Rows, ranks: _Ranks) -> Tensor:
@@ -236,9 +246,9 @@ def _gram(s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Row
         if ds is not None:
             ss_acc, ts_acc = ss.to(rows.acc), st.mT.to(rows.acc)
             for r in strips:
-                s_hat, t_hat = rows.unit(s[g, r])[0], rows.unit(t[g, r])[0]
+                (s_hat, inverse), (t_hat, _) = rows.unit(s[g, r]), rows.unit(t[g, r])
                 ds_hat = torch.baddbmm(s_hat @ ss_acc, t_hat, ts_acc, alpha=-1).mul_(4 / (G * n * n))
-                ds[g, r] = rows.through(ds_hat, s[g, r]).to(ds.dtype)
+                ds[g, r] = rows.through(ds_hat, s_hat, inverse).to(ds.dtype)
     return total.clamp_min(0) / (G * n * n)  # rounding alone can take a zero below 0
 
 
@@ -252,15 +262,16 @@ def _tile(
     (G, n_own, Ds), Dt, n = s.shape, t.shape[-1], sum(counts)
     total = s.new_zeros((), dtype=torch.float64)
     for g in _slices(G, max(counts) * (Ds + Dt)):
-        ds_hat = None if ds is None else s.new_zeros((_length(g), n_own, Ds), dtype=rows.acc)
+        s_g, t_g = s[g].contiguous(), t[g].contiguous()
+        own = _Scaled(s_g, rows, s_g.numel() <= _CHUNK), _Scaled(t_g, rows, t_g.numel() <= _CHUNK)
+        ds_hat = None if ds is None else torch.zeros_like(s_g, dtype=rows.acc)
         for source, count in enumerate(counts):
             for c in _slices(count, _length(g) * (Ds + Dt)):
-                shape = _length(g), _length(c)
-                own = c if source == ranks.rank else slice(0)
-                columns_s = rows.unit(ranks.share(s[g, own], (*shape, Ds), source))[0]
-                columns_t = rows.unit(ranks.share(t[g, own], (*shape, Dt), source))[0]
+                shape, sent = (_length(g), _length(c)), c if source == ranks.rank else slice(0)
+                columns_s = rows.unit(ranks.share(s_g[:, sent], (*shape, Ds), source))[0]
+                columns_t = rows.unit(ranks.share(t_g[:, sent], (*shape, Dt), source))[0]
                 for r in _slices(n_own, _length(g) * max(_length(c), Ds + Dt)):
-                    s_hat, t_hat = rows.unit(s[g, r])[0], rows.unit(t[g, r])[0]
+                    (s_hat, _), (t_hat, _) = own[0][r], own[1][r]
                     if rectify == "none":
                         error = torch.baddbmm(s_hat @ columns_s.mT, t_hat, columns_t.mT, alpha=-1)
                     else:
@@ -273,7 +284,7 @@ def _tile(
                         ds_hat[:, r].baddbmm_(error, columns_s, alpha=4 / (G * n * n))
         if ds is not None and ds_hat is not None:
             for r in _slices(n_own, _length(g) * Ds):
-                ds[g, r] = rows.through(ds_hat[:, r], s[g, r]).to(ds.dtype)
+                ds[g, r] = rows.through(ds_hat[:, r], *own[0][r]).to(ds.dtype)
     return ranks.sum_(total) / (G * n * n)
 
 

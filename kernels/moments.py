@@ -82,7 +82,7 @@ def _moments_merge_kernel(
     n = tl.zeros((BLOCK_G,), tl.float32)
     mean = tl.zeros((BLOCK_G,), tl.float32)
     m2 = tl.zeros((BLOCK_G,), tl.float32)
-    for k in range(0, splits):
+    for k in range(splits):
         part = partial_ptr + 3 * k * groups + group
         n_k = tl.load(part, mask=mask, other=0.0)
         mean_k = tl.load(part + groups, mask=mask, other=0.0)
@@ -135,7 +135,9 @@ def _moments_bwd_kernel(
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _grid(planes: Planes, per_image: bool, device: torch.device) -> tuple[tuple[int, int], int, int, int, dict[str, int]]:
+def _grid(
+    planes: Planes, per_image: bool, device: torch.device
+) -> tuple[tuple[int, int], int, int, int, dict[str, int]]:
     """(grid, groups, items, items per split, configuration): enough programs to fill the card."""
     BLOCK_G, BLOCK_I, num_warps = COLUMNS if planes.strides[0][1] == 1 and planes.C > 1 else PLANES
     HW = planes.H * planes.W

@@ -9,7 +9,7 @@ difference of large terms and then 3 times as wrong as its own rounding.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,10 @@ from torch import Tensor
 from ._common import architecture, float32_products, multiprocessors
 
 STRIP_BYTES = 12 << 20  # of W, beside as many bytes as the student has
+UNSPECIALIZED = (  # that a count is 1 or a multiple of 16, or so an offset's pointer, is not worth a compilation
+    "partial_ptr", "loss_ptr", "total", "n", "run", "first_group", "first_tile", "first_row", "tiles", "row_tiles",
+    "columns", "strips", "count",
+)  # fmt: skip
 GRAM_CHUNK = 1 << 20  # elements of student and teacher taken to float64 at a time
 SUM_BLOCK = 1024
 NORM_BLOCK = (16, 128)  # rows, columns
@@ -188,7 +192,7 @@ def _row_norms(x_ptr, out_ptr, row, total, n, run, D, stride_g, stride_o, stride
     tl.store(out_ptr + row, norm, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_norms_kernel(
     s_ptr,  # (B, N, Ds)
     t_ptr,  # (B, N, Dt)
@@ -210,7 +214,7 @@ def _relation_norms_kernel(
                    INVERT, BLOCK_R, BLOCK_K)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_sum_kernel(
     partial_ptr,  # (count,)
     loss_ptr,  # ()
@@ -226,7 +230,7 @@ def _relation_sum_kernel(
     tl.store(loss_ptr, (tl.sum(total, 0) * scale).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_map_kernel(
     s_ptr,  # (B, N, Ds)
     t_ptr,  # (B, N, Dt)
@@ -309,7 +313,7 @@ def _relation_map_kernel(
             _store_terms(w_tile + j.to(tl.int64)[:, None] * pitch + i[None, :], term, w, TERMS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_apply_kernel(
     w_ptr,  # (TERMS, groups, rows, pitch)
     along_ptr,  # (groups, column tiles, n)
@@ -323,6 +327,7 @@ def _relation_apply_kernel(
     first_group, first_row, row_tiles, columns, pitch, stride_wg, term, factor,
     HAS_SCALE: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    IS_ADDED: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -346,17 +351,17 @@ def _relation_apply_kernel(
 
     mask = i < n
     if HAS_SCALE:
-        u = u / tl.load(scale_ptr + group)
+        factor = factor / tl.load(scale_ptr + group)
+    r_i = _inverse_norms(norms_ptr + group * n, i, mask, NORMALIZE)
+    along = tl.zeros((BLOCK_M,), tl.float32)
     if NORMALIZE:
-        r_i = tl.load(norms_ptr + group * n + i, mask=mask, other=0.0)
-        along = tl.zeros((BLOCK_M,), tl.float32)
-        for tile in range(0, columns):
+        for tile in range(columns):
             along += tl.load(along_ptr + (local * columns + tile) * n + i, mask=mask, other=0.0)
-        s_i = _load(_row_pointers(s_ptr, group, i, run, stride_sg, stride_so, stride_si), mask, d, Ds, stride_sd)
-        u = r_i[:, None] * (u - s_i.to(tl.float32) * (r_i * r_i * along)[:, None])
-    out = _row_pointers(ds_ptr, group, i, run, stride_dg, stride_do, stride_di)[:, None]
-    out += d.to(tl.int64)[None, :] * stride_dd
-    tl.store(out, (u * factor).to(ds_ptr.dtype.element_ty), mask=mask[:, None] & (d < Ds)[None, :])
+        if HAS_SCALE:
+            along = along * tl.load(scale_ptr + group)
+    s_i = _row_pointers(s_ptr, group, i, run, stride_sg, stride_so, stride_si)
+    out = _row_pointers(ds_ptr, group, i, run, stride_dg, stride_do, stride_di)
+    _store_gradient(u, along, s_i, out, mask, d, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE, IS_ADDED)
 
 
 @triton.jit
@@ -374,15 +379,19 @@ def _along(u, rows, mask, d, D, stride_d):
 
 
 @triton.jit
-def _store_gradient(u, along, rows, out, mask, d, D, stride_d, stride_dd, r_i, factor, NORMALIZE: tl.constexpr):
+def _store_gradient(u, along, rows, out, mask, d, D, stride_d, stride_dd, r_i, factor,
+                    NORMALIZE: tl.constexpr, IS_ADDED: tl.constexpr):  # fmt: skip
     if NORMALIZE:
         s = _load(rows, mask, d, D, stride_d).to(tl.float32)
         u = r_i[:, None] * (u - s * (r_i * r_i * along)[:, None])
+    u = u * factor
+    if IS_ADDED:
+        u += _load(out, mask, d, D, stride_dd).to(tl.float32)
     out = out[:, None] + d.to(tl.int64)[None, :] * stride_dd
-    tl.store(out, (u * factor).to(out.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
+    tl.store(out, u.to(out.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_fused_kernel(
     s_ptr,  # (B, N, Ds)
     t_ptr,  # (B, N, Dt)
@@ -401,6 +410,7 @@ def _relation_fused_kernel(
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
+    IS_ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -459,13 +469,19 @@ def _relation_fused_kernel(
         if CHUNKS > 3:
             along += _along(u3, s_i, in_i, d + 3 * BLOCK_D, Ds, stride_sd)
     out = _row_pointers(ds_ptr, group, i, run, stride_dg, stride_do, stride_di)
-    _store_gradient(u0, along, s_i, out, in_i, d, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE)
+    _store_gradient(u0, along, s_i, out, in_i, d, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE, IS_ADDED)
     if CHUNKS > 1:
-        _store_gradient(u1, along, s_i, out, in_i, d + BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE)
+        _store_gradient(
+            u1, along, s_i, out, in_i, d + BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE, IS_ADDED
+        )
     if CHUNKS > 2:
-        _store_gradient(u2, along, s_i, out, in_i, d + 2 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE)
+        _store_gradient(
+            u2, along, s_i, out, in_i, d + 2 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE, IS_ADDED
+        )
     if CHUNKS > 3:
-        _store_gradient(u3, along, s_i, out, in_i, d + 3 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE)
+        _store_gradient(
+            u3, along, s_i, out, in_i, d + 3 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE, IS_ADDED
+        )
 
 
 def _largest(norms: Tensor, normalize: bool) -> Tensor:
@@ -475,7 +491,9 @@ def _largest(norms: Tensor, normalize: bool) -> Tensor:
     return norms.amax(2).square().sum(0)
 
 
-def _fill(choices: tuple[Apply, ...], groups: int, rows: int, Ds: int, device: torch.device) -> tuple[tuple[int, int], Apply]:
+def _fill(
+    choices: tuple[Apply, ...], groups: int, rows: int, Ds: int, device: torch.device
+) -> tuple[tuple[int, int], Apply]:
     """The first configuration with a program for every multiprocessor, else the last; and its grid."""
     for apply in choices:
         grid = groups * triton.cdiv(rows, apply.BLOCK_M), triton.cdiv(Ds, apply.BLOCK_D)
@@ -487,12 +505,16 @@ def _fill(choices: tuple[Apply, ...], groups: int, rows: int, Ds: int, device: t
 def _tile(
     student: Tensor,
     teacher: Tensor,
+    loss: Tensor,
     dstudent: Tensor | None,
     scope: str,
     normalize: bool,
     rectify: str,
     eps: float,
-) -> Tensor:
+    weight: float = 1.0,
+    is_added: bool = False,
+) -> None:
+    """Write the loss; write the gradient of weight times it, or add that to what dstudent holds."""
     B, N, Ds = student.shape
     Dt = teacher.shape[2]
     G, n, run = {"intra": (B, N, N), "inter": (N, B, B), "batch": (1, B * N, N)}[scope]
@@ -512,6 +534,7 @@ def _tile(
     if has_scale:
         scale = 2.0**14 / _largest(norms, normalize).clamp_min_(torch.finfo(torch.float32).tiny * 2.0**15)
 
+    factor = 4 * weight / (G * n * n)
     flags = {"NORMALIZE": normalize, "TERMS": 2 if student.itemsize == 2 else 1, "PRECISION": float32_products()}
     clamps = {"RECTIFY_S": rectify == "both", "RECTIFY_T": rectify != "none"}
     BLOCK_M = config.map.BLOCK_M
@@ -533,8 +556,8 @@ def _tile(
         partial = student.new_empty(G * strips, dtype=torch.float32)
         _relation_fused_kernel[(G * strips,)](
             student, teacher, norms, scale, partial, dstudent, *s_rows, *t_rows, *_rows(dstudent, scope),
-            G * n, n, run, Ds, Dt, strips, 4 / (G * n * n),
-            HAS_SCALE=has_scale, CHUNKS=triton.cdiv(Ds, fused.BLOCK_D), **flags, **clamps, **fused._asdict(),
+            G * n, n, run, Ds, Dt, strips, factor,
+            HAS_SCALE=has_scale, IS_ADDED=is_added, CHUNKS=triton.cdiv(Ds, fused.BLOCK_D), **flags, **clamps, **fused._asdict(),
         )  # fmt: skip
     else:
         # Whole maps, several groups at a time, where they fit; else strips of one map's rows.
@@ -563,18 +586,14 @@ def _tile(
                 grid, apply = _fill(config.apply, here, rows, Ds, student.device)
                 _relation_apply_kernel[grid](
                     w, along, student, norms, scale, dstudent, *s_rows, *_rows(dstudent, scope), n, run, Ds,
-                    g, first_tile * BLOCK_M, grid[0] // here, columns, pitch, w.stride(1), w.stride(0), 4 / (G * n * n),
-                    HAS_SCALE=has_scale, **flags, **apply._asdict(),
+                    g, first_tile * BLOCK_M, grid[0] // here, columns, pitch, w.stride(1), w.stride(0), factor,
+                    HAS_SCALE=has_scale, IS_ADDED=is_added, **flags, **apply._asdict(),
                 )  # fmt: skip
 
-    loss = student.new_empty((), dtype=torch.float32)
     _relation_sum_kernel[(1,)](partial, loss, partial.numel(), 1 / (G * n * n), BLOCK=SUM_BLOCK)
-    return loss
 
 
-def _gram(
-    student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str, normalize: bool, eps: float
-) -> Tensor:
+def _gram(student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str, normalize: bool, eps: float) -> Tensor:
     """||SSᵀ - TTᵀ||² = ||SᵀS||² - 2||SᵀT||² + ||TᵀT||², dŜ = 4/(G n²) (S(SᵀS) - T(TᵀS)); Grams in float64."""
     B, N, Ds = student.shape
     Dt = teacher.shape[2]
@@ -626,6 +645,10 @@ def _gram(
     return (total.clamp_min(0) * scale).float()  # rounding alone can take a zero below 0
 
 
+def _stored_gradient(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 def relation_fwd(
     student: Tensor,
     teacher: Tensor,
@@ -636,10 +659,39 @@ def relation_fwd(
     algorithm: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    stored = torch.float32 if student.dtype == torch.float16 else student.dtype
-    dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=stored)
+    dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=_stored_gradient(student))
     ds = dstudent if with_grad else None
     if algorithm == "gram":
         with torch.autocast(student.device.type, enabled=False):
             return _gram(student, teacher, ds, scope, normalize, eps), dstudent
-    return _tile(student, teacher, ds, scope, normalize, rectify, eps), dstudent
+    loss = student.new_empty((), dtype=torch.float32)
+    _tile(student, teacher, loss, ds, scope, normalize, rectify, eps)
+    return loss, dstudent
+
+
+def manifold_fwd(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    indices: list[Tensor],
+    intra: float,
+    inter: float,
+    random: float,
+    with_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    terms = students[0].new_empty((len(students), 3), dtype=torch.float32)
+    dstudents = []
+    for loss, s, t, index in zip(terms, students, teachers, indices, strict=True):
+        options = {"normalize": True, "rectify": "none", "eps": 1e-12}
+        total = s.new_empty(s.shape, dtype=torch.float32) if with_grad else None
+        _tile(s, t, loss[0], total, "intra", **options, weight=intra)
+        _tile(s, t, loss[1], total, "inter", **options, weight=inter, is_added=True)
+        at = (index // s.shape[1], index % s.shape[1])
+        s_k, t_k = s[at][None], t[at][None]
+        d = s.new_empty(s_k.shape, dtype=torch.float32) if with_grad else None
+        _tile(s_k, t_k, loss[2], d, "intra", **options, weight=random)
+        if with_grad:
+            total.index_put_(at, d[0], accumulate=True)
+            dstudents.append(total.to(_stored_gradient(s)))
+        else:
+            dstudents.append(s.new_empty((0,), dtype=_stored_gradient(s)))
+    return terms, dstudents

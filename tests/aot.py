@@ -84,11 +84,16 @@ def _relation_variant(
         "NORMALIZE": True,
         "TERMS": 1 if student == "fp32" else 2,
         "PRECISION": "ieee",
+        "IS_ADDED": True,
     }
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     signature = _signature(kernel, pointers, constants)
     signature |= {k: "fp32" for k in ("eps", "scale", "factor") if k in signature}
-    aligned = {k for k, v in signature.items() if v[0] == "*" or k in ("Ds", "Dt", "pitch", "term") or "stride" in k}
+    aligned = {p.name for p in kernel.params if p.name not in constants and not p.do_not_specialize} - {
+        "eps",
+        "scale",
+        "factor",
+    }
     return Variant(kernel, signature, constants, options, frozenset(aligned), (target,))
 
 
@@ -97,7 +102,9 @@ def _relation() -> Iterator[Variant]:
     for target, (student, teacher) in product(TARGETS, (*zip(DTYPES, DTYPES, strict=True), *mixed)):
         config = relation.CONFIGS[ARCHITECTURES[target], 4 if "fp32" in (student, teacher) else 2]
 
-        def variant(kernel: Any, *args: Any, on: tuple[str, ...] = (target, student, teacher), **constants: Any) -> Variant:
+        def variant(
+            kernel: Any, *args: Any, on: tuple[str, ...] = (target, student, teacher), **constants: Any
+        ) -> Variant:
             return _relation_variant(kernel, *on, *args, **constants)
 
         clamps = {"RECTIFY_S": True, "RECTIFY_T": True}

@@ -30,7 +30,9 @@ class Case:
         """The call's result as one number: what is not a scalar is weighed element by element."""
         result = self.call(*inputs)
         results = result if isinstance(result, tuple) else (result,)
-        return torch.stack([(x * torch.linspace(0.5, 1.5, x.numel(), device=DEVICE).view_as(x)).sum() for x in results]).sum()
+        return torch.stack(
+            [(x * torch.linspace(0.5, 1.5, x.numel(), device=DEVICE).view_as(x)).sum() for x in results]
+        ).sum()
 
 
 def constant(*shape: int, seed: int = 2) -> Tensor:
@@ -58,7 +60,9 @@ CASES = [
     Case("relation_loss", (TOKENS,), lambda s: fastkd.relation_loss(s, TEACHER, scope="batch", index=INDEX), "index"),
     Case("manifold_loss", (TOKENS,), lambda s: fastkd.manifold_loss(s, TEACHER, index=INDEX)),
     *(
-        Case("attention_loss", (Q, K), lambda q, k, d=d: fastkd.attention_loss(q, k, *ATTENTION_TEACHER, divergence=d), d)
+        Case(
+            "attention_loss", (Q, K), lambda q, k, d=d: fastkd.attention_loss(q, k, *ATTENTION_TEACHER, divergence=d), d
+        )
         for d in ("kl", "reverse_kl", "js", "ce", "mse", "score_mse")
     ),
     Case(

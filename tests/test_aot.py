@@ -12,9 +12,7 @@ if os.getenv("TRITON_INTERPRET") == "1":
 import aot
 
 
-@pytest.mark.parametrize(
-    ("variant", "target"), [(v, target) for v in aot.variants() for target in v.targets], ids=str
-)
+@pytest.mark.parametrize(("variant", "target"), [(v, target) for v in aot.variants() for target in v.targets], ids=str)
 def test_compiles(variant: aot.Variant, target: str) -> None:
     compiled = variant.compile(target)
     assert compiled.asm["cubin" if target.startswith("sm") else "hsaco"]
@@ -24,8 +22,9 @@ def test_compiles(variant: aot.Variant, target: str) -> None:
 
 def test_every_kernel_is_covered() -> None:
     """A kernel that no variant names would be compiled nowhere."""
-    import fastkd_kernels
     from pathlib import Path
+
+    import fastkd_kernels
 
     defined = {
         line.removeprefix("def ").split("(")[0]

@@ -1,6 +1,5 @@
 """attention_loss, qkv_relation_loss and the modules and signatures made of them."""
 
-
 import golden
 import pytest
 import torch

@@ -77,6 +77,5 @@ def manifold() -> dict[str, Provider]:
     return {
         "eager": Provider(eager),
         "compile": Provider(eager, compiled=True),
-        "gram identity": Provider(partial(_manifold, difference_by_grams)),
         "fastkd": Provider(_manifold_fastkd),
     }

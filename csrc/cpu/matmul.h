@@ -10,11 +10,33 @@
 // Weak: a torch linked against another BLAS may not carry them, and at::mm_out serves there.
 extern "C" {
 __attribute__((weak)) void sgemm_(
-    const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*,
-    const float*, const int*, const float*, float*, const int*);
+    const char*,
+    const char*,
+    const int*,
+    const int*,
+    const int*,
+    const float*,
+    const float*,
+    const int*,
+    const float*,
+    const int*,
+    const float*,
+    float*,
+    const int*);
 __attribute__((weak)) void dgemm_(
-    const char*, const char*, const int*, const int*, const int*, const double*, const double*, const int*,
-    const double*, const int*, const double*, double*, const int*);
+    const char*,
+    const char*,
+    const int*,
+    const int*,
+    const int*,
+    const double*,
+    const double*,
+    const int*,
+    const double*,
+    const int*,
+    const double*,
+    double*,
+    const int*);
 }
 
 namespace fastkd {
@@ -24,8 +46,19 @@ enum class Op { kAsIs, kTransposed };
 // C (m, n) = alpha op(A) (m, k) op(B) (k, n) + beta C; beta = 0 leaves C unread.
 template <typename T>
 void gemm(
-    Op op_a, Op op_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t lda, const T* b, int64_t ldb, T beta,
-    T* c, int64_t ldc) {
+    Op op_a,
+    Op op_b,
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    T alpha,
+    const T* a,
+    int64_t lda,
+    const T* b,
+    int64_t ldb,
+    T beta,
+    T* c,
+    int64_t ldc) {
   // Row-major C = A B is column-major Cᵀ = Bᵀ Aᵀ.
   const char *ta = op_b == Op::kAsIs ? "N" : "T", *tb = op_a == Op::kAsIs ? "N" : "T";
   const int im = static_cast<int>(n), in = static_cast<int>(m), ik = static_cast<int>(k);
@@ -87,8 +120,16 @@ inline void pack_bf16(const at::BFloat16* src, int64_t ld, int64_t k, int64_t n,
 
 // C (m, n) = A (m, k) B + add C, with B packed; k even. C has packed_columns(n) columns at least.
 inline void gemm_bf16(
-    int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* packed, int64_t ld_packed,
-    bool add, float* c, int64_t ldc) {
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    const at::BFloat16* a,
+    int64_t lda,
+    const at::BFloat16* packed,
+    int64_t ld_packed,
+    bool add,
+    float* c,
+    int64_t ldc) {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   at::native::cpublas::brgemm(m, n, k, lda, ld_packed, ldc, add, a, packed, c, /*is_vnni=*/true);
 #endif

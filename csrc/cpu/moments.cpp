@@ -86,7 +86,14 @@ FASTKD_MULTIVERSION void column_moments(const scalar_t* x, int64_t n, int64_t st
 // dx = a + b (x - mean) along a row.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void row_backward(
-    scalar_t* dx, int64_t stride_d, const scalar_t* x, int64_t stride_x, int64_t n, acc_t a, acc_t b, acc_t mean) {
+    scalar_t* dx,
+    int64_t stride_d,
+    const scalar_t* x,
+    int64_t stride_x,
+    int64_t n,
+    acc_t a,
+    acc_t b,
+    acc_t mean) {
   if (stride_d == 1 && stride_x == 1) {
     for (int64_t i = 0; i < n; ++i) dx[i] = static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[i]) - mean));
   } else {
@@ -98,7 +105,12 @@ FASTKD_MULTIVERSION void row_backward(
 // The same along C adjacent channels.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void column_backward(
-    scalar_t* dx, const scalar_t* x, int64_t C, const acc_t* a, const acc_t* b, const acc_t* mean) {
+    scalar_t* dx,
+    const scalar_t* x,
+    int64_t C,
+    const acc_t* a,
+    const acc_t* b,
+    const acc_t* mean) {
   for (int64_t c = 0; c < C; ++c) dx[c] = static_cast<scalar_t>(a[c] + b[c] * (static_cast<acc_t>(x[c]) - mean[c]));
 }
 
@@ -124,14 +136,15 @@ std::tuple<at::Tensor, at::Tensor> moments_fwd_cpu(
     const auto* x_ptr = x.const_data_ptr<scalar_t>();
     if (s.c == 1 && C > 1) {
       const int64_t blocks = (C + kColumns - 1) / kColumns;
-      at::parallel_for(0, B * blocks, std::max<int64_t>(1, kGrain / (H * W * kColumns)), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t b = i / blocks, c0 = i % blocks * kColumns;
-          for (int64_t h = 0; h < H; ++h)
-            column_moments<scalar_t, acc_t>(
-                x_ptr + b * s.b + h * s.h + c0, W, s.w, std::min(kColumns, C - c0), &partial[b * C + c0]);
-        }
-      });
+      at::parallel_for(
+          0, B * blocks, std::max<int64_t>(1, kGrain / (H * W * kColumns)), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+              const int64_t b = i / blocks, c0 = i % blocks * kColumns;
+              for (int64_t h = 0; h < H; ++h)
+                column_moments<scalar_t, acc_t>(
+                    x_ptr + b * s.b + h * s.h + c0, W, s.w, std::min(kColumns, C - c0), &partial[b * C + c0]);
+            }
+          });
     } else {
       at::parallel_for(0, B * C, std::max<int64_t>(1, kGrain / (H * W)), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)

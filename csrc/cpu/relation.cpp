@@ -1,8 +1,9 @@
 // Relation loss: 1/(G n²) Σ_g ||f(ŜŜᵀ) - f(T̂T̂ᵀ)||² and its gradient, in one sweep over strips of the maps.
 //
-// Rows stay as they lie in memory: with r, q the inverse norms, E_ij = r_i r_j <s_i, s_j> - q_i q_j <t_i, t_j>, and with
-// W_ij = 4/(G n²) r_i E_ij r_j, U = W S, the gradient is dS_i = U_i - s_i r_i² <s_i, U_i>. W is symmetric: a strip of its
-// upper triangle serves the rows it starts in (W S) and, transposed, the rows below (Wᵀ S). U adds up over terms.
+// Rows stay as they lie in memory: with r, q the inverse norms, E_ij = r_i r_j <s_i, s_j> - q_i q_j <t_i, t_j>, and
+// with W_ij = 4/(G n²) r_i E_ij r_j, U = W S, the gradient is dS_i = U_i - s_i r_i² <s_i, U_i>. W is symmetric: a strip
+// of its upper triangle serves the rows it starts in (W S) and, transposed, the rows below (Wᵀ S). U adds up over
+// terms.
 #include "common.h"
 #include "cpu/matmul.h"
 #include "isa.h"
@@ -20,9 +21,9 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kStrip = 64;       // rows of a strip of the maps, at most
-constexpr int64_t kColumns = 1024;   // columns of a piece of a strip: two float32 pieces are 512 KB, a share of L2
-constexpr int64_t kGramRows = 128;   // rows of a block of the Gram algorithm
+constexpr int64_t kStrip = 64;        // rows of a strip of the maps, at most
+constexpr int64_t kColumns = 1024;    // columns of a piece of a strip: two float32 pieces are 512 KB, a share of L2
+constexpr int64_t kGramRows = 128;    // rows of a block of the Gram algorithm
 constexpr int64_t kGramColumns = 96;  // columns of a block of a Gram's triangle
 
 enum class Rectify { kNone, kBoth, kTeacher };
@@ -48,22 +49,19 @@ struct Groups {
   }
 
   int64_t offset(int64_t g, int64_t i) const {
-    return row_stride >= 0 ? g * group_stride + i * row_stride : i / per_image * image_stride + i % per_image * x.stride(1);
+    return row_stride >= 0 ? g * group_stride + i * row_stride
+                           : i / per_image * image_stride + i % per_image * x.stride(1);
   }
 
   // Which of the B N tokens row i of group g is.
-  int64_t token(int64_t g, int64_t i) const {
-    return across ? i * per_image + g : g * n + i;
-  }
+  int64_t token(int64_t g, int64_t i) const { return across ? i * per_image + g : g * n + i; }
 
   // Whether rows can be given to a matrix product where they are.
   bool in_place(at::ScalarType dtype) const {
     return x.scalar_type() == dtype && (x.stride(2) == 1 || D == 1) && (row_stride >= D || n == 1);
   }
 
-  int64_t ld() const {
-    return std::max(row_stride, D);
-  }
+  int64_t ld() const { return std::max(row_stride, D); }
 };
 
 template <typename scalar_t, typename acc_t>
@@ -113,8 +111,8 @@ void inverse_norms(const Groups& x, int64_t g, int64_t begin, int64_t end, bool 
 
 // Row i of E from its two products; p becomes that of W. Returns Σ_j E_ij².
 template <typename acc_t, Rectify rectify>
-FASTKD_MULTIVERSION acc_t difference_row(
-    acc_t* p, const acc_t* pt, const acc_t* r, const acc_t* q, acc_t r_i, acc_t q_i, acc_t c, int64_t n) {
+FASTKD_MULTIVERSION acc_t
+difference_row(acc_t* p, const acc_t* pt, const acc_t* r, const acc_t* q, acc_t r_i, acc_t q_i, acc_t c, int64_t n) {
   acc_t sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
@@ -151,7 +149,14 @@ FASTKD_MULTIVERSION void add_row(float* to, const float* from, int64_t n) {
 // dS_i = c (U_i - s_i r_i² <s_i, U_i>); c U_i where rows are not normalised.
 template <typename scalar_t, typename acc_t, typename out_t>
 FASTKD_MULTIVERSION void finish_row(
-    const acc_t* u, const scalar_t* s, int64_t stride, int64_t D, acc_t r, acc_t c, bool normalize, out_t* out) {
+    const acc_t* u,
+    const scalar_t* s,
+    int64_t stride,
+    int64_t D,
+    acc_t r,
+    acc_t c,
+    bool normalize,
+    out_t* out) {
   acc_t dot = 0;
   if (normalize) {
     if (stride == 1) {
@@ -162,8 +167,7 @@ FASTKD_MULTIVERSION void finish_row(
     }
     dot *= r * r;
   }
-  for (int64_t d = 0; d < D; ++d)
-    out[d] = static_cast<out_t>(c * (u[d] - dot * static_cast<acc_t>(s[d * stride])));
+  for (int64_t d = 0; d < D; ++d) out[d] = static_cast<out_t>(c * (u[d] - dot * static_cast<acc_t>(s[d * stride])));
 }
 
 // 1/||x|| of all B N tokens, in order.
@@ -183,15 +187,13 @@ struct Term {
   Groups s, t;
   const acc_t *r, *q;  // (B N) inverse norms of both networks
   Rectify rectify = Rectify::kNone;
-  acc_t c = 0;           // factor of the gradient
-  acc_t* u = nullptr;    // (B, N, Ds), in ds's layout; null where a strip finishes by itself or no gradient is wanted
-  bool add = false;      // u holds earlier terms
-  at::Tensor dstudent;   // (B, N, Ds) contiguous: takes the finished gradient, where defined
+  acc_t c = 0;          // factor of the gradient
+  acc_t* u = nullptr;   // (B, N, Ds), in ds's layout; null where a strip finishes by itself or no gradient is wanted
+  bool add = false;     // u holds earlier terms
+  at::Tensor dstudent;  // (B, N, Ds) contiguous: takes the finished gradient, where defined
   bool normalize = true;
 
-  bool with_grad() const {
-    return u || dstudent.defined();
-  }
+  bool with_grad() const { return u || dstudent.defined(); }
 
   // dstudent of rows [begin, end) of group g from their U (leading dimension ld).
   void finish(int64_t g, int64_t begin, int64_t end, const acc_t* rows, int64_t ld) const {
@@ -201,7 +203,13 @@ struct Term {
       auto* d_ptr = static_cast<stored_t*>(dstudent.data_ptr());
       for (int64_t i = begin; i < end; ++i)
         finish_row<scalar_t, acc_t, stored_t>(
-            rows + (i - begin) * ld, s_ptr + s.offset(g, i), s.x.stride(2), s.D, r[s.token(g, i)], acc_t(1), normalize,
+            rows + (i - begin) * ld,
+            s_ptr + s.offset(g, i),
+            s.x.stride(2),
+            s.D,
+            r[s.token(g, i)],
+            acc_t(1),
+            normalize,
             d_ptr + s.token(g, i) * s.D);
     });
   }
@@ -209,7 +217,15 @@ struct Term {
 
 template <typename acc_t>
 acc_t difference(
-    Rectify rectify, acc_t* p, const acc_t* pt, const acc_t* r, const acc_t* q, acc_t r_i, acc_t q_i, acc_t c, int64_t n) {
+    Rectify rectify,
+    acc_t* p,
+    const acc_t* pt,
+    const acc_t* r,
+    const acc_t* q,
+    acc_t r_i,
+    acc_t q_i,
+    acc_t c,
+    int64_t n) {
   switch (rectify) {
     case Rectify::kNone:
       return difference_row<acc_t, Rectify::kNone>(p, pt, r, q, r_i, q_i, c, n);
@@ -258,8 +274,15 @@ int64_t strip_rows(int64_t n) {
 // then the whole group's and takes both products. Otherwise all columns, and u is the strip's. Returns Σ E².
 template <typename acc_t>
 double strip(
-    const Term<acc_t>& term, const Rows<acc_t>& s, const Rows<acc_t>& t, int64_t i0, int64_t i1, bool triangle,
-    Pieces<acc_t>& pieces, acc_t* u, int64_t ldu) {
+    const Term<acc_t>& term,
+    const Rows<acc_t>& s,
+    const Rows<acc_t>& t,
+    int64_t i0,
+    int64_t i1,
+    bool triangle,
+    Pieces<acc_t>& pieces,
+    acc_t* u,
+    int64_t ldu) {
   const int64_t n = term.s.n, Ds = term.s.D, Dt = term.t.D, rows = i1 - i0, step = std::min(n, kColumns);
   acc_t *p = pieces.p.data(), *pt = pieces.pt.data();
   double sum = 0;
@@ -268,14 +291,32 @@ double strip(
     const acc_t *s_i = s.data + i0 * s.ld, *s_j = s.data + j0 * s.ld;
     gemm<acc_t>(Op::kAsIs, Op::kTransposed, rows, columns, Ds, 1, s_i, s.ld, s_j, s.ld, 0, p, columns);
     gemm<acc_t>(
-        Op::kAsIs, Op::kTransposed, rows, columns, Dt, 1, t.data + i0 * t.ld, t.ld, t.data + j0 * t.ld, t.ld, 0, pt,
+        Op::kAsIs,
+        Op::kTransposed,
+        rows,
+        columns,
+        Dt,
+        1,
+        t.data + i0 * t.ld,
+        t.ld,
+        t.data + j0 * t.ld,
+        t.ld,
+        0,
+        pt,
         columns);
     for (int64_t i = 0; i < rows; ++i) {
       const acc_t r_i = s.inverse[i0 + i], q_i = t.inverse[i0 + i];
       const auto part = [&](int64_t begin, int64_t end) {
         return static_cast<double>(difference<acc_t>(
-            term.rectify, p + i * columns + begin, pt + i * columns + begin, s.inverse.data() + j0 + begin,
-            t.inverse.data() + j0 + begin, r_i, q_i, term.c, end - begin));
+            term.rectify,
+            p + i * columns + begin,
+            pt + i * columns + begin,
+            s.inverse.data() + j0 + begin,
+            t.inverse.data() + j0 + begin,
+            r_i,
+            q_i,
+            term.c,
+            end - begin));
       };
       sum += part(0, diagonal) + (triangle ? 2 : 1) * part(diagonal, columns);
     }
@@ -285,8 +326,19 @@ double strip(
     gemm<acc_t>(Op::kAsIs, Op::kAsIs, rows, Ds, columns, 1, p, columns, s_j, s.ld, written ? 1 : 0, u_i, ldu);
     if (triangle && columns > diagonal)
       gemm<acc_t>(
-          Op::kTransposed, Op::kAsIs, columns - diagonal, Ds, rows, 1, p + diagonal, columns, s_i, s.ld,
-          term.add || i0 > 0 ? 1 : 0, u + (j0 + diagonal) * ldu, ldu);
+          Op::kTransposed,
+          Op::kAsIs,
+          columns - diagonal,
+          Ds,
+          rows,
+          1,
+          p + diagonal,
+          columns,
+          s_i,
+          s.ld,
+          term.add || i0 > 0 ? 1 : 0,
+          u + (j0 + diagonal) * ldu,
+          ldu);
   }
   return sum;
 }
@@ -369,7 +421,12 @@ struct PiecesBf16 : Pieces<float> {
 
 // As strip, all columns; the strip's U is left in pieces.u, packed_columns(Ds) wide.
 double strip_bf16(
-    const Term<float>& term, const PackedRows& s, const PackedRows& t, int64_t i0, int64_t i1, PiecesBf16& pieces) {
+    const Term<float>& term,
+    const PackedRows& s,
+    const PackedRows& t,
+    int64_t i0,
+    int64_t i1,
+    PiecesBf16& pieces) {
   const int64_t n = term.s.n, Ds = term.s.D, rows = i1 - i0, width = packed_columns(Ds);
   double sum = 0;
   for (int64_t j0 = 0; j0 < n; j0 += kColumns) {
@@ -383,8 +440,15 @@ double strip_bf16(
     for (int64_t i = 0; i < rows; ++i) {
       float* p_i = p + i * padded;
       sum += difference<float>(
-          term.rectify, p_i, pt + i * padded, s.inverse.data() + j0, t.inverse.data() + j0, s.inverse[i0 + i],
-          t.inverse[i0 + i], term.c, columns);
+          term.rectify,
+          p_i,
+          pt + i * padded,
+          s.inverse.data() + j0,
+          t.inverse.data() + j0,
+          s.inverse[i0 + i],
+          t.inverse[i0 + i],
+          term.c,
+          columns);
       if (!term.with_grad()) continue;
       if (even > columns) p_i[columns] = 0;
       split_row(p_i, even, reinterpret_cast<uint16_t*>(high + i * even), reinterpret_cast<uint16_t*>(low + i * even));
@@ -454,8 +518,7 @@ double visit(const Term<acc_t>& term) {
 void add_gram(const double* x, int64_t rows, int64_t D, double* gram) {
   for (int64_t c = 0; c < D; c += kGramColumns) {
     const int64_t columns = std::min(kGramColumns, D - c);
-    gemm<double>(
-        Op::kTransposed, Op::kAsIs, D - c, columns, rows, 1, x + c, D, x + c, D, 1, gram + c * D + c, D);
+    gemm<double>(Op::kTransposed, Op::kAsIs, D - c, columns, rows, 1, x + c, D, x + c, D, 1, gram + c * D + c, D);
   }
 }
 
@@ -526,8 +589,14 @@ double gram(const Term<acc_t>& term) {
         auto* d_ptr = static_cast<stored_t*>(term.dstudent.data_ptr());
         for (int64_t i = i0; i < i1; ++i)  // dS = r (dŜ - ŝ <ŝ, dŜ>): the unit rows are at hand
           finish_row<acc_t, acc_t, stored_t>(
-              u.data() + (i - i0) * Ds, rows.x.data() + (i - i0) * D, 1, Ds, acc_t(1), term.c * rows.r[i - i0],
-              term.normalize, d_ptr + term.s.token(g, i) * Ds);
+              u.data() + (i - i0) * Ds,
+              rows.x.data() + (i - i0) * D,
+              1,
+              Ds,
+              acc_t(1),
+              term.c * rows.r[i - i0],
+              term.normalize,
+              d_ptr + term.s.token(g, i) * Ds);
       });
     }
   };
@@ -595,11 +664,13 @@ std::tuple<at::Tensor, at::Tensor> relation_fwd_cpu(
     bool with_grad) {
   const auto acc = at::promote_types(accumulator(student), accumulator(teacher));
   auto dstudent = empty_gradient(student, with_grad);
-  if (student.numel() == 0 || teacher.numel() == 0) return {at::zeros({}, student.options().dtype(acc)), dstudent.zero_()};
+  if (student.numel() == 0 || teacher.numel() == 0)
+    return {at::zeros({}, student.options().dtype(acc)), dstudent.zero_()};
   double loss = 0;
   AT_DISPATCH_FLOATING_TYPES(acc, "relation_fwd_cpu", [&] {
     using acc_t = scalar_t;
-    const auto r = all_inverse_norms<acc_t>(student, normalize, eps), q = all_inverse_norms<acc_t>(teacher, normalize, eps);
+    const auto r = all_inverse_norms<acc_t>(student, normalize, eps),
+               q = all_inverse_norms<acc_t>(teacher, normalize, eps);
     Term<acc_t> term{Groups(student, scope), Groups(teacher, scope), r.data(), q.data()};
     term.rectify = rectify == "none" ? Rectify::kNone : rectify == "both" ? Rectify::kBoth : Rectify::kTeacher;
     term.normalize = normalize;
@@ -623,8 +694,12 @@ at::Tensor take_rows(const at::Tensor& x, const at::Tensor& index) {
 // One layer's three terms, into losses[0..2]; they share the norms, and U where a gradient is wanted.
 template <typename acc_t>
 void manifold_layer(
-    const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& index, const std::array<double, 3>& weights,
-    const at::Tensor& dstudent, acc_t* losses) {
+    const at::Tensor& student,
+    const at::Tensor& teacher,
+    const at::Tensor& index,
+    const std::array<double, 3>& weights,
+    const at::Tensor& dstudent,
+    acc_t* losses) {
   constexpr double kEps = 1e-12;
   const bool with_grad = dstudent.numel() > 0;
   const int64_t Ds = student.size(2);
@@ -635,7 +710,11 @@ void manifold_layer(
     buffer.resize(student.numel());
     u = buffer.data();
   }
-  const auto term_of = [&](const at::Tensor& s, const at::Tensor& t, const char* scope, double weight, const acc_t* r_s,
+  const auto term_of = [&](const at::Tensor& s,
+                           const at::Tensor& t,
+                           const char* scope,
+                           double weight,
+                           const acc_t* r_s,
                            const acc_t* q_t) {
     Term<acc_t> term{Groups(s, scope), Groups(t, scope), r_s, q_t};
     term.c = static_cast<acc_t>(4 * weight / (static_cast<double>(term.s.G) * term.s.n * term.s.n));
@@ -687,7 +766,11 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> manifold_fwd_cpu(
     dstudents.push_back(empty_gradient(students[l], with_grad));
     AT_DISPATCH_FLOATING_TYPES(acc, "manifold_fwd_cpu", [&] {
       manifold_layer<scalar_t>(
-          students[l], teachers[l], indices[l], {intra, inter, random}, dstudents[l],
+          students[l],
+          teachers[l],
+          indices[l],
+          {intra, inter, random},
+          dstudents[l],
           terms.mutable_data_ptr<scalar_t>() + 3 * l);
     });
   }

@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kThreads) moments_merge_kernel(
     const Moments<acc_t>* __restrict__ partial,  // (splits, groups)
     int64_t groups,
     int splits,
-    acc_t* __restrict__ mean,    // (groups)
-    acc_t* __restrict__ var) {   // (groups)
+    acc_t* __restrict__ mean,   // (groups)
+    acc_t* __restrict__ var) {  // (groups)
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (group >= groups) return;
   Moments<acc_t> sum = partial[group];
@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(kThreads) moments_bwd_kernel(
   const int64_t begin = blockIdx.y * split, end = min(begin + split, items);
   const acc_t a = dmean[group] / items, b = dvar[group] * (acc_t(2) / items), center = mean[group];
   for (int64_t i = begin + threadIdx.y; i < end; i += kY)
-    dx[layout_d.offset(group, i)] = static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[layout_x.offset(group, i)]) - center));
+    dx[layout_d.offset(group, i)] =
+        static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[layout_x.offset(group, i)]) - center));
 }
 
 // How groups and items spread over a grid: enough blocks to fill the card, at least one full pass of items each.
@@ -165,7 +166,8 @@ std::tuple<at::Tensor, at::Tensor> moments_fwd_cuda(
     const int splits = static_cast<int>(launch.grid.y);
     auto partial = at::empty({splits, groups, 3}, options);
     auto* partial_ptr = reinterpret_cast<Moments<acc_t>*>(partial.mutable_data_ptr<acc_t>());
-    const auto kernel = columns ? moments_partial_kernel<scalar_t, acc_t, 32> : moments_partial_kernel<scalar_t, acc_t, 1>;
+    const auto kernel =
+        columns ? moments_partial_kernel<scalar_t, acc_t, 32> : moments_partial_kernel<scalar_t, acc_t, 1>;
     kernel<<<launch.grid, launch.block, 0, stream>>>(
         x.const_data_ptr<scalar_t>(), layout, groups, items, launch.split, partial_ptr);
     C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -29,7 +29,9 @@ def _through_norm(ds_hat: Tensor, s_hat: Tensor, inv: Tensor, normalize: bool) -
     return inv * (ds_hat - s_hat * (s_hat * ds_hat).sum(-1, keepdim=True))
 
 
-def _tile(s: Tensor, t: Tensor, ds: Tensor | None, normalize: bool, rectify: str, eps: float, acc: torch.dtype) -> Tensor:
+def _tile(
+    s: Tensor, t: Tensor, ds: Tensor | None, normalize: bool, rectify: str, eps: float, acc: torch.dtype
+) -> Tensor:
     """Row strips of the difference maps E = f(ŜŜᵀ) - f(T̂T̂ᵀ): Σ E², and dŜ = 4/(G n²) E' Ŝ strip by strip."""
     G, n, _ = s.shape
     sums = []

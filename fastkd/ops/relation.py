@@ -58,9 +58,11 @@ class _Manifold(torch.autograd.Function):
         n, saved = ctx.n_layers, ctx.saved_tensors  # unpacked once: checkpointing allows no more
         dstudents, tensors = saved[:n], saved[n:]
         students = tensors[:n]
-        grads = [None] * n if dloss is None else [
-            scaled(d, dloss, s.dtype) for d, s in zip(dstudents, students, strict=True)
-        ]
+        grads = (
+            [None] * n
+            if dloss is None
+            else [scaled(d, dloss, s.dtype) for d, s in zip(dstudents, students, strict=True)]
+        )
         for i, dterm in enumerate(dterms):
             if dterm is not None:
                 alone = [float(i == k) / n for k in range(3)]

@@ -16,7 +16,7 @@ from timm.utils import random_seed
 from torch import nn
 from tqdm import tqdm
 
-import fastkd
+from fastkd._version import __version__
 from fastkd.losses import ManifoldLoss
 
 from . import InputError, report
@@ -80,7 +80,7 @@ def train(settings: Settings) -> dict[str, Any]:
         "seconds": time.perf_counter() - began,
         "images": {"train": len(data.train), "validation": len(data.val)},  # type: ignore[arg-type]
         "versions": {
-            "fastkd": fastkd.__version__, "torch": torch.__version__, "timm": timm.__version__,
+            "fastkd": __version__, "torch": torch.__version__, "timm": timm.__version__,
             "python": platform.python_version(),
         },
         "machine": f"{device_name(device)}, {torch.get_num_threads()} threads",

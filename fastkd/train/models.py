@@ -109,7 +109,7 @@ def _ends(counts: Counts, count: int) -> Counts:
 
 def _token_counts(role: str, model: nn.Module, layers: Sequence[str] | None, img_size: int) -> Counts:
     """(name, number of tokens) of the layers, of all blocks for None."""
-    names = capture._block_names(model, dict(model.named_modules())) if layers is None else list(layers)
+    names = capture.block_names(model) if layers is None else list(layers)
     was_training = model.training
     device = next(model.parameters()).device
     try:
