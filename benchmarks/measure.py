@@ -149,10 +149,11 @@ def _sample(call: Callable[[], object], repeats: int, device: str) -> float:
 def interleave(
     calls: Mapping[str, Callable[[], object]], device: str, rounds: int | None, seconds: float
 ) -> dict[str, list[float]]:
-    """Time every call once a round, starting with another one each round; as many rounds as the seconds allow."""
+    """Time every call once a round, starting with another one each round; as many rounds as the seconds allow.
+
+    A first round, not counted, warms up and says how long each call takes.
+    """
     names = list(calls)
-    for name in names:
-        calls[name]()
     estimate = {name: _sample(calls[name], 1, device) for name in names}
     repeats = {name: max(1, min(100, int(SAMPLE / max(t, 1e-9)))) for name, t in estimate.items()}
     if rounds is None:

@@ -1,6 +1,8 @@
 """Every Python block of the README and the docs runs; every link inside them leads somewhere."""
 
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -27,6 +29,12 @@ def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_there_are_blocks() -> None:
     assert len(BLOCKS) >= 10
+
+
+def test_measured_tables_are_generated() -> None:
+    """The README shows the committed measurements, to the letter."""
+    check = subprocess.run([sys.executable, str(ROOT / "docs/generate.py"), "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Bar, Case, Inputs, Provider, mean_over_groups
-from benchmarks.providers.attention import attention, relations
+from benchmarks.providers.attention import attention, maps, relations
 from fastkd import reference
 
 Shape = tuple[int, int, int]  # B, H, N
@@ -27,7 +27,7 @@ def projections(shape: tuple[int, ...], n: int, device: str, dtype: torch.dtype)
 def oracle(*tensors: Tensor) -> Iterable[Tensor]:
     """A few heads at a time: the mean over images and heads is one over their pairs."""
     pairs = [x.flatten(0, 1).unsqueeze(1) for x in tensors]
-    yield from mean_over_groups(reference.attention_loss, *pairs, entries=pairs[0].shape[2] ** 2)
+    yield from mean_over_groups(maps, *pairs, entries=pairs[0].shape[2] ** 2)
 
 
 def relations_oracle(heads: int, *tensors: Tensor) -> Iterable[Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import datetime
 import platform
 import sys
 import time
@@ -84,6 +85,7 @@ def train(settings: Settings) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "machine": f"{device_name(device)}, {torch.get_num_threads()} threads",
+        "date": datetime.date.today().isoformat(),
         "config": config,
     }  # fmt: skip
     report.write_json(out / "summary.json", summary)
