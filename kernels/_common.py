@@ -71,5 +71,5 @@ def merge_moments(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     """Moments (count, mean, sum of squared deviations) of two sets joined; either may be empty."""
     n = n_a + n_b
     share = n_b / tl.maximum(n, 1.0)
-    delta = mean_b - mean_a
-    return n, mean_a + delta * share, m2_a + m2_b + delta * delta * n_a * share
+    delta = tl.where(n_a > 0, mean_b - mean_a, 0.0)
+    return n, tl.where(n_a > 0, mean_a + delta * share, mean_b), m2_a + m2_b + delta * delta * n_a * share

@@ -173,7 +173,7 @@ def moments_bwd(dmean: Tensor, dvar: Tensor, x: Tensor, mean: Tensor, per_image:
         return dx
     planes = fold_planes(x, dx)
     if planes is None:
-        return moments_bwd(dmean, dvar, x.contiguous(), mean, per_image)
+        return dx.copy_(moments_bwd(dmean, dvar, x.contiguous(), mean, per_image))
     grid, groups, items, split, config = _grid(planes, per_image, x.device)
     _moments_bwd_kernel[grid](
         dmean.float().contiguous(), dvar.float().contiguous(), x, mean, dx, *planes.strides[0], *planes.strides[1],

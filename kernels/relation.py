@@ -65,7 +65,7 @@ class Config:
     fused: dict[int, Fused]  # by the widest student it takes
 
 
-# By architecture and bytes of the wider input dtype. No configuration spills registers; 8.x stays below the 99 KB that
+# By architecture and bytes of the wider input dtype. No main loop spills registers; 8.x stays below the 99 KB that
 # a block has on a consumer card, 10.x within the 512 columns of its tensor memory.
 CONFIGS: dict[tuple[str, int], Config] = {
     ("8.x", 2): Config(
@@ -144,11 +144,7 @@ def _products(a_rows, a_mask, b_rows, b_mask, D, stride_d, acc, BLOCK_K: tl.cons
 @triton.jit
 def _inverse_norms(ptr, i, mask, NORMALIZE: tl.constexpr):
     """1 for raw rows."""
-    if NORMALIZE:
-        r = tl.load(ptr + i, mask=mask, other=0.0)
-    else:
-        r = tl.full(i.shape, 1.0, tl.float32)
-    return r
+    return tl.load(ptr + i, mask=mask, other=0.0) if NORMALIZE else tl.full(i.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -288,16 +284,13 @@ def _relation_map_kernel(
     r_i, r_j = _inverse_norms(r, i, in_i, NORMALIZE), _inverse_norms(r, j, in_j, NORMALIZE)
     e, e_grad = _difference(dot_s, map_t, r_i, r_j, NORMALIZE, RECTIFY_S, RECTIFY_T)
 
-    square = tl.sum(tl.sum(e * e, 1), 0)
+    square = tl.sum(e * e)
     if IS_TRIANGLE:
         square = tl.where(tile_i == tile_j, square, 2 * square)
     tl.store(partial_ptr + tl.program_id(0), square)
 
     if HAS_GRAD:
-        if HAS_SCALE:
-            scale = tl.load(scale_ptr + group)
-        else:
-            scale = 1.0
+        scale = tl.load(scale_ptr + group) if HAS_SCALE else 1.0
         mirrored = IS_TRIANGLE and tile_i != tile_j
         if NORMALIZE:
             along = along_ptr + local * columns * n
@@ -311,6 +304,21 @@ def _relation_map_kernel(
         if mirrored:
             w = tl.trans(e_grad * (r_i * scale)[:, None])
             _store_terms(w_tile + j.to(tl.int64)[:, None] * pitch + i[None, :], term, w, TERMS)
+
+
+@triton.jit
+def _store_gradient(u, along, rows, out, mask, d, D, stride_d, stride_dd, r_i, factor, IS_USED: tl.constexpr,
+                    NORMALIZE: tl.constexpr, IS_ADDED: tl.constexpr):  # fmt: skip
+    """factor r_i (u - s_i r_i² along) on columns d, or factor u of raw rows."""
+    if IS_USED:
+        if NORMALIZE:
+            s = _load(rows, mask, d, D, stride_d).to(tl.float32)
+            u = r_i[:, None] * (u - s * (r_i * r_i * along)[:, None])
+        u = u * factor
+        if IS_ADDED:
+            u += _load(out, mask, d, D, stride_dd).to(tl.float32)
+        out = out[:, None] + d.to(tl.int64)[None, :] * stride_dd
+        tl.store(out, u.to(out.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -361,34 +369,27 @@ def _relation_apply_kernel(
             along = along * tl.load(scale_ptr + group)
     s_i = _row_pointers(s_ptr, group, i, run, stride_sg, stride_so, stride_si)
     out = _row_pointers(ds_ptr, group, i, run, stride_dg, stride_do, stride_di)
-    _store_gradient(u, along, s_i, out, mask, d, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE, IS_ADDED)
+    _store_gradient(u, along, s_i, out, mask, d, Ds, stride_sd, stride_dd, r_i, factor, True, NORMALIZE, IS_ADDED)
 
 
 @triton.jit
-def _add_products(u, high, low, rows, mask, d, D, stride_d, TERMS: tl.constexpr, PRECISION: tl.constexpr):
-    s = _load(rows, mask, d, D, stride_d)
-    u = tl.dot(high, s, u, input_precision=PRECISION)
-    if TERMS == 2:
-        u = tl.dot(low, s, u, input_precision=PRECISION)
+def _add_products(u, high, low, rows, mask, d, D, stride_d, IS_USED: tl.constexpr, TERMS: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """u + W S on columns d of S."""
+    if IS_USED:
+        s = _load(rows, mask, d, D, stride_d)
+        u = tl.dot(high, s, u, input_precision=PRECISION)
+        if TERMS == 2:
+            u = tl.dot(low, s, u, input_precision=PRECISION)
     return u
 
 
 @triton.jit
-def _along(u, rows, mask, d, D, stride_d):
-    return tl.sum(u * _load(rows, mask, d, D, stride_d).to(tl.float32), 1)
-
-
-@triton.jit
-def _store_gradient(u, along, rows, out, mask, d, D, stride_d, stride_dd, r_i, factor,
-                    NORMALIZE: tl.constexpr, IS_ADDED: tl.constexpr):  # fmt: skip
-    if NORMALIZE:
-        s = _load(rows, mask, d, D, stride_d).to(tl.float32)
-        u = r_i[:, None] * (u - s * (r_i * r_i * along)[:, None])
-    u = u * factor
-    if IS_ADDED:
-        u += _load(out, mask, d, D, stride_dd).to(tl.float32)
-    out = out[:, None] + d.to(tl.int64)[None, :] * stride_dd
-    tl.store(out, u.to(out.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
+def _along(along, u, rows, mask, d, D, stride_d, IS_USED: tl.constexpr):
+    """along + <s_i, u_i> on columns d."""
+    if IS_USED:
+        along += tl.sum(u * _load(rows, mask, d, D, stride_d).to(tl.float32), 1)
+    return along
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -424,10 +425,7 @@ def _relation_fused_kernel(
     t_i = _row_pointers(t_ptr, group, i, run, stride_tg, stride_to, stride_ti)
     r, q = norms_ptr + group * n, norms_ptr + total + group * n
     r_i, q_i = _inverse_norms(r, i, in_i, NORMALIZE), _inverse_norms(q, i, in_i, NORMALIZE)
-    if HAS_SCALE:
-        scale = tl.load(scale_ptr + group)
-    else:
-        scale = 1.0
+    scale = tl.load(scale_ptr + group) if HAS_SCALE else 1.0
     d = tl.arange(0, BLOCK_D)
     square = tl.zeros((BLOCK_M,), tl.float32)
     u0 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -449,39 +447,28 @@ def _relation_fused_kernel(
         w = e_grad * (r_j * scale)[None, :]
         high = w.to(s_ptr.dtype.element_ty)
         low = (w - high.to(tl.float32)).to(s_ptr.dtype.element_ty)
-        u0 = _add_products(u0, high, low, s_j, in_j, d, Ds, stride_sd, TERMS, PRECISION)
-        if CHUNKS > 1:
-            u1 = _add_products(u1, high, low, s_j, in_j, d + BLOCK_D, Ds, stride_sd, TERMS, PRECISION)
-        if CHUNKS > 2:
-            u2 = _add_products(u2, high, low, s_j, in_j, d + 2 * BLOCK_D, Ds, stride_sd, TERMS, PRECISION)
-        if CHUNKS > 3:
-            u3 = _add_products(u3, high, low, s_j, in_j, d + 3 * BLOCK_D, Ds, stride_sd, TERMS, PRECISION)
+        u0 = _add_products(u0, high, low, s_j, in_j, d + 0 * BLOCK_D, Ds, stride_sd, CHUNKS > 0, TERMS, PRECISION)
+        u1 = _add_products(u1, high, low, s_j, in_j, d + 1 * BLOCK_D, Ds, stride_sd, CHUNKS > 1, TERMS, PRECISION)
+        u2 = _add_products(u2, high, low, s_j, in_j, d + 2 * BLOCK_D, Ds, stride_sd, CHUNKS > 2, TERMS, PRECISION)
+        u3 = _add_products(u3, high, low, s_j, in_j, d + 3 * BLOCK_D, Ds, stride_sd, CHUNKS > 3, TERMS, PRECISION)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(square, 0))
 
     factor = factor / scale
     along = tl.zeros((BLOCK_M,), tl.float32)
     if NORMALIZE:
-        along = _along(u0, s_i, in_i, d, Ds, stride_sd)
-        if CHUNKS > 1:
-            along += _along(u1, s_i, in_i, d + BLOCK_D, Ds, stride_sd)
-        if CHUNKS > 2:
-            along += _along(u2, s_i, in_i, d + 2 * BLOCK_D, Ds, stride_sd)
-        if CHUNKS > 3:
-            along += _along(u3, s_i, in_i, d + 3 * BLOCK_D, Ds, stride_sd)
+        along = _along(along, u0, s_i, in_i, d + 0 * BLOCK_D, Ds, stride_sd, CHUNKS > 0)
+        along = _along(along, u1, s_i, in_i, d + 1 * BLOCK_D, Ds, stride_sd, CHUNKS > 1)
+        along = _along(along, u2, s_i, in_i, d + 2 * BLOCK_D, Ds, stride_sd, CHUNKS > 2)
+        along = _along(along, u3, s_i, in_i, d + 3 * BLOCK_D, Ds, stride_sd, CHUNKS > 3)
     out = _row_pointers(ds_ptr, group, i, run, stride_dg, stride_do, stride_di)
-    _store_gradient(u0, along, s_i, out, in_i, d, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE, IS_ADDED)
-    if CHUNKS > 1:
-        _store_gradient(
-            u1, along, s_i, out, in_i, d + BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE, IS_ADDED
-        )
-    if CHUNKS > 2:
-        _store_gradient(
-            u2, along, s_i, out, in_i, d + 2 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE, IS_ADDED
-        )
-    if CHUNKS > 3:
-        _store_gradient(
-            u3, along, s_i, out, in_i, d + 3 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor, NORMALIZE, IS_ADDED
-        )
+    _store_gradient(u0, along, s_i, out, in_i, d + 0 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
+                    CHUNKS > 0, NORMALIZE, IS_ADDED)  # fmt: skip
+    _store_gradient(u1, along, s_i, out, in_i, d + 1 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
+                    CHUNKS > 1, NORMALIZE, IS_ADDED)  # fmt: skip
+    _store_gradient(u2, along, s_i, out, in_i, d + 2 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
+                    CHUNKS > 2, NORMALIZE, IS_ADDED)  # fmt: skip
+    _store_gradient(u3, along, s_i, out, in_i, d + 3 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
+                    CHUNKS > 3, NORMALIZE, IS_ADDED)  # fmt: skip
 
 
 def _largest(norms: Tensor, normalize: bool) -> Tensor:
@@ -557,7 +544,8 @@ def _tile(
         _relation_fused_kernel[(G * strips,)](
             student, teacher, norms, scale, partial, dstudent, *s_rows, *t_rows, *_rows(dstudent, scope),
             G * n, n, run, Ds, Dt, strips, factor,
-            HAS_SCALE=has_scale, IS_ADDED=is_added, CHUNKS=triton.cdiv(Ds, fused.BLOCK_D), **flags, **clamps, **fused._asdict(),
+            HAS_SCALE=has_scale, IS_ADDED=is_added, CHUNKS=triton.cdiv(Ds, fused.BLOCK_D),
+            **flags, **clamps, **fused._asdict(),
         )  # fmt: skip
     else:
         # Whole maps, several groups at a time, where they fit; else strips of one map's rows.
@@ -595,8 +583,7 @@ def _tile(
 
 def _gram(student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str, normalize: bool, eps: float) -> Tensor:
     """||SSᵀ - TTᵀ||² = ||SᵀS||² - 2||SᵀT||² + ||TᵀT||², dŜ = 4/(G n²) (S(SᵀS) - T(TᵀS)); Grams in float64."""
-    B, N, Ds = student.shape
-    Dt = teacher.shape[2]
+    Ds, Dt = student.shape[2], teacher.shape[2]
 
     def folded(x: Tensor) -> Tensor:  # (G, runs, rows of a run, D), a view
         return x[None] if scope == "batch" else (x if scope == "intra" else x.transpose(0, 1))[:, None]

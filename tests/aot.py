@@ -75,7 +75,7 @@ def _relation_variant(
     """As launched on contiguous rows: stride 1 along D, widths and other strides multiples of 16."""
     pointers = dict.fromkeys(("norms_ptr", "scale_ptr", "partial_ptr", "along_ptr", "loss_ptr"), "fp32")
     pointers |= {"s_ptr": student, "t_ptr": teacher, "w_ptr": student}
-    pointers["ds_ptr"] = "fp32" if student == "fp16" else student
+    pointers["ds_ptr"] = "fp32"  # of float16, and where terms are added up
     blocks = config._asdict() if config else {}
     options = {k: blocks.pop(k) for k in ("num_warps", "num_stages") if k in blocks}
     constants |= blocks | dict.fromkeys(("stride_sd", "stride_td", "stride_dd"), 1)

@@ -238,3 +238,21 @@ ONE = [torch.ones(4, 3, 2, 2)], [torch.zeros(3)], [torch.ones(3)]
 def test_bad_layers(arguments: tuple[list[Tensor], ...], options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastkd.bn_stat_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_keeps_the_strides_it_promises(backend: str) -> None:
+    """Three positions that cannot be folded to two: what torch.compile believes of the gradient is what it gets."""
+    x = torch.randn(2, 3, 6, 5, 4, device=DEVICE).permute(0, 1, 4, 3, 2)
+    mean, var = fastkd.batch_moments(x, backend=backend)
+    op = "moments_bwd" if backend == "native" else f"moments_bwd_{backend}"
+    torch.library.opcheck(getattr(torch.ops.fastkd, op).default, (mean, var, x, mean, False))
+    check(x, "batch", backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_goes_through(backend: str) -> None:
+    x = activations((4, 3, 5, 5), torch.float32)
+    x[1, 1, 2, 2] = float("nan")
+    mean, var = fastkd.batch_moments(x, backend=backend)
+    assert mean.isnan().tolist() == var.isnan().tolist() == [False, True, False]

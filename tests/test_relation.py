@@ -384,6 +384,18 @@ def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
         assert all(relative_difference(a, b) < limit for a, b in zip(own, alone, strict=True)), scope
 
 
+@pytest.mark.parametrize("algorithm", ["tile", "gram"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_goes_through(backend: str, algorithm: str) -> None:
+    student, teacher = features(2, 9, 16, 24)
+    student[1, 2, 3] = float("nan")
+    loss, grad = loss_and_gradients(
+        lambda s: fastkd.relation_loss(s, teacher, algorithm=algorithm, backend=backend), [student]
+    )
+    assert loss.isnan()
+    assert grad[1].isnan().all()
+
+
 def test_manifold_loss_draws_rows() -> None:
     student, teacher = features(3, 33, 24, 40)
     a, b = (torch.Generator(DEVICE).manual_seed(1) for _ in range(2))

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -58,7 +59,8 @@ struct Groups {
 
   // Whether rows can be given to a matrix product where they are.
   bool in_place(at::ScalarType dtype) const {
-    return x.scalar_type() == dtype && (x.stride(2) == 1 || D == 1) && (row_stride >= D || n == 1);
+    const bool fits = n == 1 || (row_stride >= D && row_stride <= std::numeric_limits<int>::max());
+    return x.scalar_type() == dtype && (x.stride(2) == 1 || D == 1) && fits;
   }
 
   int64_t ld() const { return std::max(row_stride, D); }
@@ -733,6 +735,7 @@ void manifold_layer(
   const auto* id = ids.const_data_ptr<int64_t>();
   std::vector<acc_t> r_k(K), q_k(K), u_k(with_grad ? K * Ds : 0);
   for (int64_t k = 0; k < K; ++k) {
+    TORCH_CHECK(id[k] >= 0 && id[k] < student.size(0) * student.size(1), "index must lie in [0, B*N), got ", id[k]);
     r_k[k] = r[id[k]];
     q_k[k] = q[id[k]];
   }

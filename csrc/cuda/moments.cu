@@ -22,6 +22,7 @@ struct Moments {
 
   __device__ void merge(const Moments& other) {
     if (other.count == 0) return;
+    if (count == 0) return void(*this = other);
     const acc_t total = count + other.count, delta = other.mean - mean, share = other.count / total;
     mean += delta * share;
     m2 += other.m2 + delta * delta * count * share;
@@ -185,15 +186,11 @@ at::Tensor moments_bwd_cuda(
     const at::Tensor& mean,   // as dmean
     bool per_image) {
   const c10::cuda::CUDAGuard guard(x_in.device());
-  auto x = x_in;
+  const auto& x = x_in;
   auto dx = at::empty_like(x);
   if (x.numel() == 0) return dx;
   auto folded = fold_planes<2>({x, dx});
-  if (!folded) {
-    x = x.contiguous();
-    dx = at::empty_like(x);
-    folded = fold_planes<2>({x, dx});
-  }
+  if (!folded) return dx.copy_(moments_bwd_cuda(dmean, dvar, x.contiguous(), mean, per_image));
   const auto layout_x = layout_of(*folded, 0, per_image), layout_d = layout_of(*folded, 1, per_image);
   const int64_t groups = per_image ? folded->B * folded->C : folded->C;
   const int64_t items = per_image ? layout_x.HW : folded->B * layout_x.HW;

@@ -16,7 +16,7 @@ def _rows(x: Tensor, scope: str, index: Tensor | None) -> Tensor:
 
 def _unit(x: Tensor, eps: float) -> Tensor:
     norm = x.norm(dim=-1, keepdim=True)
-    keep = norm > eps
+    keep = ~(norm <= eps)  # a NaN goes through
     return torch.where(keep, x / torch.where(keep, norm, 1), 0)
 
 
@@ -39,7 +39,7 @@ def relation_loss(
     if rectify != "none":
         map_t = map_t.clamp_min(0)
     if rectify == "both":
-        map_s = map_s.clamp_min(0)
+        map_s = torch.where(map_s < 0, 0, map_s)  # a similarity of 0 passes its gradient, as x[x < 0] = 0 does
     return (map_s - map_t).square().mean()
 
 
