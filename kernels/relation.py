@@ -65,8 +65,8 @@ class Config:
     fused: dict[int, Fused]  # by the widest student it takes
 
 
-# By architecture and bytes of the wider input dtype. No main loop spills registers; 8.x stays below the 99 KB that
-# a block has on a consumer card, 10.x within the 512 columns of its tensor memory.
+# By architecture and bytes of the wider input dtype. At most 8 registers spill (Triton 3.9); 8.x stays below the 99 KB
+# that a block has on a consumer card, 10.x within the 512 columns of its tensor memory.
 CONFIGS: dict[tuple[str, int], Config] = {
     ("8.x", 2): Config(
         Map(128, 32, 8, 3),
@@ -284,7 +284,7 @@ def _relation_map_kernel(
     r_i, r_j = _inverse_norms(r, i, in_i, NORMALIZE), _inverse_norms(r, j, in_j, NORMALIZE)
     e, e_grad = _difference(dot_s, map_t, r_i, r_j, NORMALIZE, RECTIFY_S, RECTIFY_T)
 
-    square = tl.sum(e * e)
+    square = tl.sum(e * e)  # at once: Triton 3.6 fails on nested sums over tensor memory
     if IS_TRIANGLE:
         square = tl.where(tile_i == tile_j, square, 2 * square)
     tl.store(partial_ptr + tl.program_id(0), square)

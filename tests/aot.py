@@ -109,14 +109,14 @@ def _relation() -> Iterator[Variant]:
 
         clamps = {"RECTIFY_S": True, "RECTIFY_T": True}
         most = {max(f.BLOCK_D, width) // f.BLOCK_D: f for width, f in config.fused.items()}
-        if student == teacher:  # a mixed pair runs the map and fused kernels in its wider dtype's configuration
+        if student == teacher:  # a mixed pair differs in the kernels below
             BLOCK_R, BLOCK_K = relation.NORM_BLOCK
             yield variant(relation._relation_norms_kernel, INVERT=True, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
             yield variant(relation._relation_map_kernel, config.map, IS_TRIANGLE=True, HAS_GRAD=False, **clamps)
             yield variant(relation._relation_map_kernel, config.map, IS_TRIANGLE=False, HAS_GRAD=True, **clamps)
-            for apply in config.apply:
-                yield variant(relation._relation_apply_kernel, apply)
         yield variant(relation._relation_map_kernel, config.map, IS_TRIANGLE=True, HAS_GRAD=True, **clamps)
+        for apply in config.apply:
+            yield variant(relation._relation_apply_kernel, apply)
         for chunks, fused in most.items():
             yield variant(relation._relation_fused_kernel, fused, CHUNKS=chunks, **clamps)
     yield Variant(

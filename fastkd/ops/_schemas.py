@@ -20,17 +20,21 @@ STEMS: dict[str, str] = {}  # operator -> stem: the file that holds it in eager/
 _TRITON_KEY = "CPU" if os.getenv("TRITON_INTERPRET") == "1" else "CUDA"
 
 
+def _first(args: tuple[Any, ...]) -> Tensor:
+    return args[0][0] if isinstance(args[0], list) else args[0]
+
+
 def _register(stem: str, op: str, schema: str, fake: Callable[..., Any]) -> None:
     STEMS[op] = stem
 
     def eager(*args: Any) -> Any:
         # Autocast would round the chunks' products; an operator's maths stays in its accumulation dtype.
-        first = args[0][0] if isinstance(args[0], list) else args[0]
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.autocast(_first(args).device.type, enabled=False):
             return getattr(importlib.import_module(f"fastkd.eager.{stem}"), op)(*args)
 
     def triton(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"fastkd_kernels.{stem}"), op)(*args)
+        with torch.cuda.device_of(_first(args)):  # Triton launches on the current device
+            return getattr(importlib.import_module(f"fastkd_kernels.{stem}"), op)(*args)
 
     for name in (op, f"{op}_eager", f"{op}_triton"):
         torch.library.define(f"fastkd::{name}", schema)
