@@ -1,4 +1,4 @@
-"""Writes the measured tables into the README from the rows in benchmarks/results; with --check, fails where they differ."""
+"""Writes the measured tables of the README from benchmarks/results; with --check, fails where they differ."""
 
 import argparse
 import json

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import datetime
+import datetime as dt
 import platform
 import sys
 import time
@@ -85,7 +85,7 @@ def train(settings: Settings) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "machine": f"{device_name(device)}, {torch.get_num_threads()} threads",
-        "date": datetime.date.today().isoformat(),
+        "date": dt.date.today().isoformat(),
         "config": config,
     }  # fmt: skip
     report.write_json(out / "summary.json", summary)
