@@ -1,5 +1,7 @@
 """attention_loss, qkv_relation_loss and the modules and signatures made of them."""
 
+from collections.abc import Iterator
+
 import golden
 import pytest
 import torch
@@ -83,6 +85,61 @@ def _strips(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_oracle(backend: str, dtype: torch.dtype, shape: tuple[int, ...], divergence: str) -> None:
     check(operands(*shape, dtype), divergence=divergence, backend=backend)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "score_mse"])
+@pytest.mark.parametrize("widths", [(13, 80), (8, 256)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_widths(backend: str, dtype: torch.dtype, widths: tuple[int, int], divergence: str) -> None:
+    check(operands(2, 1, 35, 51, *widths, dtype), divergence=divergence, backend=backend)
+
+
+@pytest.mark.parametrize(("divergence", "heads"), WITH_HEADS)
+@pytest.mark.parametrize("backend", backends("attention_fwd", torch.float64))
+def test_float64(backend: str, divergence: str, heads: str) -> None:
+    q, k, tq, tk = (x.double() for x in operands(2, 3, 65, 65, 8, 24))
+    bias = torch.randn(3, 65, 65, device=DEVICE).double()
+
+    def run(function, **more) -> tuple[Tensor, ...]:
+        return loss_and_gradients(
+            lambda q, k, b: function(
+                q, k, tq, tk, bias_student=b, is_causal=True, divergence=divergence, heads=heads, **more
+            ),
+            [q, k, bias],
+        )
+
+    actual, oracle = run(fastkd.attention_loss, backend=backend), run(reference.attention_loss)
+    assert all(relative_difference(a, o) < 1e-11 for a, o in zip(actual, oracle, strict=True))
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("options", [{}, {"key_mask": (1, 197)}, {"is_causal": True}, {"heads": "mean"}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_few_heads_on_many_threads(backend: str, options: dict, dtype: torch.dtype) -> None:
+    """Threads then share a head's rows, and their sums over rows are joined in one order."""
+    options = {k: half_of(*v) if k.endswith("mask") else v for k, v in options.items()}
+    q, k, tq, tk = operands(1, 1, 197, 197, 24, 24, dtype)
+    bias = torch.randn(197, 197, device=DEVICE).to(dtype)
+    check((q, k, tq, tk), backend=backend, **options)
+    check((q, k, tq, tk), bias, backend=backend, **options)
+
+    def run(is_shared: bool) -> tuple[Tensor, ...]:
+        return loss_and_gradients(
+            lambda a: fastkd.attention_loss(a, a if is_shared else k, tq, tk, backend=backend, **options), [q]
+        )
+
+    for is_shared in (False, True):
+        assert all(torch.equal(a, b) for a, b in zip(run(is_shared), run(is_shared), strict=True))
 
 
 @pytest.mark.usefixtures("_strips")
@@ -416,16 +473,19 @@ def test_a_mask_is_as_good_as_absence(backend: str) -> None:
     assert relative_difference(whole, (first + second) / 2) < 1e-6
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("divergence", ["kl", "score_mse"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_tensor_as_queries_and_keys(backend: str, reduction: str, divergence: str) -> None:
-    x, _, t, _ = operands(2, 3, 33, 33, 8, 24)
+def test_one_tensor_as_queries_and_keys(
+    backend: str, reduction: str, divergence: str, dtype: torch.dtype, is_masked: bool
+) -> None:
+    x, _, t, _ = operands(2, 3, 33, 33, 8, 24, dtype)
+    options = {"divergence": divergence, "reduction": reduction, "key_mask": half_of(2, 33) if is_masked else None}
 
-    def run(function, keys, x: Tensor, t: Tensor, **options) -> tuple[Tensor, ...]:
-        return loss_and_gradients(
-            lambda a: function(a, keys(a), t, t, divergence=divergence, reduction=reduction, **options).sum(), [x]
-        )
+    def run(function, keys, x: Tensor, t: Tensor, **more) -> tuple[Tensor, ...]:
+        return loss_and_gradients(lambda a: function(a, keys(a), t, t, **options, **more).sum(), [x])
 
     actual = run(fastkd.attention_loss, lambda a: a, x, t, backend=backend)
     oracle = run(reference.attention_loss, torch.clone, x.double(), t.double())
@@ -529,13 +589,14 @@ def test_operators_hold_their_contract(op: str, flags: tuple[bool, ...]) -> None
 
 
 @pytest.mark.parametrize("divergence", ["kl", "score_mse"])
-def test_memory_is_linear_in_tokens(divergence: str) -> None:
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+def test_memory_is_linear_in_tokens(backend: str, divergence: str) -> None:
     """Forward and backward at N = 4096 in a fresh process: under 100 MB with both gradients (25 MB, twice)."""
     setup = f"""
 q, k, tq, tk = (torch.randn(1, 12, 4096, 64) for _ in range(4))
 def run(n):
     a, b = (x[:, :, :n].detach().requires_grad_() for x in (q, k))
-    fastkd.attention_loss(a, b, tq[:, :, :n], tk[:, :, :n], divergence={divergence!r}, backend="eager").backward()
+    fastkd.attention_loss(a, b, tq[:, :, :n], tk[:, :, :n], divergence={divergence!r}, backend={backend!r}).backward()
 """
     assert peak_extra_memory(setup, "run(64)", "run(4096)") < 100e6
 

@@ -147,6 +147,16 @@ def test_strides_and_mixed_dtypes(backend: str, scope: str, layout: str) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stride_beyond_32_bits(backend: str) -> None:
+    """One image: its own stride is never used, however large."""
+    student, teacher = features(1, 9, 24, 24)
+    far = student.as_strided((1, 9, 24), (2**32 + 3, 24, 1))
+    check(far, teacher.as_strided((1, 9, 24), (2**32 + 3, 24, 1)), 9, backend=backend)
+    loss = fastkd.relation_loss(far, teacher, scope="inter", backend=backend)
+    assert loss <= 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_teacher_of_another_dtype(backend: str) -> None:
     student, teacher = features(2, 33, 24, 40)
     same = loss_and_gradients(

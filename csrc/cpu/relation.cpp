@@ -6,6 +6,7 @@
 // terms.
 #include "common.h"
 #include "cpu/matmul.h"
+#include "cpu/vector.h"
 #include "isa.h"
 
 #include <ATen/Dispatch.h>
@@ -63,17 +64,8 @@ struct Groups {
     return x.scalar_type() == dtype && (x.stride(2) == 1 || D == 1) && fits;
   }
 
-  int64_t ld() const { return std::max(row_stride, D); }
+  int64_t ld() const { return n == 1 ? D : row_stride; }
 };
-
-template <typename scalar_t, typename acc_t>
-FASTKD_MULTIVERSION void convert_row(const scalar_t* src, int64_t stride, int64_t D, acc_t scale, acc_t* out) {
-  if (stride == 1) {
-    for (int64_t d = 0; d < D; ++d) out[d] = static_cast<acc_t>(src[d]) * scale;
-  } else {
-    for (int64_t d = 0; d < D; ++d) out[d] = static_cast<acc_t>(src[d * stride]) * scale;
-  }
-}
 
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION acc_t square_sum(const scalar_t* src, int64_t stride, int64_t D) {
@@ -189,10 +181,10 @@ struct Term {
   Groups s, t;
   const acc_t *r, *q;  // (B N) inverse norms of both networks
   Rectify rectify = Rectify::kNone;
-  acc_t c = 0;          // factor of the gradient
-  acc_t* u = nullptr;   // (B, N, Ds), in ds's layout; null where a strip finishes by itself or no gradient is wanted
-  bool add = false;     // u holds earlier terms
-  at::Tensor dstudent;  // (B, N, Ds) contiguous: takes the finished gradient, where defined
+  acc_t c = 0;         // factor of the gradient
+  acc_t* u = nullptr;  // (B, N, Ds), in ds's layout; null where a strip finishes by itself or no gradient is wanted
+  bool add = false;    // u holds earlier terms
+  at::Tensor dstudent = {};  // (B, N, Ds) contiguous: takes the finished gradient, where defined
   bool normalize = true;
 
   bool with_grad() const { return u || dstudent.defined(); }

@@ -1,0 +1,155 @@
+// Row arithmetic that GCC vectorises inside FASTKD_MULTIVERSION functions, and the memory it runs in.
+#pragma once
+
+#include "isa.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+// What versioned functions are made of must be inlined into them: on its own it would be the baseline's.
+#if defined(__GNUC__)
+#define FASTKD_INLINE inline __attribute__((always_inline))
+#else
+#define FASTKD_INLINE inline
+#endif
+
+namespace fastkd {
+
+constexpr int64_t kLanes = 16;  // rows are padded to whole vectors of the widest instruction set
+
+inline int64_t padded(int64_t n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
+
+// Uninitialised memory on a cache line: where a row lies must not decide how a library orders its sums.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) { resize(size); }
+
+  // Keeps what it has if that suffices; otherwise the contents are lost.
+  void resize(int64_t size) {
+    if (size <= size_) return;
+    data_.reset(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64))));
+    size_ = size;
+  }
+
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(static_cast<void*>(p), std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+// A sum or maximum of a row in as many parts as the widest vector holds, folded in halves: one order on every CPU, and
+// no chain of additions at the end of a short row.
+template <typename T>
+class Lanes {
+ public:
+  FASTKD_INLINE explicit Lanes(T x) {
+    for (T& lane : x_) lane = x;
+  }
+  FASTKD_INLINE T& operator[](int64_t l) { return x_[l]; }
+  FASTKD_INLINE T sum() {
+    fold_sum<kLanes / 2>();
+    return x_[0];
+  }
+  FASTKD_INLINE T max() {
+    fold_max<kLanes / 2>();
+    return x_[0];
+  }
+
+ private:
+  template <int64_t half>
+  FASTKD_INLINE void fold_sum() {
+    for (int64_t l = 0; l < half; ++l) x_[l] += x_[l + half];
+    if constexpr (half > 1) fold_sum<half / 2>();
+  }
+  template <int64_t half>
+  FASTKD_INLINE void fold_max() {
+    for (int64_t l = 0; l < half; ++l) x_[l] = x_[l] < x_[l + half] ? x_[l + half] : x_[l];
+    if constexpr (half > 1) fold_max<half / 2>();
+  }
+
+  T x_[kLanes];
+};
+
+template <typename To, typename From>
+FASTKD_INLINE To bits_of(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To out;
+  std::memcpy(&out, &x, sizeof out);
+  return out;
+}
+
+// e^x for x <= 0, to about 1 ulp; 0 where it would be subnormal. NaN stays.
+FASTKD_INLINE float exp_of(float x) {
+  constexpr float kLowest = -87.33f, kMagic = 12582912.f;  // adding 1.5 2^23 rounds to an integer, in the low bits
+  const float c = x < kLowest ? kLowest : x;
+  const float t = c * 1.442695041f + kMagic, n = t - kMagic;
+  float r = c - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  const float e = bits_of<float>(bits_of<uint32_t>(p) + (bits_of<uint32_t>(t) << 23));
+  return x < kLowest ? 0.f : e;
+}
+
+FASTKD_INLINE double exp_of(double x) {
+  return std::exp(x);
+}
+
+// log u for u > 0, to about 1 ulp, given also f = u - 1, which near u = 1 holds digits that u does not.
+FASTKD_INLINE float log_of(float u, float f) {
+  const uint32_t shifted = bits_of<uint32_t>(u) - 0x3f3504f3u;  // sqrt(1/2): mantissas from there to sqrt(2)
+  const int32_t e = static_cast<int32_t>(shifted) >> 23;
+  const float n = static_cast<float>(e);
+  const float m = bits_of<float>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.f;
+  const float x = e == 0 ? f : m, z = x * x;
+  float p = 7.0376836292e-2f;
+  p = p * x - 1.1514610310e-1f;
+  p = p * x + 1.1676998740e-1f;
+  p = p * x - 1.2420140846e-1f;
+  p = p * x + 1.4249322787e-1f;
+  p = p * x - 1.6668057665e-1f;
+  p = p * x + 2.0000714765e-1f;
+  p = p * x - 2.4999993993e-1f;
+  p = p * x + 3.3333331174e-1f;
+  float y = p * x * z - n * 2.12194440e-4f;
+  y = y - 0.5f * z + x;
+  return y + n * 0.693359375f;
+}
+
+FASTKD_INLINE double log_of(double u, double f) {
+  return u > 0.5 && u < 2 ? std::log1p(f) : std::log(u);
+}
+
+// D elements, `stride` apart, times scale.
+template <typename scalar_t, typename acc_t>
+static FASTKD_MULTIVERSION void convert_row(const scalar_t* src, int64_t stride, int64_t D, acc_t scale, acc_t* out) {
+  if (stride == 1) {
+    for (int64_t d = 0; d < D; ++d) out[d] = static_cast<acc_t>(src[d]) * scale;
+  } else {
+    for (int64_t d = 0; d < D; ++d) out[d] = static_cast<acc_t>(src[d * stride]) * scale;
+  }
+}
+
+// x times scale, rounded once.
+template <typename acc_t, typename out_t>
+static FASTKD_MULTIVERSION void round_row(const acc_t* x, int64_t D, acc_t scale, out_t* out) {
+  for (int64_t d = 0; d < D; ++d) out[d] = static_cast<out_t>(x[d] * scale);
+}
+
+}  // namespace fastkd
