@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd.ops import _dispatch, _schemas
+from fastkd.ops._autograd import scaled
 from fastkd.testing import DEVICE, loss_and_gradients, poisoned_allocations, relative_difference
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -152,6 +153,17 @@ def test_every_operator_is_checked() -> None:
 def test_no_operator_is_registered_beside_the_page() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastkd::")}
     assert registered == {f"fastkd::{op}{suffix}" for op in _schemas.STEMS for suffix in ("", "_eager", "_triton")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("stored", [torch.float32, None], ids=["from float32", "as stored"])
+def test_a_stored_gradient_is_scaled_in_float32_and_rounded_once(
+    stored: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    gradient = torch.randn(70_001, device=DEVICE).to(stored or dtype)  # more than a chunk, and a tail
+    for factor in (1 / 3, 1e-3, 65536 / 7):
+        dloss = torch.tensor(factor, device=DEVICE)
+        assert torch.equal(scaled(gradient, dloss, dtype), (gradient.float() * dloss).to(dtype))
 
 
 def test_backends_by_name() -> None:

@@ -51,6 +51,8 @@ def scaled(stored: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
     """stored * dloss, rounded once to dtype, in a new tensor. The product is taken in float32 or better."""
     if torch.compiler.is_compiling() or dtype in (torch.float32, torch.float64):
         return (stored * dloss).to(dtype)
+    if stored.dtype == dtype and stored.device.type == "cpu":
+        return stored * dloss  # here torch multiplies by a 0-dim float32 in float32; on CUDA it rounds it first
     out = torch.empty_like(stored, dtype=dtype)
     # A one-element tensor, unlike a 0-dim one, keeps its dtype in promotion: dloss is not rounded to 16 bits.
     dloss = dloss.reshape(1)
