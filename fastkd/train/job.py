@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastkd._version import __version__
+from fastkd.info import cpu_name
 from fastkd.losses import ManifoldLoss
 
 from . import InputError, report
@@ -272,4 +273,4 @@ def result(trainee: Trainee, rows: list[Row], top1: float | None = None) -> Row:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
