@@ -21,12 +21,11 @@ from torch import Tensor
 
 from fastkd import functional as F
 from fastkd._precision import accumulator, has_fast_float64, stored_gradient
-from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, resolve, resolve_plain
 from fastkd.ops.diversity import check_intra_divergence
 from fastkd.ops.moments import Distance, Moments, bn_stat_loss_and_moments, check_bn_stat
-from fastkd.ops.relation import Algorithm, Rectify, Scope, check_relation
+from fastkd.ops.relation import Algorithm, Rectify, Scope, check_manifold, check_relation
 
 __all__ = ["batch_moments", "bn_stat_loss", "intra_divergence_loss", "manifold_loss", "relation_loss"]
 
@@ -463,16 +462,11 @@ def manifold_layers(
 
     def arguments() -> tuple[About, int, bool]:
         about: About = {"function": "manifold_loss", "layers": len(students), "num_samples": num_samples}
-        for name, weight in (("intra", intra), ("inter", inter), ("random", random)):
-            check.number(name, weight, low=0)
-            about[name] = weight
-        check.positive_int("num_samples", num_samples)
-        lengths = [len(x) for x in (students, teachers, indices) if x is not None]
-        if min(lengths) == 0 or len(set(lengths)) > 1:
-            raise ValueError(f"students, teachers and indices must match layer by layer, got {lengths} layers")
+        weights = {"intra": intra, "inter": inter, "random": random}
+        check_manifold(students, teachers, indices, weights, num_samples)
+        about |= weights
         for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
             index = None if indices is None else indices[i]
-            check_relation(s, t, "batch", index, "none", 0.0, "auto")
             resolve(backend, "relation_fwd", s)
             if len(s) != len(students[0]):
                 raise ValueError(f"student must hold the same images in every layer, got {len(s)} in layer {i}")

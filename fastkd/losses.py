@@ -111,32 +111,19 @@ class ManifoldLoss(nn.Module):
         """
         students = [students] if isinstance(students, Tensor) else list(students)
         teachers = [teachers] if isinstance(teachers, Tensor) else list(teachers)
+        options: dict[str, Any] = {
+            "intra": self.intra,
+            "inter": self.inter,
+            "random": self.random,
+            "num_samples": self.num_samples,
+            "generator": generator,
+            "indices": indices,
+            "return_terms": return_terms,
+            "backend": self.backend,
+        }
         if distributed.spans_ranks(self.process_group):
-            return distributed.manifold_layers(
-                students,
-                teachers,
-                intra=self.intra,
-                inter=self.inter,
-                random=self.random,
-                num_samples=self.num_samples,
-                generator=generator,
-                indices=indices,
-                return_terms=return_terms,
-                backend=self.backend,
-                group=self.process_group,
-            )
-        loss, terms = manifold_layers(
-            students,
-            teachers,
-            intra=self.intra,
-            inter=self.inter,
-            random=self.random,
-            num_samples=self.num_samples,
-            generator=generator,
-            indices=indices,
-            return_terms=return_terms,
-            backend=self.backend,
-        )
+            return distributed.manifold_layers(students, teachers, group=self.process_group, **options)
+        loss, terms = manifold_layers(students, teachers, **options)
         return (loss, terms) if return_terms else loss
 
 

@@ -406,6 +406,15 @@ def test_nan_goes_through(backend: str, algorithm: str) -> None:
     assert grad[1].isnan().all()
 
 
+def test_layers_of_different_dtypes() -> None:
+    layers = [features(3, 9, 16, 24), features(3, 9, 16, 24, torch.float16)]
+    students, teachers = zip(*layers, strict=True)
+    index = torch.arange(12, device=DEVICE)
+    together = losses.ManifoldLoss()(students, teachers, indices=[index, index])
+    alone = torch.stack([fastkd.manifold_loss(s, t, index=index) for s, t in layers]).mean()
+    assert relative_difference(together, alone) < 1e-6
+
+
 def test_manifold_loss_draws_rows() -> None:
     student, teacher = features(3, 33, 24, 40)
     a, b = (torch.Generator(DEVICE).manual_seed(1) for _ in range(2))

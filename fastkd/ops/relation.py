@@ -251,6 +251,27 @@ def manifold_loss(
     return (loss, terms) if return_terms else loss
 
 
+def check_manifold(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    indices: Sequence[Tensor] | None,
+    weights: dict[str, float],
+    num_samples: int,
+) -> None:
+    """What manifold_loss, of one layer or several, checks of its arguments."""
+    for name, weight in weights.items():
+        check.number(name, weight, low=0)
+    check.positive_int("num_samples", num_samples)
+    if len(students) != len(teachers) or len(students) == 0:
+        raise ValueError(
+            f"students and teachers must match layer by layer, got {len(students)} and {len(teachers)} layers"
+        )
+    if indices is not None and len(indices) != len(students):
+        raise ValueError(f"indices must have one tensor per layer, got {len(indices)} for {len(students)} layers")
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        check_relation(s, t, "batch", None if indices is None else indices[i], "none", 0.0, "auto")
+
+
 def manifold_layers(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
@@ -269,17 +290,7 @@ def manifold_layers(
     Returns (loss, terms); the terms are 0 where their weight is 0 and return_terms is not set.
     """
     weights = {"intra": intra, "inter": inter, "random": random}
-    for name, weight in weights.items():
-        check.number(name, weight, low=0)
-    check.positive_int("num_samples", num_samples)
-    if len(students) != len(teachers) or len(students) == 0:
-        raise ValueError(
-            f"students and teachers must match layer by layer, got {len(students)} and {len(teachers)} layers"
-        )
-    if indices is not None and len(indices) != len(students):
-        raise ValueError(f"indices must have one tensor per layer, got {len(indices)} for {len(students)} layers")
-    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        check_relation(s, t, "batch", None if indices is None else indices[i], "none", 0.0, "auto")
+    check_manifold(students, teachers, indices, weights, num_samples)
     refuse_transforms("manifold_loss")
     if indices is None:
         indices = [draw_rows(s, num_samples, generator) for s in students]
@@ -288,6 +299,7 @@ def manifold_layers(
     separate = (return_terms and torch.compiler.is_compiling()) or (not return_terms and 0 in weights.values())
     for s, t in zip(students, teachers, strict=True):
         B, N, Ds = s.shape
+        separate |= (s.dtype, s.device) != (students[0].dtype, students[0].device)
         separate |= any(pick_algorithm(n, Ds, t.shape[-1], "none", s.device) == "gram" for n in (N, B))
     if not separate:
         indices = [_checked_index(index, s) for index, s in zip(indices, students, strict=True)]
