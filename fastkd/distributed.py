@@ -13,7 +13,7 @@ in torch.compile.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,11 @@ from torch import Tensor
 from fastkd import functional as F
 from fastkd._precision import accumulator, has_fast_float64, stored_gradient
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
-from fastkd.ops._dispatch import Backend, resolve, resolve_plain
+from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
 from fastkd.ops.diversity import check_intra_divergence
 from fastkd.ops.moments import Distance, Moments, bn_stat_loss_and_moments, check_bn_stat
 from fastkd.ops.relation import Algorithm, Rectify, Scope, check_manifold, check_relation
+from fastkd.ops.relation import pick_algorithm as pick_local
 
 __all__ = ["batch_moments", "bn_stat_loss", "intra_divergence_loss", "manifold_loss", "relation_loss"]
 
@@ -33,6 +34,23 @@ _CHUNK = 1 << 22  # elements of a message or a temporary: 16 MB in float32
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # a string: PyTorch can be built without it
 About = dict[str, object]  # what must be the same on every rank
+
+
+class _Own(NamedTuple):
+    """What a rank tells the others before a call."""
+
+    about: About  # the same everywhere, or an error
+    size: int = 0  # of images
+    fast_float64: bool = True
+    with_grad: bool = False
+
+
+class _Agreed(NamedTuple):
+    """What every rank knows then."""
+
+    sizes: list[int]
+    fast_float64: bool  # on every rank
+    with_grad: bool  # on some rank: the others must help to form it
 
 
 class _Ranks:
@@ -46,32 +64,35 @@ class _Ranks:
         if self.rank < 0:
             raise ValueError("group must be one that this process belongs to")
 
-    def agree(self, arguments: Callable[[], tuple[About, int, bool]]) -> tuple[list[int], bool]:
-        """(each rank's size, whether all have the flag) once every rank's arguments are good and in agreement.
+    def agree(self, arguments: Callable[[], _Own]) -> _Agreed:
+        """What the ranks are up to, once every rank's arguments are good and in agreement.
 
         Args:
-            arguments: checks them, then gives (what must be the same everywhere, this rank's size, a flag).
+            arguments: checks them and gives this rank's.
 
         Raises, on every rank: this rank's own error, else ValueError with another's or with what differs.
         """
         error: Exception | None = None
-        about: About
+        own = _Own({})
         try:
-            about, size, flag = arguments()
+            own = arguments()
         except Exception as caught:  # whatever it is, the others wait
-            error, about, size, flag = caught, {}, 0, False
-        digest = hashlib.blake2b(repr(about).encode(), digest_size=8).digest()
-        mine = [int.from_bytes(digest, "big", signed=True), size, int(flag), int(error is not None)]
+            error = caught
+        digest = hashlib.blake2b(repr(own.about).encode(), digest_size=8).digest()
+        digest_int = int.from_bytes(digest, "big", signed=True)
+        mine = [digest_int, own.size, int(own.fast_float64), int(own.with_grad), int(error is not None)]
         # On the host where the group can: nothing then waits for the device.
         config = dist.get_backend_config(self.group)
         row = torch.tensor(mine, device="cpu" if "cpu:" in config else config.partition(":")[0])
         rows = [torch.empty_like(row) for _ in range(self.world)]
         dist.all_gather(rows, row, group=self.group)
-        digests, sizes, flags, errors = zip(*torch.stack(rows).tolist(), strict=True)
+        digests, sizes, fast_float64, with_grad, errors = zip(*torch.stack(rows).tolist(), strict=True)
         if len(set(digests)) == 1 and not any(errors):
-            return list(sizes), all(flags)
+            return _Agreed(list(sizes), all(fast_float64), any(with_grad))
         told: list[Any] = [None] * self.world
-        dist.all_gather_object(told, about if error is None else f"{type(error).__name__}: {error}", group=self.group)
+        dist.all_gather_object(
+            told, own.about if error is None else f"{type(error).__name__}: {error}", group=self.group
+        )
         if error is not None:
             raise error
         raise ValueError(_disagreement(told))
@@ -93,6 +114,12 @@ class _Ranks:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def exchange(self, x: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) -> Tensor:
+        """outgoing[r] rows of x, in the order of the ranks, for incoming[r] rows of each rank r."""
+        received = x.new_empty((sum(incoming), *x.shape[1:]))
+        dist.all_to_all_single(received, x.contiguous(), list(incoming), list(outgoing), group=self.group)
+        return received
 
 
 def spans_ranks(group: Group) -> bool:
@@ -161,7 +188,7 @@ class _Gather(torch.autograd.Function):
 
 
 def pick_algorithm(n: int, student: Tensor, teacher: Tensor, rectify: str, fast_float64: bool) -> str:
-    """What sends fewer bytes for a group of n rows over all ranks: its Grams or its features.
+    """What sends fewer bytes a group: its Grams, or the features of the n rows that pass by a rank.
 
     gram: 2 (Ds² + Ds Dt + Dt²) float64 (an all-reduce sends twice).   tile: n (Ds + Dt) elements as they are.
     As in one process, gram never with rectification nor where a rank's float64 is crippled.
@@ -216,9 +243,9 @@ class _Scaled:
 
     def __getitem__(self, strip: slice) -> tuple[Tensor, Tensor]:
         if self.whole is None:
-            return self.rows.unit(self.x[:, strip])
+            return self.rows.unit(self.x[strip])
         x_hat, r = self.whole
-        return x_hat[:, strip], r[:, strip]
+        return x_hat[strip], r[strip]
 
 
 def _gram(s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Rows, ranks: _Ranks) -> Tensor:
@@ -254,41 +281,40 @@ def _gram(s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Row
 def _tile(
     s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Rows, ranks: _Ranks, rectify: str
 ) -> Tensor:
-    """Own rows of the maps against the columns of each rank in turn, whose features pass by in pieces.
+    """Own rows of the one map (n_own, Ds) against the columns of each rank in turn, whose features pass by in pieces.
 
-    The maps are symmetric, so dŜ = 4/(G n²) E' Ŝ of own rows needs these strips alone; only the loss is summed.
+    The map is symmetric, so dŜ = 4/n² E' Ŝ of own rows needs these strips alone; only the loss is summed.
     """
-    (G, n_own, Ds), Dt, n = s.shape, t.shape[-1], sum(counts)
+    (n_own, Ds), Dt, n = s.shape, t.shape[-1], sum(counts)
     total = s.new_zeros((), dtype=torch.float64)
-    for g in _slices(G, max(counts) * (Ds + Dt)):
-        s_g, t_g = s[g].contiguous(), t[g].contiguous()
-        own = _Scaled(s_g, rows, s_g.numel() <= _CHUNK), _Scaled(t_g, rows, t_g.numel() <= _CHUNK)
-        ds_hat = None if ds is None else torch.zeros_like(s_g, dtype=rows.acc)
-        for source, count in enumerate(counts):
-            for c in _slices(count, _length(g) * (Ds + Dt)):
-                shape, sent = (_length(g), _length(c)), c if source == ranks.rank else slice(0)
-                columns_s = rows.unit(ranks.share(s_g[:, sent], (*shape, Ds), source))[0]
-                columns_t = rows.unit(ranks.share(t_g[:, sent], (*shape, Dt), source))[0]
-                for r in _slices(n_own, _length(g) * max(_length(c), Ds + Dt)):
-                    (s_hat, _), (t_hat, _) = own[0][r], own[1][r]
-                    if rectify == "none":
-                        error = torch.baddbmm(s_hat @ columns_s.mT, t_hat, columns_t.mT, alpha=-1)
-                    else:
-                        map_s, map_t = s_hat @ columns_s.mT, t_hat @ columns_t.mT
-                        error = (map_s.clamp_min(0) if rectify == "both" else map_s) - map_t.clamp_min_(0)
-                    total += torch.linalg.vector_norm(error).double().square()
-                    if ds_hat is not None:
-                        if rectify == "both":
-                            error.masked_fill_(map_s < 0, 0)
-                        ds_hat[:, r].baddbmm_(error, columns_s, alpha=4 / (G * n * n))
-        if ds is not None and ds_hat is not None:
-            for r in _slices(n_own, _length(g) * Ds):
-                ds[g, r] = rows.through(ds_hat[:, r], *own[0][r]).to(ds.dtype)
-    return ranks.sum_(total) / (G * n * n)
+    s, t = s.contiguous(), t.contiguous()
+    own = _Scaled(s, rows, s.numel() <= _CHUNK), _Scaled(t, rows, t.numel() <= _CHUNK)
+    ds_hat = None if ds is None else torch.zeros_like(s, dtype=rows.acc)
+    for source, count in enumerate(counts):
+        for c in _slices(count, Ds + Dt):
+            sent = c if source == ranks.rank else slice(0)
+            columns_s = rows.unit(ranks.share(s[sent], (_length(c), Ds), source))[0]
+            columns_t = rows.unit(ranks.share(t[sent], (_length(c), Dt), source))[0]
+            for r in _slices(n_own, max(_length(c), Ds + Dt)):
+                (s_hat, _), (t_hat, _) = own[0][r], own[1][r]
+                if rectify == "none":
+                    error = torch.addmm(s_hat @ columns_s.T, t_hat, columns_t.T, alpha=-1)
+                else:
+                    map_s, map_t = s_hat @ columns_s.T, t_hat @ columns_t.T
+                    error = (map_s.clamp_min(0) if rectify == "both" else map_s) - map_t.clamp_min_(0)
+                total += torch.linalg.vector_norm(error).double().square()
+                if ds_hat is not None:
+                    if rectify == "both":
+                        error.masked_fill_(map_s < 0, 0)
+                    ds_hat[r].addmm_(error, columns_s, alpha=4 / n**2)
+    if ds is not None and ds_hat is not None:
+        for r in _slices(n_own, Ds):
+            ds[r] = rows.through(ds_hat[r], *own[0][r]).to(ds.dtype)
+    return ranks.sum_(total) / n**2
 
 
 class _Relation(torch.autograd.Function):
-    """Scopes "inter" and "batch": forward forms the gradient of own rows from what all ranks send."""
+    """Scope "batch", and "inter" by Grams: forward forms the gradient of own rows from what all ranks send."""
 
     @staticmethod
     def forward(
@@ -312,7 +338,7 @@ class _Relation(torch.autograd.Function):
             if algorithm == "gram":
                 loss = _gram(s, t, ds, counts, rows, ranks)
             else:
-                loss = _tile(s, t, ds, counts, rows, ranks, rectify)
+                loss = _tile(s[0], t[0], None if ds is None else ds[0], counts, rows, ranks, rectify)
         ctx.save_for_backward(dstudent)
         ctx.dtype = student.dtype
         return loss.to(rows.acc)
@@ -324,25 +350,82 @@ class _Relation(torch.autograd.Function):
         return scaled(dstudent, dloss, ctx.dtype), *(None,) * 8
 
 
+def _shares(x: Tensor, world: int) -> Tensor:
+    """(B, N, D) -> (world B, n, D): the tokens of each rank's share, n = ceil(N / world), filled up with zeros."""
+    B, N, D = x.shape
+    n = -(-N // world)
+    shares = x.new_empty(world, B, n, D)
+    for share, tokens in zip(shares, x.split(n, 1), strict=False):
+        share[:, : tokens.shape[1]] = tokens
+        share[:, tokens.shape[1] :] = 0
+    shares[-(-N // n) :] = 0
+    return shares.flatten(0, 1)
+
+
+class _Inter(torch.autograd.Function):
+    """Scope "inter": a rank relates the images of all ranks at its share of the tokens, and sends the gradient home.
+
+    A row of zeros relates as 0, so the filling changes nothing but the mean, which every rank takes over n tokens.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        ranks: _Ranks,
+        sizes: list[int],
+        impl: Backend,
+        with_grad: bool,
+        *options: Any,
+    ) -> Tensor:
+        (B, N, Ds), world = student.shape, ranks.world
+        own = [B] * world
+        s, t = (ranks.exchange(_shares(x, world), own, sizes) for x in (student, teacher))
+        with torch.autocast(student.device.type, enabled=False):
+            loss, ds = call(impl, "relation_fwd", s, t, "inter", *options, with_grad)
+        ctx.dtype, ctx.share = student.dtype, s.shape[1] / N
+        if with_grad:
+            ds = ranks.exchange(ds, sizes, own).view(world, B, -1, Ds).transpose(0, 1).flatten(1, 2)[:, :N].contiguous()
+        ctx.save_for_backward(ds)
+        return ranks.sum_(loss.double() * ctx.share).to(loss.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("relation_loss")
+        (ds,) = ctx.saved_tensors
+        return scaled(ds, dloss * ctx.share, ctx.dtype), *(None,) * 9
+
+
 def _spanning(
     student: Tensor,
     teacher: Tensor,
     ranks: _Ranks,
-    sizes: list[int],
-    fast_float64: bool,
+    agreed: _Agreed,
     *,
     scope: str,
     normalize: bool = True,
     rectify: str = "none",
     eps: float = 1e-12,
     algorithm: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Scope "inter" or "batch" over all ranks."""
+    sizes, local = agreed.sizes, algorithm
     if algorithm == "auto":
-        n = sum(sizes) * (1 if scope == "inter" else student.shape[1])
-        algorithm = pick_algorithm(n, student, teacher, rectify, fast_float64)
-    rows = _Rows(normalize, eps, accumulator(student, teacher))
-    loss = _Relation.apply(student, teacher, ranks, sizes, scope, rectify, algorithm, rows, wants_grad(student))
+        # "inter" sends a rank's features away and the gradient back, "batch" brings those of all ranks.
+        n = 2 * max(sizes) if scope == "inter" else sum(sizes) * student.shape[1]
+        algorithm = pick_algorithm(n, student, teacher, rectify, agreed.fast_float64)
+    if scope == "inter" and algorithm == "tile":
+        if local == "auto":
+            local = pick_local(sum(sizes), student.shape[-1], teacher.shape[-1], rectify, student.device)
+        impl = resolve(backend, "relation_fwd", student)
+        loss = _Inter.apply(
+            student, teacher, ranks, sizes, impl, agreed.with_grad, normalize, rectify, float(eps), local
+        )
+    else:
+        rows = _Rows(normalize, eps, accumulator(student, teacher))
+        loss = _Relation.apply(student, teacher, ranks, sizes, scope, rectify, algorithm, rows, wants_grad(student))
     return _Averaged.apply(loss, ranks.world)
 
 
@@ -393,8 +476,9 @@ def relation_loss(
 
         L = 1/(G n²) Σ_g || f(S_g S_gᵀ) - f(T_g T_gᵀ) ||²,  rows of S_g and T_g of unit length, from every rank
 
-    "intra" sends a scalar. "inter" and "batch" send D x D Grams or features (pick_algorithm); features pass by in
-    pieces, so that at no time a rank holds the batch of another. `index` sends those rows.
+    "intra" sends a scalar. "inter" and "batch" send D x D Grams or features (pick_algorithm). For "inter" a rank gets
+    its share of the tokens of all images; for "batch" features pass by in pieces: at no time a rank holds more than its
+    own batch besides its own. `index` sends those rows.
 
     Args:
         student: (B, N, Ds), this rank's; B may differ between ranks, all else may not. Differentiable.
@@ -405,7 +489,7 @@ def relation_loss(
         normalize, rectify, eps: as in fastkd.relation_loss.
         algorithm: "tile" sends features, "gram" Grams (no rectification), "auto" what is less; in "intra" and with
             `index`, as in one process.
-        backend: of "intra" and of `index`; across ranks there are PyTorch operations alone ("auto" or "eager").
+        backend: of "intra", `index` and "inter" by features; all else is PyTorch operations ("auto" or "eager").
         group: a torch.distributed process group that this rank is in; None: the default one.
 
     Returns:
@@ -421,25 +505,28 @@ def relation_loss(
     if ranks.world == 1:
         return F.relation_loss(student, teacher, scope=scope, index=index, backend=backend, **options)
 
-    def arguments() -> tuple[About, int, bool]:
+    def arguments() -> _Own:
         check_relation(student, teacher, scope, index, rectify, eps, algorithm)
         refuse_transforms("relation_loss")
-        if scope == "intra" or index is not None:
-            resolve(backend, "relation_fwd", student)
+        if scope == "batch" and index is None:
+            resolve_plain(backend, "relation_loss of scope 'batch' over a process group")
+        elif scope == "inter" and algorithm == "gram":
+            resolve_plain(backend, "relation_loss of scope 'inter' by Grams over a process group")
         else:
-            resolve_plain(backend, f"relation_loss of scope {scope!r} over a process group")
+            resolve(backend, "relation_fwd", student)
         about: About = {"function": "relation_loss", "student": _layout(student), "teacher": _layout(teacher)}
         about["scope"] = scope
         about["index"] = None if index is None else tuple(index.shape)
-        return about | options, len(student), has_fast_float64(student.device)
+        return _Own(about | options, len(student), has_fast_float64(student.device), wants_grad(student))
 
-    sizes, fast_float64 = ranks.agree(arguments)
+    agreed = ranks.agree(arguments)
+    sizes = agreed.sizes
     if index is not None:
         index = ranks.share(index.to(student.device, non_blocking=True), index.shape, 0)
         return _sampled(student, teacher, index, ranks, sizes, backend=backend, **options)
     if scope == "intra":
         return _joined([F.relation_loss(student, teacher, backend=backend, **options)], ranks, sizes)[0]
-    return _spanning(student, teacher, ranks, sizes, fast_float64, scope=scope, **options)
+    return _spanning(student, teacher, ranks, agreed, scope=scope, backend=backend, **options)
 
 
 @torch.compiler.disable
@@ -460,7 +547,7 @@ def manifold_layers(
     """Mean of manifold_loss over the layers of the same images, with one agreement and one draw for all of them."""
     ranks = _Ranks(group)
 
-    def arguments() -> tuple[About, int, bool]:
+    def arguments() -> _Own:
         about: About = {"function": "manifold_loss", "layers": len(students), "num_samples": num_samples}
         weights = {"intra": intra, "inter": inter, "random": random}
         check_manifold(students, teachers, indices, weights, num_samples)
@@ -474,16 +561,18 @@ def manifold_layers(
             about |= {f"student{layer}": _layout(s), f"teacher{layer}": _layout(t)}
             about[f"index{layer}"] = None if index is None else tuple(index.shape)
         refuse_transforms("manifold_loss")
-        return about | {"return_terms": return_terms}, len(students[0]), has_fast_float64(students[0].device)
+        about["return_terms"] = return_terms
+        return _Own(about, len(students[0]), has_fast_float64(students[0].device), wants_grad(*students))
 
-    sizes, fast_float64 = ranks.agree(arguments)
+    agreed = ranks.agree(arguments)
+    sizes = agreed.sizes
     pairs = list(zip(students, teachers, strict=True))
     zeros = [s.new_zeros((), dtype=accumulator(s, t)) for s, t in pairs]
     terms = [zeros, zeros, zeros]
     if intra or return_terms:
         terms[0] = _joined([F.relation_loss(s, t, backend=backend) for s, t in pairs], ranks, sizes)
     if inter or return_terms:
-        terms[1] = [_spanning(s, t, ranks, sizes, fast_float64, scope="inter") for s, t in pairs]
+        terms[1] = [_spanning(s, t, ranks, agreed, scope="inter", backend=backend) for s, t in pairs]
     if random or return_terms:
         drawn = _draw(students, num_samples, generator, ranks, sizes) if indices is None else indices
         lengths = [len(index) for index in drawn]
@@ -543,7 +632,7 @@ def manifold_loss(
         generator: source of the draw, which the first rank of the group makes for all; the others' is left alone.
         index: (K,) int64 rows of all ranks' tokens, in their order, instead of a draw. The first rank's counts.
         return_terms: also give the unweighted (intra, inter, random).
-        backend: of the intra and random terms; the inter term is PyTorch operations.
+        backend: of the relation kernels; an inter term by Grams is PyTorch operations.
         group: a torch.distributed process group that this rank is in; None: the default one.
 
     Returns:
@@ -625,9 +714,9 @@ def batch_moments(x: Tensor, *, backend: Backend = "auto", group: Group = None) 
     ranks = _Ranks(group)
     local: Moments = []
 
-    def arguments() -> tuple[About, int, bool]:
+    def arguments() -> _Own:
         local.append(F.batch_moments(x, backend=backend))
-        return {"function": "batch_moments", "x": f"{x.shape[1]} channels {_kind(x)}"}, 0, True
+        return _Own({"function": "batch_moments", "x": f"{x.shape[1]} channels {_kind(x)}"})
 
     if ranks.world == 1:
         return F.batch_moments(x, backend=backend)
@@ -654,7 +743,7 @@ def bn_stat_loss_and_global_moments(
     if ranks.world == 1:
         return bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, backend)
 
-    def arguments() -> tuple[About, int, bool]:
+    def arguments() -> _Own:
         check_bn_stat(inputs, running_means, running_vars, *options, spans_ranks=True)
         about: About = {"function": "bn_stat_loss", "layers": len(inputs), "distance": distance, "momentum": momentum}
         about["layer_weights"] = None if layer_weights is None else list(layer_weights)
@@ -664,12 +753,12 @@ def bn_stat_loss_and_global_moments(
             if distance == "image" and len(x) != len(inputs[0]):
                 raise ValueError(f"inputs must hold the same images, got {len(inputs[0])} and {len(x)}")
         refuse_transforms("bn_stat_loss")
-        return about, len(inputs[0]), True
+        return _Own(about, len(inputs[0]))
 
     def merge(moments: Moments) -> Moments:
         return moments if distance == "image" else _merged(moments, [x[:, 0].numel() for x in inputs], ranks)
 
-    sizes, _ = ranks.agree(arguments)
+    sizes = ranks.agree(arguments).sizes
     loss, means, variances = bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, backend, merge)
     if distance == "image":
         return _joined([loss], ranks, sizes)[0], means, variances
@@ -746,13 +835,13 @@ def intra_divergence_loss(
     if ranks.world == 1:
         return F.intra_divergence_loss(features, labels, backend=backend, **margins)
 
-    def arguments() -> tuple[About, int, bool]:
+    def arguments() -> _Own:
         check_intra_divergence(features, labels, spread_margin, boundary_margin)
         resolve_plain(backend, "intra_divergence_loss")
         refuse_transforms("intra_divergence_loss")
-        return {"function": "intra_divergence_loss", "features": _layout(features), **margins}, len(features), True
+        return _Own({"function": "intra_divergence_loss", "features": _layout(features), **margins}, len(features))
 
-    sizes, _ = ranks.agree(arguments)
+    sizes = ranks.agree(arguments).sizes
     everyones = ranks.gather(labels.to(features.device, torch.int64, non_blocking=True), sizes)
     loss = F.intra_divergence_loss(_Gather.apply(features, ranks, sizes), everyones, backend=backend, **margins)
     return _Averaged.apply(loss, ranks.world)
