@@ -11,24 +11,36 @@
 // Only the function itself and what is inlined into it are versioned: a lambda given to at::parallel_for is a function
 // of its own, so it should call a versioned function rather than hold the loop.
 // Levels, not CPU names: "arch=haswell" matches Haswell alone and leaves every later CPU on the baseline.
+// FASTKD_AVX512 compiles a function for AVX-512 alone, to be called where has_avx512().
 // GCC 12 or later on x86-64 Linux. Clang rejects target_clones on templates, and musl, macOS and Windows have no ifunc:
 // there one baseline version is built.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
     !defined(__CUDACC__)
 #define FASTKD_HAS_MULTIVERSION 1
 #define FASTKD_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FASTKD_AVX512 __attribute__((target("arch=x86-64-v4")))
 #else
 #define FASTKD_HAS_MULTIVERSION 0
 #define FASTKD_MULTIVERSION
+#define FASTKD_AVX512
 #endif
 
 namespace fastkd {
 
+// Whether functions compiled for AVX-512 alone exist and run on this CPU.
+inline bool has_avx512() {
+#if FASTKD_HAS_MULTIVERSION
+  static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("x86-64-v4"));
+  return has;
+#else
+  return false;
+#endif
+}
+
 // The version that versioned functions run on this CPU: "avx512", "avx2" or "default".
 inline const char* isa_in_use() {
+  if (has_avx512()) return "avx512";
 #if FASTKD_HAS_MULTIVERSION
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "avx512";
   if (__builtin_cpu_supports("x86-64-v3")) return "avx2";
 #endif
   return "default";

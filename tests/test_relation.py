@@ -70,6 +70,33 @@ def test_tile_matches_oracle(
     check(*features(*shape, dtype), n, scope=scope, rectify=rectify, backend=backend, algorithm="tile")
 
 
+@pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("scope", "shape"),
+    [
+        ("intra", (2, 517, 48, 80)),  # three blocks of a map, the last of few rows, operands read in place
+        ("intra", (2, 300, 24, 40)),  # copied, for their rows are no whole vectors
+        ("inter", (270, 2, 32, 48)),  # copied, for their rows lie far apart
+        ("intra", (1, 70, 4100, 16)),  # a block of so wide rows is a quarter of others
+    ],
+    ids=str,
+)
+def test_blocks_of_a_map(scope: str, shape: tuple[int, ...], threads: int) -> None:
+    """One thread takes a group's blocks in pairs; three share them, each writing its own rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        student, teacher = features(*shape)
+        n = shape[0 if scope == "inter" else 1]
+        check(student, teacher, n, scope=scope, rectify="teacher", backend="native", algorithm="tile")
+        loss = fastkd.relation_loss(student, teacher, scope=scope, backend="native", algorithm="tile")
+        expected = reference.relation_loss(student.double(), teacher.double(), scope=scope)
+        assert relative_difference(loss, expected) < 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("scope", "shape"),
     [

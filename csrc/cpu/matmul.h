@@ -1,6 +1,9 @@
 // Single-threaded row-major matrix products for use inside at::parallel_for, on the micro-kernels that torch ships.
 #pragma once
 
+#include "cpu/panels.h"
+#include "isa.h"
+
 #include <ATen/ATen.h>
 #include <ATen/native/CPUBlas.h>
 
@@ -92,26 +95,39 @@ inline int64_t packed_columns(int64_t n) {
   return (n + 15) / 16 * 16;
 }
 
+// Elements of two rows in turn; the second may be absent, and counts as 0.
+static FASTKD_MULTIVERSION void interleave_rows(
+    const uint16_t* first,
+    const uint16_t* second,
+    int64_t n,
+    uint32_t* out) {
+  if (second) {
+    for (int64_t j = 0; j < n; ++j) out[j] = first[j] | static_cast<uint32_t>(second[j]) << 16;
+  } else {
+    for (int64_t j = 0; j < n; ++j) out[j] = first[j];
+  }
+}
+
 // B (k, n) in the order the tile unit reads: pairs of rows interleaved, [k/2][packed_columns(n)][2]; zeros beyond.
 // `transposed`: src is Bᵀ (n, k), k even.
 inline void pack_bf16(const at::BFloat16* src, int64_t ld, int64_t k, int64_t n, bool transposed, at::BFloat16* out) {
   const int64_t cols = packed_columns(n);
   if (transposed) {  // pairs are adjacent: a transpose of 32-bit words, in squares that stay in cache
     constexpr int64_t kSquare = 16;
+    int64_t done = 0;
+    if (has_avx512()) {
+      const int64_t bytes = ld * sizeof *src;
+      done = transpose_words(reinterpret_cast<const char*>(src), bytes, n, k / 2, cols, reinterpret_cast<float*>(out));
+    }
     for (int64_t j0 = 0; j0 < n; j0 += kSquare)
-      for (int64_t p0 = 0; p0 < k / 2; p0 += kSquare)
+      for (int64_t p0 = done; p0 < k / 2; p0 += kSquare)
         for (int64_t p = p0; p < std::min(p0 + kSquare, k / 2); ++p)
           for (int64_t j = j0; j < std::min(j0 + kSquare, n); ++j)
             std::memcpy(static_cast<void*>(out + (p * cols + j) * 2), src + j * ld + 2 * p, 2 * sizeof(at::BFloat16));
   } else {
     for (int64_t p = 0; p < (k + 1) / 2; ++p) {
-      const at::BFloat16 *first = src + 2 * p * ld, *second = first + ld;
-      at::BFloat16* row = out + p * cols * 2;
-      const bool whole = 2 * p + 1 < k;
-      for (int64_t j = 0; j < n; ++j) {
-        row[2 * j] = first[j];
-        row[2 * j + 1] = whole ? second[j] : at::BFloat16(0);
-      }
+      const auto* first = reinterpret_cast<const uint16_t*>(src + 2 * p * ld);
+      interleave_rows(first, 2 * p + 1 < k ? first + ld : nullptr, n, reinterpret_cast<uint32_t*>(out) + p * cols);
     }
   }
   for (int64_t p = 0; p < (k + 1) / 2; ++p)

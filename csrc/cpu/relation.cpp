@@ -6,6 +6,7 @@
 // terms.
 #include "common.h"
 #include "cpu/matmul.h"
+#include "cpu/panels.h"
 #include "cpu/vector.h"
 #include "isa.h"
 
@@ -23,10 +24,12 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kStrip = 64;        // rows of a strip of the maps, at most
-constexpr int64_t kColumns = 1024;    // columns of a piece of a strip: two float32 pieces are 512 KB, a share of L2
-constexpr int64_t kGramRows = 128;    // rows of a block of the Gram algorithm
-constexpr int64_t kGramColumns = 96;  // columns of a block of a Gram's triangle
+constexpr int64_t kStrip = 64;       // rows of a strip of the maps, at most
+constexpr int64_t kColumns = 1024;   // columns of a piece of a strip: two float32 pieces are 512 KB, a share of L2
+constexpr int64_t kPanelRows = 256;  // rows of a block of the maps on our own kernels, at most,
+constexpr int64_t kPanelBytes = 800 << 10;  // and what they may take of L2
+constexpr int64_t kGramRows = 128;          // rows of a block of the Gram algorithm
+constexpr int64_t kGramColumns = 96;        // columns of a block of a Gram's triangle
 
 enum class Rectify { kNone, kBoth, kTeacher };
 
@@ -103,22 +106,80 @@ void inverse_norms(const Groups& x, int64_t g, int64_t begin, int64_t end, bool 
   });
 }
 
+// An element of E from its two products, squared; p becomes that of W. scale_s: r_i r_j, scale_t: q_i q_j.
+template <Rectify rectify, typename acc_t>
+FASTKD_INLINE acc_t squared_difference(acc_t& p, acc_t pt, acc_t scale_s, acc_t scale_t, acc_t c) {
+  const acc_t map_s = p * scale_s;
+  acc_t map_t = pt * scale_t;
+  if (rectify != Rectify::kNone) map_t = std::max(map_t, acc_t(0));
+  acc_t e = map_s - map_t;
+  if (rectify == Rectify::kBoth) e = std::max(map_s, acc_t(0)) - map_t;
+  p = rectify == Rectify::kBoth && map_s < 0 ? acc_t(0) : c * e * scale_s;
+  return e * e;
+}
+
 // Row i of E from its two products; p becomes that of W. Returns Σ_j E_ij².
 template <typename acc_t, Rectify rectify>
 FASTKD_MULTIVERSION acc_t
 difference_row(acc_t* p, const acc_t* pt, const acc_t* r, const acc_t* q, acc_t r_i, acc_t q_i, acc_t c, int64_t n) {
   acc_t sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const acc_t scale = r_i * r[j], map_s = p[j] * scale;
-    acc_t map_t = pt[j] * (q_i * q[j]);
-    if (rectify != Rectify::kNone) map_t = std::max(map_t, acc_t(0));
-    acc_t e = map_s - map_t;
-    if (rectify == Rectify::kBoth) e = std::max(map_s, acc_t(0)) - map_t;
-    sum += e * e;
-    p[j] = rectify == Rectify::kBoth && map_s < 0 ? acc_t(0) : c * e * scale;
-  }
+  for (int64_t j = 0; j < n; ++j) sum += squared_difference<rectify>(p[j], pt[j], r_i * r[j], q_i * q[j], c);
   return sum;
+}
+
+// Inverse norms of the rows and columns of a tile, and the factor of its gradient.
+struct Scales {
+  const float *r_i, *q_i, *r, *q;
+  float c;
+};
+
+// The same for a few rows of n elements, n whole vectors; the first `twice` of each row count twice.
+template <Rectify rectify>
+FASTKD_MULTIVERSION float difference_rows(
+    float* p,
+    const float* pt,
+    int64_t ld,
+    int64_t rows,
+    int64_t n,
+    int64_t twice,
+    Scales x) {
+  Lanes<float> off(0), on(0);
+  for (int64_t i = 0; i < rows; ++i, p += ld, pt += ld) {
+    const float r_i = x.r_i[i], q_i = x.q_i[i];
+    for (int64_t first = 0; first < twice; first += kLanes)
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const int64_t j = first + l;
+        off[l] += squared_difference<rectify>(p[j], pt[j], r_i * x.r[j], q_i * x.q[j], x.c);
+      }
+    for (int64_t first = twice; first < n; first += kLanes)
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const int64_t j = first + l;
+        on[l] += squared_difference<rectify>(p[j], pt[j], r_i * x.r[j], q_i * x.q[j], x.c);
+      }
+  }
+  return 2 * off.sum() + on.sum();
+}
+
+float differences(
+    Rectify rectify,
+    float* p,
+    const float* pt,
+    int64_t ld,
+    int64_t rows,
+    int64_t n,
+    int64_t twice,
+    const Scales& x) {
+  switch (rectify) {
+    case Rectify::kNone:
+      return difference_rows<Rectify::kNone>(p, pt, ld, rows, n, twice, x);
+    case Rectify::kBoth:
+      return difference_rows<Rectify::kBoth>(p, pt, ld, rows, n, twice, x);
+    default:
+      return difference_rows<Rectify::kTeacher>(p, pt, ld, rows, n, twice, x);
+  }
 }
 
 // w as the sum of two bfloat16 rows: one alone would show in the gradient. Truncated, which the second makes good.
@@ -136,7 +197,8 @@ FASTKD_MULTIVERSION void split_row(const float* w, int64_t n, uint16_t* high, ui
   }
 }
 
-FASTKD_MULTIVERSION void add_row(float* to, const float* from, int64_t n) {
+template <typename acc_t>
+FASTKD_MULTIVERSION void add_row(acc_t* to, const acc_t* from, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] += from[j];
 }
 
@@ -164,33 +226,32 @@ FASTKD_MULTIVERSION void finish_row(
   for (int64_t d = 0; d < D; ++d) out[d] = static_cast<out_t>(c * (u[d] - dot * static_cast<acc_t>(s[d * stride])));
 }
 
-// 1/||x|| of all B N tokens, in order.
-template <typename acc_t>
-std::vector<acc_t> all_inverse_norms(const at::Tensor& x, bool normalize, double eps) {
-  const Groups tokens(x, "batch");
-  std::vector<acc_t> out(tokens.n);
-  at::parallel_for(0, tokens.n, kGramRows, [&](int64_t begin, int64_t end) {
-    inverse_norms(tokens, 0, begin, end, normalize, eps, out.data() + begin);
-  });
-  return out;
-}
-
 // One term: the maps of a scope, and what they add to U.
 template <typename acc_t>
 struct Term {
   Groups s, t;
-  const acc_t *r, *q;  // (B N) inverse norms of both networks
   Rectify rectify = Rectify::kNone;
   acc_t c = 0;         // factor of the gradient
   acc_t* u = nullptr;  // (B, N, Ds), in ds's layout; null where a strip finishes by itself or no gradient is wanted
   bool add = false;    // u holds earlier terms
   at::Tensor dstudent = {};  // (B, N, Ds) contiguous: takes the finished gradient, where defined
   bool normalize = true;
+  double eps = 0;
 
   bool with_grad() const { return u || dstudent.defined(); }
 
+  // U of rows [begin, end) of group g, complete for this term, to where it belongs; inverse: their inverse norms.
+  void store(int64_t g, int64_t begin, int64_t end, acc_t* rows, int64_t ld, const acc_t* inverse) const {
+    for (int64_t i = begin; u && i < end; ++i) {
+      acc_t *sum = u + s.token(g, i) * s.D, *own = rows + (i - begin) * ld;
+      if (add) add_row<acc_t>(own, sum, s.D);
+      if (!dstudent.defined()) std::copy_n(own, s.D, sum);
+    }
+    if (dstudent.defined()) finish(g, begin, end, rows, ld, inverse);
+  }
+
   // dstudent of rows [begin, end) of group g from their U (leading dimension ld).
-  void finish(int64_t g, int64_t begin, int64_t end, const acc_t* rows, int64_t ld) const {
+  void finish(int64_t g, int64_t begin, int64_t end, const acc_t* rows, int64_t ld, const acc_t* inverse) const {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, s.x.scalar_type(), "finish", [&] {
       using stored_t = std::conditional_t<std::is_same_v<scalar_t, at::Half>, float, scalar_t>;
       const auto* s_ptr = s.x.const_data_ptr<scalar_t>();
@@ -201,7 +262,7 @@ struct Term {
             s_ptr + s.offset(g, i),
             s.x.stride(2),
             s.D,
-            r[s.token(g, i)],
+            inverse[i - begin],
             acc_t(1),
             normalize,
             d_ptr + s.token(g, i) * s.D);
@@ -237,9 +298,9 @@ struct Rows {
   const acc_t* data = nullptr;
   int64_t ld = 0;
 
-  void load(const Groups& x, int64_t g, const acc_t* norms) {
+  void load(const Groups& x, int64_t g, bool normalize, double eps) {
     inverse.resize(x.n);
-    for (int64_t i = 0; i < x.n; ++i) inverse[i] = norms[x.token(g, i)];
+    inverse_norms<acc_t>(x, g, 0, x.n, normalize, eps, inverse.data());
     if (x.in_place(c10::CppTypeToScalarType<acc_t>::value)) {
       data = x.x.template const_data_ptr<acc_t>() + x.offset(g, 0);
       ld = x.ld();
@@ -357,12 +418,12 @@ double tile(const Term<acc_t>& term) {
       Rows<acc_t> s, t;
       Pieces<acc_t> pieces;
       for (int64_t g = begin; g < end; ++g) {
-        s.load(term.s, g, term.r);
-        t.load(term.t, g, term.q);
+        s.load(term.s, g, term.normalize, term.eps);
+        t.load(term.t, g, term.normalize, term.eps);
         const auto [u, ldu] = u_of(pieces.u, g, 0, n);
         for (int64_t i0 = 0; i0 < n; i0 += height)
           sums[g] += strip<acc_t>(term, s, t, i0, std::min(n, i0 + height), true, pieces, u, ldu);
-        if (term.dstudent.defined()) term.finish(g, 0, n, u, ldu);
+        if (term.dstudent.defined()) term.finish(g, 0, n, u, ldu, s.inverse.data());
       }
     });
     return sum_of(sums);
@@ -371,15 +432,15 @@ double tile(const Term<acc_t>& term) {
   std::vector<double> sums(G * strips);
   Rows<acc_t> s, t;
   for (int64_t g = 0; g < G; ++g) {
-    s.load(term.s, g, term.r);
-    t.load(term.t, g, term.q);
+    s.load(term.s, g, term.normalize, term.eps);
+    t.load(term.t, g, term.normalize, term.eps);
     at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
       Pieces<acc_t> pieces;
       for (int64_t k = begin; k < end; ++k) {
         const int64_t i0 = k * height, i1 = std::min(n, i0 + height);
         const auto [u, ldu] = u_of(pieces.u, g, i0, height);
         sums[g * strips + k] = strip<acc_t>(term, s, t, i0, i1, !term.with_grad(), pieces, u, ldu);
-        if (term.dstudent.defined()) term.finish(g, i0, i1, u, ldu);
+        if (term.dstudent.defined()) term.finish(g, i0, i1, u, ldu, s.inverse.data() + i0);
       }
     });
   }
@@ -394,9 +455,9 @@ struct PackedRows {
   const at::BFloat16* data = nullptr;
   int64_t ld = 0, columns = 0;
 
-  void load(const Groups& x, int64_t g, const float* norms, bool with_grad) {
+  void load(const Groups& x, int64_t g, bool normalize, double eps, bool with_grad) {
     inverse.resize(x.n);
-    for (int64_t i = 0; i < x.n; ++i) inverse[i] = norms[x.token(g, i)];
+    inverse_norms<float>(x, g, 0, x.n, normalize, eps, inverse.data());
     data = x.x.const_data_ptr<at::BFloat16>() + x.offset(g, 0);
     ld = x.ld();
     columns = packed_columns(x.n);
@@ -463,22 +524,15 @@ double tile_bf16(const Term<float>& term) {
     const int64_t i0 = k * height, i1 = std::min(n, i0 + height);
     pieces.u.resize(height * width);
     sums[g * strips + k] = strip_bf16(term, s, t, i0, i1, pieces);
-    if (term.u) {  // to and from the sum over terms
-      for (int64_t i = i0; i < i1; ++i) {
-        float *sum = term.u + term.s.token(g, i) * Ds, *own = pieces.u.data() + (i - i0) * width;
-        if (term.add) add_row(own, sum, Ds);
-        if (!term.dstudent.defined()) std::copy_n(own, Ds, sum);
-      }
-    }
-    if (term.dstudent.defined()) term.finish(g, i0, i1, pieces.u.data(), width);
+    if (term.with_grad()) term.store(g, i0, i1, pieces.u.data(), width, s.inverse.data() + i0);
   };
   if (G >= at::get_num_threads()) {
     at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
       PackedRows s, t;
       PiecesBf16 pieces;
       for (int64_t g = begin; g < end; ++g) {
-        s.load(term.s, g, term.r, term.with_grad());
-        t.load(term.t, g, term.q, false);
+        s.load(term.s, g, term.normalize, term.eps, term.with_grad());
+        t.load(term.t, g, term.normalize, term.eps, false);
         for (int64_t k = 0; k < strips; ++k) run(s, t, g, k, pieces);
       }
       release_bf16();
@@ -487,8 +541,8 @@ double tile_bf16(const Term<float>& term) {
   }
   PackedRows s, t;
   for (int64_t g = 0; g < G; ++g) {
-    s.load(term.s, g, term.r, term.with_grad());
-    t.load(term.t, g, term.q, false);
+    s.load(term.s, g, term.normalize, term.eps, term.with_grad());
+    t.load(term.t, g, term.normalize, term.eps, false);
     at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
       PiecesBf16 pieces;
       for (int64_t k = begin; k < end; ++k) run(s, t, g, k, pieces);
@@ -498,12 +552,229 @@ double tile_bf16(const Term<float>& term) {
   return sum_of(sums);
 }
 
+// Rows of a group, packed, and their inverse norms; as rows too where asked for.
+struct PanelRows {
+  Buffer<float> panels, inverse, copy, zeros;
+  const float* data = nullptr;  // as rows
+  int64_t ld = 0, rows = 0, width = 0;
+  bool is_packed = false;
+
+  // Where they lie, for left operands alone, given their inverse norms; false where they cannot be read there.
+  bool refer(const Groups& x, int64_t g, int64_t begin, int64_t end, const float* norms) {
+    if (!x.in_place(at::kFloat) || x.D % kPanel != 0 || x.across) return false;
+    rows = end - begin;
+    width = x.D;
+    inverse.resize(padded(rows));
+    std::copy_n(norms, rows, inverse.data());
+    data = x.x.const_data_ptr<float>() + x.offset(g, begin);
+    ld = x.ld();
+    is_packed = false;
+    return true;
+  }
+
+  void load(const Groups& x, int64_t g, int64_t begin, int64_t end, bool normalize, double eps, bool as_rows) {
+    rows = end - begin;
+    width = padded(x.D);
+    is_packed = true;
+    panels.resize(padded(rows) * width);
+    inverse.resize(padded(rows));
+    // Rows far apart would cost a page each at every step of a product.
+    const bool in_place = x.in_place(at::kFloat) && x.D == width, copies = !in_place || (as_rows && x.across);
+    if (copies) copy.resize((as_rows ? padded(rows) : kPanel) * width);
+    zeros.resize(width);
+    std::fill_n(zeros.data(), width, 0.f);
+    for (int64_t i0 = 0; i0 < rows; i0 += kPanel) {
+      const int64_t count = std::min(kPanel, rows - i0);
+      const float* block[kPanel];
+      std::fill_n(block, kPanel, zeros.data());
+      float* copied = copy.data() + (as_rows ? i0 * width : 0);
+      if (copies) convert_rows<float>(x, g, begin + i0, begin + i0 + count, nullptr, copied, width);
+      for (int64_t i = 0; i < count; ++i) {
+        if (copies) std::fill(copied + i * width + x.D, copied + (i + 1) * width, 0.f);
+        block[i] = copies ? copied + i * width : x.x.const_data_ptr<float>() + x.offset(g, begin + i0 + i);
+      }
+      float* squares = inverse.data() + i0;
+      pack_panel(block, width, panels.data() + i0 * width, squares);
+      for (int64_t i = 0; i < kPanel; ++i) {
+        const float norm = std::sqrt(squares[i]);
+        squares[i] = i >= count ? 0.f : !normalize ? 1.f : norm > static_cast<float>(eps) ? 1 / norm : 0.f;
+      }
+    }
+    if (!as_rows) return;
+    data = copies ? copy.data() : x.x.const_data_ptr<float>() + x.offset(g, begin);
+    ld = copies ? width : x.ld();
+  }
+
+  // Rows from i on, of one panel, as the left operand of the products of rows.
+  Left left(int64_t i) const {
+    if (!is_packed) return {data + i * ld, ld, 1, width};
+    return {panels.data() + i / kPanel * kPanel * width + i % kPanel, 1, kPanel, width};
+  }
+  Right right() const { return {panels.data(), kPanel, kPanel * width}; }
+  Right right_rows() const { return {data, ld, kPanel}; }
+};
+
+// A thread's work in float32, on kernels of our own: the maps of a group in square blocks.
+struct PanelSweep {
+  const Term<float>& term;
+  int64_t height, width;  // rows of a block, of U
+  PanelRows s_i, t_i, s_j, t_j;
+  Buffer<float> w, pt, u;
+  Buffer<float> r, q;  // inverse norms of a group
+
+  PanelSweep(const Term<float>& term, int64_t height)
+      : term(term),
+        height(height),
+        width(padded(term.s.D)),
+        w(padded(height) * padded(height)),
+        pt(kTileRows * padded(height)) {}
+
+  int64_t blocks() const { return (term.s.n + height - 1) / height; }
+
+  // As load, of a block that was loaded before.
+  void load_again(int64_t g, int64_t k, PanelRows& s, PanelRows& t) {
+    const int64_t begin = k * height, end = std::min(term.s.n, begin + height);
+    if (!s.refer(term.s, g, begin, end, r.data() + begin) || !t.refer(term.t, g, begin, end, q.data() + begin))
+      load(g, k, s, t);
+  }
+
+  void load(int64_t g, int64_t k, PanelRows& s, PanelRows& t) {
+    const int64_t begin = k * height, end = std::min(term.s.n, begin + height);
+    s.load(term.s, g, begin, end, term.normalize, term.eps, term.with_grad());
+    t.load(term.t, g, begin, end, term.normalize, term.eps, false);
+  }
+
+  // W of a block, s and t its rows, s_j and t_j its columns; returns Σ E², `times` over. A diagonal block is formed up
+  // to the panel that each row is in, which its symmetry leaves to know, and counts whole.
+  double maps(
+      const PanelRows& s,
+      const PanelRows& t,
+      const PanelRows& s_j,
+      const PanelRows& t_j,
+      bool diagonal,
+      int times) {
+    const int64_t ld = padded(s_j.rows);
+    double sum = 0;
+    for (int64_t i = 0; i < s.rows; i += kTileRows) {
+      const int64_t rows = std::min(kTileRows, s.rows - i), own = i / kPanel * kPanel;
+      const int64_t columns = diagonal ? own + kPanel : ld, twice = diagonal ? own : times == 2 ? columns : 0;
+      float* p = w.data() + i * ld;
+      tile_row(rows, columns / kPanel, t.left(i), {}, t_j.right(), pt.data(), ld, false);
+      tile_row(rows, columns / kPanel, s.left(i), {}, s_j.right(), p, ld, false);
+      const Scales scales{s.inverse.data() + i, t.inverse.data() + i, s_j.inverse.data(), t_j.inverse.data(), term.c};
+      sum += static_cast<double>(differences(term.rectify, p, pt.data(), ld, rows, columns, twice, scales));
+    }
+    return sum;
+  }
+
+  // U of a block's rows: W X, W on the diagonal and known up to each row's panel.
+  void multiply_diagonal(const PanelRows& x, float* out, bool add) const {
+    const int64_t n = x.rows, ld = padded(n);
+    for (int64_t i = 0; i < n; i += kTileRows) {
+      const int64_t known = std::min(n, i / kPanel * kPanel + kPanel);
+      const Left row{w.data() + i * ld, ld, 1, known}, column{w.data() + known * ld + i, 1, ld, n - known};
+      tile_row(std::min(kTileRows, n - i), width / kPanel, row, column, x.right_rows(), out + i * width, width, add);
+    }
+  }
+
+  // W X, or Wᵀ X.
+  void multiply(bool transposed, int64_t rows, int64_t ld, const PanelRows& x, float* out, bool add) const {
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const Left left = transposed ? Left{w.data() + i, 1, ld, x.rows} : Left{w.data() + i * ld, ld, 1, x.rows};
+      tile_row(std::min(kTileRows, rows - i), width / kPanel, left, {}, x.right_rows(), out + i * width, width, add);
+    }
+  }
+
+  // A whole group: blocks on and below the diagonal serve the rows of both sides.
+  double group(int64_t g) {
+    const int64_t n = term.s.n;
+    double sum = 0;
+    r.resize(n);
+    q.resize(n);
+    const auto load_first = [&](int64_t k, PanelRows& s, PanelRows& t) {
+      load(g, k, s, t);
+      std::copy_n(s.inverse.data(), s.rows, r.data() + k * height);
+      std::copy_n(t.inverse.data(), t.rows, q.data() + k * height);
+    };
+    if (term.with_grad()) u.resize(n * width);
+    for (int64_t j = 0; j < blocks(); ++j) {
+      load_first(j, s_j, t_j);
+      float* u_j = u.data() + j * height * width;
+      sum += maps(s_j, t_j, s_j, t_j, true, 2);
+      if (term.with_grad()) multiply_diagonal(s_j, u_j, j > 0);
+      for (int64_t i = j + 1; i < blocks(); ++i) {
+        if (j == 0) {
+          load_first(i, s_i, t_i);
+        } else {
+          load_again(g, i, s_i, t_i);
+        }
+        sum += maps(s_i, t_i, s_j, t_j, false, 2);
+        if (!term.with_grad()) continue;
+        const int64_t ld = padded(s_j.rows);
+        multiply(false, s_i.rows, ld, s_j, u.data() + i * height * width, j > 0);
+        multiply(true, s_j.rows, ld, s_i, u_j, true);
+      }
+    }
+    if (term.with_grad()) term.store(g, 0, n, u.data(), width, r.data());
+    return sum;
+  }
+
+  // The rows of block i, which nobody else writes: with a gradient they take all columns.
+  double rows(int64_t g, int64_t i) {
+    const bool with_grad = term.with_grad();
+    load(g, i, s_i, t_i);
+    if (with_grad) u.resize(height * width);
+    double sum = maps(s_i, t_i, s_i, t_i, true, 2);
+    if (with_grad) multiply_diagonal(s_i, u.data(), false);
+    for (int64_t j = 0; j < (with_grad ? blocks() : i); ++j) {
+      if (j == i) continue;
+      load(g, j, s_j, t_j);
+      sum += maps(s_i, t_i, s_j, t_j, false, with_grad ? 1 : 2);
+      if (with_grad) multiply(false, s_i.rows, padded(s_j.rows), s_j, u.data(), true);
+    }
+    if (with_grad) term.store(g, i * height, i * height + s_i.rows, u.data(), width, s_i.inverse.data());
+    return sum;
+  }
+};
+
+// Rows of a block, even ones and whole panels, so that two blocks' panels stay in L2.
+int64_t panel_block_rows(int64_t n, int64_t width, int64_t least_blocks) {
+  const int64_t most = std::clamp<int64_t>(kPanelBytes / (width * sizeof(float)), 4 * kPanel, kPanelRows);
+  const int64_t blocks = std::max((n + most - 1) / most, least_blocks);
+  return padded((n + blocks - 1) / blocks);
+}
+
+double tile_panels(const Term<float>& term) {
+  const int64_t G = term.s.G, threads = at::get_num_threads();
+  const int64_t height = panel_block_rows(term.s.n, term.s.D + term.t.D, G < threads ? threads : 1);
+  if (G >= threads) {
+    std::vector<double> sums(G);
+    at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
+      PanelSweep sweep(term, height);
+      for (int64_t g = begin; g < end; ++g) sums[g] = sweep.group(g);
+    });
+    return sum_of(sums);
+  }
+  const int64_t blocks = (term.s.n + height - 1) / height;
+  std::vector<double> sums(G * blocks);
+  at::parallel_for(0, G * blocks, 1, [&](int64_t begin, int64_t end) {
+    PanelSweep sweep(term, height);
+    for (int64_t k = begin; k < end; ++k) sums[k] = sweep.rows(k / blocks, k % blocks);
+  });
+  return sum_of(sums);
+}
+
+bool both_bf16(const at::Tensor& student, const at::Tensor& teacher) {
+  return student.scalar_type() == at::kBFloat16 && teacher.scalar_type() == at::kBFloat16 && has_bf16_products();
+}
+
 template <typename acc_t>
 double visit(const Term<acc_t>& term) {
   if constexpr (std::is_same_v<acc_t, float>) {
-    if (term.s.in_place(at::kBFloat16) && term.t.in_place(at::kBFloat16) && term.s.D % 2 == 0 && term.t.D % 2 == 0 &&
-        has_bf16_products())
+    const bool rows_in_place = term.s.in_place(at::kBFloat16) && term.t.in_place(at::kBFloat16);
+    if (both_bf16(term.s.x, term.t.x) && rows_in_place && term.s.D % 2 == 0 && term.t.D % 2 == 0)
       return tile_bf16(term);
+    if (has_avx512()) return tile_panels(term);
   }
   return tile(term);
 }
@@ -548,10 +819,8 @@ struct UnitRows {
     x.resize(kGramRows * D);
     r.resize(kGramRows);
     q.resize(kGramRows);
-    for (int64_t i = begin; i < end; ++i) {
-      r[i - begin] = term.r[term.s.token(g, i)];
-      q[i - begin] = term.q[term.t.token(g, i)];
-    }
+    inverse_norms<acc_t>(term.s, g, begin, end, term.normalize, term.eps, r.data());
+    inverse_norms<acc_t>(term.t, g, begin, end, term.normalize, term.eps, q.data());
     convert_rows<acc_t>(term.s, g, begin, end, r.data(), x.data(), D);
     convert_rows<acc_t>(term.t, g, begin, end, q.data(), x.data() + term.s.D, D);
     if (!in_double) return;
@@ -663,9 +932,8 @@ std::tuple<at::Tensor, at::Tensor> relation_fwd_cpu(
   double loss = 0;
   AT_DISPATCH_FLOATING_TYPES(acc, "relation_fwd_cpu", [&] {
     using acc_t = scalar_t;
-    const auto r = all_inverse_norms<acc_t>(student, normalize, eps),
-               q = all_inverse_norms<acc_t>(teacher, normalize, eps);
-    Term<acc_t> term{Groups(student, scope), Groups(teacher, scope), r.data(), q.data()};
+    Term<acc_t> term{Groups(student, scope), Groups(teacher, scope)};
+    term.eps = eps;
     term.rectify = rectify == "none" ? Rectify::kNone : rectify == "both" ? Rectify::kBoth : Rectify::kTeacher;
     term.normalize = normalize;
     const double elements = static_cast<double>(term.s.G) * term.s.n * term.s.n;
@@ -685,7 +953,7 @@ at::Tensor take_rows(const at::Tensor& x, const at::Tensor& index) {
   return x.index({at::floor_divide(index, N), at::remainder(index, N)}).unsqueeze(0);
 }
 
-// One layer's three terms, into losses[0..2]; they share the norms, and U where a gradient is wanted.
+// One layer's three terms, into losses[0..2]; they share U where a gradient is wanted.
 template <typename acc_t>
 void manifold_layer(
     const at::Tensor& student,
@@ -697,27 +965,22 @@ void manifold_layer(
   constexpr double kEps = 1e-12;
   const bool with_grad = dstudent.numel() > 0;
   const int64_t Ds = student.size(2);
-  const auto r = all_inverse_norms<acc_t>(student, true, kEps), q = all_inverse_norms<acc_t>(teacher, true, kEps);
   acc_t* u = with_grad ? sums_in<acc_t>(dstudent) : nullptr;
   std::vector<acc_t> buffer;
   if (with_grad && !u) {
     buffer.resize(student.numel());
     u = buffer.data();
   }
-  const auto term_of = [&](const at::Tensor& s,
-                           const at::Tensor& t,
-                           const char* scope,
-                           double weight,
-                           const acc_t* r_s,
-                           const acc_t* q_t) {
-    Term<acc_t> term{Groups(s, scope), Groups(t, scope), r_s, q_t};
+  const auto term_of = [&](const at::Tensor& s, const at::Tensor& t, const char* scope, double weight) {
+    Term<acc_t> term{Groups(s, scope), Groups(t, scope)};
+    term.eps = kEps;
     term.c = static_cast<acc_t>(4 * weight / (static_cast<double>(term.s.G) * term.s.n * term.s.n));
     return term;
   };
   const auto mean = [](double sum, const Term<acc_t>& term) {
     return static_cast<acc_t>(sum / (static_cast<double>(term.s.G) * term.s.n * term.s.n));
   };
-  auto inter = term_of(student, teacher, "inter", weights[1], r.data(), q.data());
+  auto inter = term_of(student, teacher, "inter", weights[1]);
   inter.u = u;
   losses[1] = mean(visit(inter), inter);
 
@@ -725,19 +988,16 @@ void manifold_layer(
   const int64_t K = index.numel();
   const auto ids = index.contiguous();
   const auto* id = ids.const_data_ptr<int64_t>();
-  std::vector<acc_t> r_k(K), q_k(K), u_k(with_grad ? K * Ds : 0);
-  for (int64_t k = 0; k < K; ++k) {
+  std::vector<acc_t> u_k(with_grad ? K * Ds : 0);
+  for (int64_t k = 0; k < K; ++k)
     TORCH_CHECK(id[k] >= 0 && id[k] < student.size(0) * student.size(1), "index must lie in [0, B*N), got ", id[k]);
-    r_k[k] = r[id[k]];
-    q_k[k] = q[id[k]];
-  }
-  auto random = term_of(rows_s, rows_t, "intra", weights[2], r_k.data(), q_k.data());
+  auto random = term_of(rows_s, rows_t, "intra", weights[2]);
   random.u = with_grad ? u_k.data() : nullptr;
   losses[2] = mean(visit(random), random);
   for (int64_t k = 0; with_grad && k < K; ++k)
     for (int64_t d = 0; d < Ds; ++d) u[id[k] * Ds + d] += u_k[k * Ds + d];
 
-  auto intra = term_of(student, teacher, "intra", weights[0], r.data(), q.data());
+  auto intra = term_of(student, teacher, "intra", weights[0]);
   intra.u = u;
   intra.add = true;
   if (with_grad) intra.dstudent = dstudent;

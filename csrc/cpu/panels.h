@@ -1,0 +1,176 @@
+// float32 products of matrices that stay in L2, for AVX-512: a library's pack and dispatch anew at each call.
+//
+// Rows are packed 16 together and transposed, [rows / 16][D][16], zeros beyond the last row. A tile of C is up to 8
+// rows by 3 vectors: 24 accumulators, and 11 loads for the 24 multiply-adds of a step.
+#pragma once
+
+#include "cpu/vector.h"
+#include "isa.h"
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastkd {
+
+constexpr int64_t kPanel = 16;    // rows of a panel, columns of a vector
+constexpr int64_t kTileRows = 8;  // of a tile, at most
+
+// Element (i, k) of a left operand is data[i * row + k * step], k < count.
+struct Left {
+  const float* data;
+  int64_t row, step, count;
+};
+
+// Row k of vector v of a right operand starts at data[k * step + v * next].
+struct Right {
+  const float* data;
+  int64_t step, next;
+};
+
+#if FASTKD_HAS_MULTIVERSION
+
+typedef float Vector __attribute__((vector_size(64), aligned(2), may_alias));
+
+// C (rows, 16 vectors) = [A A'] B, or added to C.
+template <int rows, int vectors>
+FASTKD_AVX512 void tile(const Left& first, const Left& second, const Right& b, float* c, int64_t ldc, bool add) {
+  Vector sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; ++v) sum[i][v] = Vector{};
+  const float* y = b.data;
+  for (int part = 0; part < 2; ++part) {
+    const Left x = part == 0 ? first : second;
+    const float* a = x.data;
+    for (int64_t k = 0; k < x.count; ++k, a += x.step, y += b.step) {
+      Vector right[vectors];
+#pragma GCC unroll 3
+      for (int v = 0; v < vectors; ++v) right[v] = *reinterpret_cast<const Vector*>(y + v * b.next);
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        const float left = a[i * x.row];
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; ++v) {
+      auto* out = reinterpret_cast<Vector*>(c + i * ldc + v * kPanel);
+      *out = add ? *out + sum[i][v] : sum[i][v];
+    }
+}
+
+// As tile, for up to kTileRows rows and any number of vectors.
+inline void tile_row(
+    int64_t rows,
+    int64_t vectors,
+    const Left& first,
+    const Left& second,
+    const Right& b,
+    float* c,
+    int64_t ldc,
+    bool add) {
+  using Tile = void (*)(const Left&, const Left&, const Right&, float*, int64_t, bool);
+  static constexpr Tile kTiles[4][3] = {
+      {tile<1, 1>, tile<1, 2>, tile<1, 3>},
+      {tile<2, 1>, tile<2, 2>, tile<2, 3>},
+      {tile<4, 1>, tile<4, 2>, tile<4, 3>},
+      {tile<8, 1>, tile<8, 2>, tile<8, 3>}};
+  for (int64_t i = 0, height = kTileRows, level = 3; i < rows; height /= 2, --level)
+    for (; i + height <= rows; i += height) {
+      const Left x{first.data + i * first.row, first.row, first.step, first.count};
+      const Left y{second.data + i * second.row, second.row, second.step, second.count};
+      for (int64_t v = 0, width; v < vectors; v += width) {
+        width = vectors - v == 4 ? 2 : std::min<int64_t>(vectors - v, 3);  // a single vector's sums wait for each other
+        const Right z{b.data + v * b.next, b.step, b.next};
+        kTiles[level][width - 1](x, y, z, c + i * ldc + v * kPanel, ldc, add);
+      }
+    }
+}
+
+// The transpose of 16 rows of 16: pairs, then fours of each 128 bits, then those change places.
+FASTKD_AVX512 FASTKD_INLINE void transpose(Vector (&x)[kPanel]) {
+  Vector y[kPanel];
+#pragma GCC unroll 8
+  for (int i = 0; i < kPanel; i += 2) {
+    y[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    y[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kPanel / 2; ++j) {  // x[4 j + c]: columns c, c + 4, c + 8, c + 12 of rows 4 j to 4 j + 3
+    const int i = j / 2 * 4 + j % 2, r = j % 2;
+    x[i + r] = __builtin_shufflevector(y[i], y[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    x[i + r + 1] = __builtin_shufflevector(y[i], y[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const Vector a = __builtin_shufflevector(x[c], x[c + 4], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    const Vector b =
+        __builtin_shufflevector(x[c], x[c + 4], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const Vector d =
+        __builtin_shufflevector(x[c + 8], x[c + 12], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    const Vector e =
+        __builtin_shufflevector(x[c + 8], x[c + 12], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    y[c] = __builtin_shufflevector(a, d, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    y[c + 4] = __builtin_shufflevector(a, d, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    y[c + 8] = __builtin_shufflevector(b, e, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    y[c + 12] = __builtin_shufflevector(b, e, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kPanel; ++i) x[i] = y[i];
+}
+
+// Words (n, k), rows ld bytes apart, transposed to (k, cols), in squares of 16 as far as k has any: returns how far.
+FASTKD_AVX512 inline int64_t transpose_words(
+    const char* src,
+    int64_t ld,
+    int64_t n,
+    int64_t k,
+    int64_t cols,
+    float* out) {
+  const int64_t whole = k / kPanel * kPanel;
+  for (int64_t j = 0; j < n; j += kPanel)
+    for (int64_t p = 0; p < whole; p += kPanel) {
+      Vector x[kPanel] = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < kPanel; ++i)
+        if (j + i < n) x[i] = *reinterpret_cast<const Vector*>(src + (j + i) * ld + p * sizeof(float));
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < kPanel; ++i) *reinterpret_cast<Vector*>(out + (p + i) * cols + j) = x[i];
+    }
+  return whole;
+}
+
+// A panel from 16 rows, D to whole vectors; squares: each row's Σ x².
+FASTKD_AVX512 inline void pack_panel(const float* const* rows, int64_t D, float* out, float* squares) {
+  Vector sums[4] = {};
+  for (int64_t d = 0; d < D; d += kPanel, out += kPanel * kPanel) {
+    Vector x[kPanel];
+#pragma GCC unroll 16
+    for (int i = 0; i < kPanel; ++i) x[i] = *reinterpret_cast<const Vector*>(rows[i] + d);
+    transpose(x);
+#pragma GCC unroll 16
+    for (int k = 0; k < kPanel; ++k) {
+      *reinterpret_cast<Vector*>(out + k * kPanel) = x[k];
+      sums[k % 4] += x[k] * x[k];
+    }
+  }
+  *reinterpret_cast<Vector*>(squares) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+#else
+
+inline void tile_row(int64_t, int64_t, const Left&, const Left&, const Right&, float*, int64_t, bool) {}
+inline void pack_panel(const float* const*, int64_t, float*, float*) {}
+inline int64_t transpose_words(const char*, int64_t, int64_t, int64_t, int64_t, float*) {
+  return 0;
+}
+
+#endif
+
+}  // namespace fastkd
