@@ -8,6 +8,7 @@ from fastkd._version import __version__
 from fastkd.functional import (
     attention_loss,
     batch_moments,
+    batch_norm_moments,
     bn_stat_loss,
     competition_loss,
     dkd_loss,
@@ -27,6 +28,7 @@ __all__ = [
     "attention_loss",
     "backend",
     "batch_moments",
+    "batch_norm_moments",
     "bn_stat_loss",
     "competition_loss",
     "dkd_loss",

@@ -669,24 +669,21 @@ def manifold_loss(
     )
 
 
-def _merged(moments: Moments, counts: Sequence[int], ranks: _Ranks) -> Moments:
+def _merged(moments: Moments, channels: Sequence[int], counts: Sequence[int], ranks: _Ranks) -> Moments:
     """(mean, var) over all ranks from each one's (count, mean, M2 = count var), gathered for all layers at once.
 
     mean = Σ_r n_r/n mean_r,   M2 = Σ_r M2_r + n_r (mean_r - mean)²,   in float64
     """
     # A count is exact in float64 up to 2^53.
-    flat = [x.double() for pair in moments for x in pair]
-    flat.append(torch.tensor(counts, dtype=torch.float64).to(flat[0].device, non_blocking=True))
+    n = torch.tensor(counts, dtype=torch.float64).to(moments[0].device, non_blocking=True)
+    flat = [*(x.double() for x in moments), n]
     table = _Gather.apply(torch.cat(flat)[None], ranks, [1] * ranks.world)
-    *columns, n = table.split([len(x) for x in flat], 1)
+    means, variances, n = table.split([len(x) for x in flat], 1)
     share = n / n.sum(0)  # (ranks, layers)
-    merged = []
-    for i, (local, _) in enumerate(moments):
-        means, variances, w = columns[2 * i], columns[2 * i + 1], share[:, i, None]
-        mean = (w * means).sum(0)
-        var = (w * (variances + (means - mean).square())).sum(0)
-        merged.append((mean.to(local.dtype), var.to(local.dtype)))
-    return merged
+    w = torch.cat([share[:, i, None].expand(-1, C) for i, C in enumerate(channels)], 1)
+    mean = (w * means).sum(0)
+    var = (w * (variances + (means - mean).square())).sum(0)
+    return mean.to(moments[0].dtype), var.to(moments[1].dtype)
 
 
 @torch.compiler.disable
@@ -712,7 +709,7 @@ def batch_moments(x: Tensor, *, backend: Backend = "auto", group: Group = None) 
         TypeError, RuntimeError: as in fastkd.batch_moments; no process group.
     """
     ranks = _Ranks(group)
-    local: Moments = []
+    local: list[Moments] = []
 
     def arguments() -> _Own:
         local.append(F.batch_moments(x, backend=backend))
@@ -721,7 +718,7 @@ def batch_moments(x: Tensor, *, backend: Backend = "auto", group: Group = None) 
     if ranks.world == 1:
         return F.batch_moments(x, backend=backend)
     ranks.agree(arguments)
-    ((mean, var),) = _merged(local, [x[:, 0].numel()], ranks)
+    mean, var = _merged(local[0], [x.shape[1]], [x[:, 0].numel()], ranks)
     return _Averaged.apply(mean, ranks.world), _Averaged.apply(var, ranks.world)
 
 
@@ -734,12 +731,13 @@ def bn_stat_loss_and_global_moments(
     layer_weights: Sequence[float] | None,
     momentum: float | None,
     ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    moments: Sequence[Moments] | None,
     backend: Backend,
     group: Group,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """bn_stat_loss, and the means and variances that it compared: per layer (C,), or this rank's (B, C) in "image"."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """bn_stat_loss, and the means and variances that it compared, of all layers end to end (this rank's in "image")."""
     ranks = _Ranks(group)
-    options = (distance, layer_weights, momentum, ema)
+    options = (distance, layer_weights, momentum, ema, moments)
     if ranks.world == 1:
         return bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, backend)
 
@@ -755,14 +753,16 @@ def bn_stat_loss_and_global_moments(
         refuse_transforms("bn_stat_loss")
         return _Own(about, len(inputs[0]))
 
-    def merge(moments: Moments) -> Moments:
-        return moments if distance == "image" else _merged(moments, [x[:, 0].numel() for x in inputs], ranks)
+    def merge(own: Moments) -> Moments:
+        if distance == "image":
+            return own
+        return _merged(own, [x.shape[1] for x in inputs], [x[:, 0].numel() for x in inputs], ranks)
 
     sizes = ranks.agree(arguments).sizes
-    loss, means, variances = bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, backend, merge)
+    loss, mean, var = bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, backend, merge)
     if distance == "image":
-        return _joined([loss], ranks, sizes)[0], means, variances
-    return _Averaged.apply(loss, ranks.world), means, variances
+        return _joined([loss], ranks, sizes)[0], mean, var
+    return _Averaged.apply(loss, ranks.world), mean, var
 
 
 def bn_stat_loss(
@@ -774,6 +774,7 @@ def bn_stat_loss(
     layer_weights: Sequence[float] | None = None,
     momentum: float | None = None,
     ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+    moments: Sequence[Moments] | None = None,
     backend: Backend = "auto",
     group: Group = None,
 ) -> Tensor:
@@ -785,6 +786,7 @@ def bn_stat_loss(
         running_means, running_vars, ema: per layer (C,), the same on every rank. Constants.
         distance, layer_weights, momentum: as in fastkd.bn_stat_loss; "image" is the mean over all ranks' images. One
             element per channel on a rank is enough, except for "image".
+        moments: per layer (mean, biased var) of this rank's input, as in fastkd.bn_stat_loss. Differentiable.
         backend: "auto", "eager", "native" or "triton".
         group: a torch.distributed process group that this rank is in; None: the default one.
 
@@ -797,7 +799,7 @@ def bn_stat_loss(
         TypeError, RuntimeError: as in fastkd.bn_stat_loss; no process group.
     """
     loss, _, _ = bn_stat_loss_and_global_moments(
-        inputs, running_means, running_vars, distance, layer_weights, momentum, ema, backend, group
+        inputs, running_means, running_vars, distance, layer_weights, momentum, ema, moments, backend, group
     )
     return loss
 

@@ -3,13 +3,14 @@
 from fastkd.ops.attention import attention_loss, qkv_relation_loss
 from fastkd.ops.diversity import intra_divergence_loss
 from fastkd.ops.logits import competition_loss, dkd_loss, nkd_loss, soft_target_loss
-from fastkd.ops.moments import batch_moments, bn_stat_loss
+from fastkd.ops.moments import batch_moments, batch_norm_moments, bn_stat_loss
 from fastkd.ops.prior import image_prior, total_variation
 from fastkd.ops.relation import manifold_loss, relation_loss
 
 __all__ = [
     "attention_loss",
     "batch_moments",
+    "batch_norm_moments",
     "bn_stat_loss",
     "competition_loss",
     "dkd_loss",

@@ -14,7 +14,7 @@ from fastkd.ops import _checks as check
 from fastkd.ops._dispatch import Backend
 from fastkd.ops.attention import Divergence, Heads, Reduction
 from fastkd.ops.logits import LogitReduction
-from fastkd.ops.moments import Distance, bn_stat_loss_and_moments
+from fastkd.ops.moments import Distance, Moments, bn_stat_loss_and_moments
 from fastkd.ops.relation import Algorithm, Rectify, Scope, manifold_layers
 
 
@@ -285,6 +285,7 @@ class BatchNormStatLoss(nn.Module):
         running_means: Sequence[Tensor],
         running_vars: Sequence[Tensor],
         *,
+        moments: Sequence[Moments] | None = None,
         update: bool = True,
     ) -> Tensor:
         """fastkd.bn_stat_loss of these layers; the same ones at every call if there is a momentum.
@@ -292,6 +293,8 @@ class BatchNormStatLoss(nn.Module):
         Args:
             inputs: per layer the BatchNorm input (B, C, ...). Differentiable.
             running_means, running_vars: per layer (C,). Constants.
+            moments: per layer (mean, biased var) of its input, where they are known
+                (capture.bn_inputs(model, fused=True)). Differentiable.
             update: False leaves the average as it is (Fast-Datafree: several steps, then one update).
 
         Raises:
@@ -309,16 +312,16 @@ class BatchNormStatLoss(nn.Module):
             average = (self.ema_mean, self.ema_var)
             mean_ema, var_ema = (x.split(channels) if fits else (x,) for x in average)
             momentum, ema = self.momentum, (mean_ema, var_ema)
-        compared = (inputs, running_means, running_vars, self.distance, self.layer_weights, momentum, ema, self.backend)
+        options = (self.distance, self.layer_weights, momentum, ema, moments, self.backend)
+        compared = (inputs, running_means, running_vars, *options)
         if self.process_group is None:
-            loss, means, variances = bn_stat_loss_and_moments(*compared)
+            loss, mean, var = bn_stat_loss_and_moments(*compared)
         else:
-            loss, means, variances = distributed.bn_stat_loss_and_global_moments(*compared, self.process_group)
+            loss, mean, var = distributed.bn_stat_loss_and_global_moments(*compared, self.process_group)
         if self.momentum and update:
             with torch.no_grad():
-                mean, var = torch.cat(means), torch.cat(variances)
                 if self.ema_mean is None or self.ema_var is None:
-                    self.ema_mean, self.ema_var = mean, var
+                    self.ema_mean, self.ema_var = mean.clone(), var.clone()
                 else:
                     self.ema_mean.copy_(mean)
                     self.ema_var.copy_(var)

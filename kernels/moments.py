@@ -1,8 +1,10 @@
-"""Per-channel moments: one program per tile of groups and split of their items.
+"""Per-channel moments, alone or beside a batch norm: one program per tile of groups and split of their items.
 
 A group is a channel (or a channel of an image), its items the elements averaged. BLOCK_G > 1 lays neighbouring lanes
-over channels (channels-last), BLOCK_G = 1 over positions (planes).
+over channels (channels-last), BLOCK_G = 1 over positions (planes). Layers are launched one after the other.
 """
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from ._common import Planes, fold_planes, merge_moments, multiprocessors
 
-# (BLOCK_G, BLOCK_I, num_warps), the same on every architecture: the kernel only streams memory.
+# (BLOCK_G, BLOCK_I, num_warps), the same on every architecture: the kernel only streams memory. 64 x 64 columns spill.
 PLANES = (1, 2048, 4)
-COLUMNS = (64, 64, 4)
+COLUMNS = (32, 32, 4)
+DISTANCE_BLOCK = 1024
 
 
 @triton.jit
@@ -29,10 +32,17 @@ def _offsets(group, item, C, HW, W, stride_b, stride_c, stride_h, stride_w, PER_
 def _moments_partial_kernel(
     x_ptr,  # (B, C, H, W)
     partial_ptr,  # (splits, 3, groups)
+    y_ptr,  # (B, C, H, W); x without a batch norm, as the next two
+    scale_ptr,  # (C,)
+    shift_ptr,  # (C,)
     stride_b,
     stride_c,
     stride_h,
     stride_w,
+    stride_yb,
+    stride_yc,
+    stride_yh,
+    stride_yw,
     C,
     HW,
     W,
@@ -40,6 +50,7 @@ def _moments_partial_kernel(
     items,
     split,
     PER_IMAGE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -52,6 +63,9 @@ def _moments_partial_kernel(
     n = tl.zeros((BLOCK_G,), tl.float32)
     mean = tl.zeros((BLOCK_G,), tl.float32)
     m2 = tl.zeros((BLOCK_G,), tl.float32)
+    if HAS_NORM:
+        scale = tl.load(scale_ptr + group, mask=in_group, other=0.0)
+        shift = tl.load(shift_ptr + group, mask=in_group, other=0.0)
     for i0 in range(begin, end, BLOCK_I):
         item = i0 + tl.arange(0, BLOCK_I)
         offs = _offsets(group[:, None], item[None, :], C, HW, W, stride_b, stride_c, stride_h, stride_w, PER_IMAGE)
@@ -61,6 +75,10 @@ def _moments_partial_kernel(
         mean_i = tl.sum(x, 1) / n_i
         d = tl.where(mask, x - mean_i[:, None], 0.0)
         n, mean, m2 = merge_moments(n, mean, m2, n_i, mean_i, tl.sum(d * d, 1))
+        if HAS_NORM:
+            offs = _offsets(group[:, None], item[None, :], C, HW, W, stride_yb, stride_yc, stride_yh, stride_yw, False)
+            y = scale[:, None] * x + shift[:, None]
+            tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
     out = partial_ptr + 3 * k * groups + group
     tl.store(out, n, mask=in_group)
@@ -99,6 +117,8 @@ def _moments_bwd_kernel(
     x_ptr,  # (B, C, H, W)
     mean_ptr,  # (groups,)
     dx_ptr,  # (B, C, H, W)
+    dy_ptr,  # (B, C, H, W); x without a batch norm, as the next one
+    scale_ptr,  # (C,)
     stride_xb,
     stride_xc,
     stride_xh,
@@ -107,6 +127,10 @@ def _moments_bwd_kernel(
     stride_dc,
     stride_dh,
     stride_dw,
+    stride_yb,
+    stride_yc,
+    stride_yh,
+    stride_yw,
     C,
     HW,
     W,
@@ -114,6 +138,7 @@ def _moments_bwd_kernel(
     items,
     split,
     PER_IMAGE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -124,6 +149,8 @@ def _moments_bwd_kernel(
     a = tl.load(dmean_ptr + group, mask=in_group, other=0.0) / items
     b = tl.load(dvar_ptr + group, mask=in_group, other=0.0) * (2.0 / items)
     mean = tl.load(mean_ptr + group, mask=in_group, other=0.0)
+    if HAS_NORM:
+        scale = tl.load(scale_ptr + group, mask=in_group, other=0.0)
     for i0 in range(begin, end, BLOCK_I):
         item = i0 + tl.arange(0, BLOCK_I)
         mask = in_group[:, None] & (item < end)[None, :]
@@ -131,8 +158,64 @@ def _moments_bwd_kernel(
         offs = _offsets(g, i, C, HW, W, stride_xb, stride_xc, stride_xh, stride_xw, PER_IMAGE)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         dx = a[:, None] + b[:, None] * (x - mean[:, None])
+        if HAS_NORM:
+            offs = _offsets(g, i, C, HW, W, stride_yb, stride_yc, stride_yh, stride_yw, False)
+            dx += scale[:, None] * tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         offs = _offsets(g, i, C, HW, W, stride_db, stride_dc, stride_dh, stride_dw, PER_IMAGE)
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bn_distance_kernel(
+    mean_ptr,  # (n,), of one layer: C channels, several times in "image"
+    var_ptr,  # (n,)
+    running_mean_ptr,  # (C,)
+    running_var_ptr,  # (C,)
+    loss_ptr,  # ()
+    dmean_ptr,  # (n,)
+    dvar_ptr,  # (n,)
+    n,
+    C,
+    weight,  # of a norm ("l2") or of a squared difference
+    unbias,
+    DISTANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    of_mean = tl.zeros((BLOCK,), tl.float32)
+    of_var = tl.zeros((BLOCK,), tl.float32)
+    for i0 in range(0, n, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        mask = i < n
+        var = tl.load(var_ptr + i, mask=mask, other=0.0)
+        d = tl.load(mean_ptr + i, mask=mask, other=0.0) - tl.load(running_mean_ptr + i % C, mask=mask, other=0.0)
+        V = tl.load(running_var_ptr + i % C, mask=mask, other=0.0)
+        if DISTANCE == "image":
+            sigma = tl.sqrt_rn(var * unbias + 1e-6)
+            e = sigma - tl.sqrt_rn(V + 1e-6)
+            tl.store(dvar_ptr + i, weight * unbias * e / sigma, mask=mask)
+        else:
+            e = var - V
+        if DISTANCE == "mse":
+            tl.store(dvar_ptr + i, 2 * weight * e, mask=mask)
+        if DISTANCE != "l2":
+            tl.store(dmean_ptr + i, 2 * weight * d, mask=mask)
+        of_mean += d * d
+        of_var += tl.where(mask, e * e, 0.0)
+    if DISTANCE == "l2":
+        norm_mean = tl.sqrt_rn(tl.sum(of_mean, 0))
+        norm_var = tl.sqrt_rn(tl.sum(of_var, 0))
+        tl.store(loss_ptr, weight * (norm_mean + norm_var))
+        w_mean = tl.where(norm_mean == 0, 0.0, weight / norm_mean)
+        w_var = tl.where(norm_var == 0, 0.0, weight / norm_var)
+        for i0 in range(0, n, BLOCK):
+            i = i0 + tl.arange(0, BLOCK)
+            mask = i < n
+            d = tl.load(mean_ptr + i, mask=mask, other=0.0) - tl.load(running_mean_ptr + i, mask=mask, other=0.0)
+            e = tl.load(var_ptr + i, mask=mask, other=0.0) - tl.load(running_var_ptr + i, mask=mask, other=0.0)
+            tl.store(dmean_ptr + i, w_mean * d, mask=mask)
+            tl.store(dvar_ptr + i, w_var * e, mask=mask)
+    else:
+        tl.store(loss_ptr, weight * (tl.sum(of_mean, 0) + tl.sum(of_var, 0)))
 
 
 def _grid(
@@ -149,35 +232,134 @@ def _grid(
     return (tiles, triton.cdiv(items, split)), groups, items, split, config
 
 
-def moments_fwd(x: Tensor, per_image: bool) -> tuple[Tensor, Tensor]:
-    mean = x.new_empty(x.shape[:2] if per_image else x.shape[1:2], dtype=torch.float32)
-    var = torch.empty_like(mean)
+def _layer_fwd(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    per_image: bool,
+    y: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> None:
+    """Write the moments of one layer, and y of its batch norm if there is one."""
     if x.numel() == 0:
-        return mean, var
-    planes = fold_planes(x)
+        return
+    planes = fold_planes(x, x if y is None else y)
     if planes is None:
-        return moments_fwd(x.contiguous(), per_image)
+        dense = None if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        _layer_fwd(x.contiguous(), mean, var, per_image, dense, scale, shift)
+        if y is not None and dense is not None:
+            y.copy_(dense)
+        return
     grid, groups, items, split, config = _grid(planes, per_image, x.device)
     partial = x.new_empty((grid[1], 3, groups), dtype=torch.float32)
+    norm = (x, x, x) if y is None else (y, scale, shift)
     _moments_partial_kernel[grid](
-        x, partial, *planes.strides[0], planes.C, planes.H * planes.W, planes.W, groups, items, split,
-        PER_IMAGE=per_image, **config,
+        x, partial, *norm, *planes.strides[0], *planes.strides[1], planes.C, planes.H * planes.W, planes.W, groups,
+        items, split, PER_IMAGE=per_image, HAS_NORM=y is not None, **config,
     )  # fmt: skip
     _moments_merge_kernel[(triton.cdiv(groups, 128),)](partial, mean, var, groups, grid[1], BLOCK_G=128)
+
+
+def _layers(inputs: list[Tensor], per_image: bool) -> Iterator[tuple[Tensor, slice]]:
+    """Each layer and where its moments stand."""
+    first = 0
+    for x in inputs:
+        last = first + (x.shape[0] * x.shape[1] if per_image else x.shape[1])
+        yield x, slice(first, last)
+        first = last
+
+
+def moments_fwd(inputs: list[Tensor], per_image: bool) -> tuple[Tensor, Tensor]:
+    layers = list(_layers(inputs, per_image))
+    mean = inputs[0].new_empty((layers[-1][1].stop,), dtype=torch.float32)
+    var = torch.empty_like(mean)
+    for x, k in layers:
+        _layer_fwd(x, mean[k], var[k], per_image)
     return mean, var
 
 
-def moments_bwd(dmean: Tensor, dvar: Tensor, x: Tensor, mean: Tensor, per_image: bool) -> Tensor:
+def _layer_bwd(
+    dmean: Tensor,
+    dvar: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    per_image: bool,
+    dy: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx
-    planes = fold_planes(x, dx)
+    planes = fold_planes(x, dx, x if dy is None else dy)
     if planes is None:
-        return dx.copy_(moments_bwd(dmean, dvar, x.contiguous(), mean, per_image))
+        dense = None if dy is None else dy.contiguous()
+        return dx.copy_(_layer_bwd(dmean, dvar, x.contiguous(), mean, per_image, dense, scale))
     grid, groups, items, split, config = _grid(planes, per_image, x.device)
+    norm = (x, x) if dy is None else (dy, scale)
     _moments_bwd_kernel[grid](
-        dmean.float().contiguous(), dvar.float().contiguous(), x, mean, dx, *planes.strides[0], *planes.strides[1],
+        dmean, dvar, x, mean, dx, *norm, *planes.strides[0], *planes.strides[1], *planes.strides[2],
         planes.C, planes.H * planes.W, planes.W, groups, items, split,
-        PER_IMAGE=per_image, **config,
+        PER_IMAGE=per_image, HAS_NORM=dy is not None, **config,
     )  # fmt: skip
     return dx
+
+
+def moments_bwd(dmean: Tensor, dvar: Tensor, inputs: list[Tensor], mean: Tensor, per_image: bool) -> list[Tensor]:
+    dmean, dvar = dmean.float().contiguous(), dvar.float().contiguous()
+    return [_layer_bwd(dmean[k], dvar[k], x, mean[k], per_image) for x, k in _layers(inputs, per_image)]
+
+
+def _scale(running_var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    scale = (running_var.float() + eps).rsqrt()
+    return scale if weight is None else scale * weight.float()
+
+
+def batch_norm_fwd(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = _scale(running_var, weight, eps)
+    shift = -running_mean.float() * scale if bias is None else bias.float() - running_mean.float() * scale
+    y, mean = torch.empty_like(x), torch.empty_like(scale)
+    var = torch.empty_like(mean)
+    _layer_fwd(x, mean, var, False, y, scale, shift)
+    return y, mean, var
+
+
+def batch_norm_bwd(
+    dy: Tensor,
+    dmean: Tensor,
+    dvar: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    dmean, dvar = dmean.float().contiguous(), dvar.float().contiguous()
+    return _layer_bwd(dmean, dvar, x, mean, False, dy, _scale(running_var, weight, eps))
+
+
+def bn_distance(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    channels: list[int],
+    rows: list[int],
+    counts: list[int],
+    weights: list[float],
+    distance: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var, M, V = (v.float().contiguous() for v in (mean, var, running_mean, running_var))
+    losses, dmean, dvar = mean.new_empty(len(channels)), torch.empty_like(mean), torch.empty_like(var)
+    moment = target = 0
+    for i, (C, B, count, w) in enumerate(zip(channels, rows, counts, weights, strict=True)):
+        n, own, running = C * B, slice(moment, moment + C * B), slice(target, target + C)
+        weight = {"l2": w, "mse": w / (len(channels) * C), "image": w / B}[distance]
+        _bn_distance_kernel[(1,)](
+            mean[own], var[own], M[running], V[running], losses[i:], dmean[own], dvar[own],
+            n, C, weight, count / max(count - 1, 1), DISTANCE=distance, BLOCK=DISTANCE_BLOCK,
+        )  # fmt: skip
+        moment, target = moment + n, target + C
+    return losses.sum(), dmean, dvar

@@ -45,8 +45,16 @@ ATTENTION_TEACHER = constant(2, 3, 9, 4), constant(2, 3, 11, 4)
 LABELS = torch.tensor([0, 1, 0, 1, 2, 2], device=DEVICE)
 LOGITS, LOGITS_TEACHER = (6, 7), constant(6, 7)
 KEY_MASK = torch.arange(11, device=DEVICE).expand(2, 11) < torch.tensor([[7], [11]], device=DEVICE)
+RUNNING = constant(5), constant(5).abs() + 0.5
 STATISTICS = [constant(5), constant(6)], [constant(5).abs(), constant(6).abs()]
 QKV, QKV_TEACHER = (2, 9, 24), tuple(constant(2, 9, 48, seed=seed) for seed in range(3))
+
+
+def _normalised(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """y in small units: a scaled gradient of 65536 would not fit into a float16 output."""
+    y, mean, var = fastkd.batch_norm_moments(x, *RUNNING, weight, bias)
+    return y.to(mean.dtype) * 0.01, mean, var
+
 
 CASES = [
     *(
@@ -80,6 +88,7 @@ CASES = [
     ),
     Case("batch_moments", ((4, 5, 3, 3),), fastkd.batch_moments),
     Case("batch_moments", ((4, 5, 3, 3),), lambda x: fastkd.batch_moments(x, dims="image"), "image"),
+    Case("batch_norm_moments", ((4, 5, 3, 3), (5,), (5,)), lambda *x: _normalised(*x)),
     *(
         Case(
             "bn_stat_loss",

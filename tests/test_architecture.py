@@ -20,7 +20,7 @@ ALLOWED = {
     "fastkd/eager": {"fastkd.eager"} | LOW,
     "fastkd/ops": {"fastkd.ops", "fastkd.eager", "fastkd._extension"} | LOW,
     "fastkd/functional.py": {"fastkd.ops"},
-    "fastkd/capture.py": {"fastkd.capture"},
+    "fastkd/capture.py": OPS | {"fastkd.capture"},
     "fastkd/distributed.py": OPS,
     "fastkd/losses.py": OPS | {"fastkd.distributed"},
     "fastkd/compat.py": OPS | {"fastkd.losses", "fastkd.capture"},
@@ -29,6 +29,7 @@ ALLOWED = {
     "fastkd/train": {
         "fastkd.info",
         "fastkd.train",
+        "fastkd.backend",
         "fastkd.losses",
         "fastkd.functional",
         "fastkd.capture",

@@ -1,5 +1,6 @@
 """What capture collects, checked against the models themselves: their intermediates, hooks and unfused maps."""
 
+import contextlib
 import gc
 import weakref
 
@@ -9,7 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import capture
+import fastkd
+from fastkd import bn_stat_loss, capture
 
 timm = pytest.importorskip("timm", reason="capture is checked on timm's models")
 from timm.layers import set_reentrant_ckpt  # noqa: E402
@@ -281,6 +283,11 @@ GRABS = {
         lambda c: [x for a in c for x in (a.q, a.k, a.v, a.bias)],
     ),
     "bn_inputs": ("resnet", capture.bn_inputs, lambda captured: captured.inputs),
+    "fused": (
+        "resnet",
+        lambda model: capture.bn_inputs(model, fused=True),
+        lambda captured: [*captured.inputs, *(v for pair in captured.moments for v in pair)],
+    ),
 }
 
 
@@ -438,7 +445,7 @@ def test_compile(grab, how):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("grab", GRABS)
+@pytest.mark.parametrize("grab", [grab for grab in GRABS if grab != "fused"])
 def test_entering_after_the_first_compiled_call_is_an_error(grab):
     kind, enter, read = GRABS[grab]
     model = build(kind)
@@ -532,6 +539,122 @@ def test_bn_inputs_refuses_what_it_cannot_use():
         capture.bn_inputs(model, layers=["1", "spare"]),
     ):
         model(IMAGES)
+
+
+# bn_inputs(fused=True)
+
+
+@pytest.fixture
+def normed():
+    """Every kind of batch norm, in eval mode, with statistics and weights of its own."""
+    torch.manual_seed(1)
+    act = timm.layers.BatchNormAct2d(4, drop_layer=nn.Identity)
+    frozen = timm.layers.norm_act.FrozenBatchNormAct2d(4)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act, frozen, nn.BatchNorm2d(4, affine=False), nn.Flatten(),
+        nn.BatchNorm1d(3600),
+    )  # fmt: skip
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(0.3 * torch.rand_like(tensor))
+    return model.eval()
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_fused_gives_the_same_outputs_moments_and_gradients(normed):
+    leaves = [IMAGES.clone().requires_grad_(), *normed.parameters()]
+    results = []
+    for fused in (False, True):
+        with capture.bn_inputs(normed, fused=fused) as bn:
+            y = normed(leaves[0])
+            assert (bn.moments is not None) == fused
+            loss = bn_stat_loss(bn.inputs, bn.running_means, bn.running_vars, moments=bn.moments)
+            results.append((y.detach(), loss.detach(), *torch.autograd.grad(loss + y.square().mean(), leaves)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_fused_keeps_the_models_own_norm(normed):
+    """Modules, hooks and parameters stay the layers' own, so the activation of a BatchNormAct2d is applied once."""
+    fired = []
+    normed[2].register_forward_hook(lambda m, args, out: fired.append(out.min().item()))
+    before, modules = bits(normed), list(normed.modules())
+    with capture.bn_inputs(normed, fused=True):
+        normed(IMAGES)
+        assert list(normed.modules()) == modules
+        assert normed.state_dict().keys() == before.keys()
+    assert fired == [0.0]
+    assert all(torch.equal(a, b) for a, b in zip(bits(normed).values(), before.values(), strict=True))
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_fused_restores_the_model_bit_for_bit(normed, error):
+    own = normed[1].forward = lambda x: nn.BatchNorm2d.forward(normed[1], x)  # patched by someone else
+    before, expected = bits(normed), normed(IMAGES)
+    with contextlib.suppress(KeyboardInterrupt), capture.bn_inputs(normed, fused=True) as bn:
+        normed(IMAGES)
+        assert all(layer.forward is not own for layer in normed[1:5])
+        assert bn.not_finite() == []
+        if error is not None:
+            raise error
+    assert normed[1].forward is own
+    assert not any("forward" in layer.__dict__ for layer in normed[2:])
+    assert all(torch.equal(a, b) for a, b in zip(bits(normed).values(), before.values(), strict=True))
+    assert torch.equal(normed(IMAGES), expected)
+
+
+def test_fused_refuses_what_it_cannot_replace(normed):
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = nn.Sequential(Own(3)).eval()
+    with pytest.raises(ValueError, match="Own has a forward pass of its own"), capture.bn_inputs(model, fused=True):
+        pytest.fail("entered")
+    assert "forward" not in model[0].__dict__
+    normed[4].train()
+    with pytest.raises(ValueError, match=r"^4 are in train mode.*eval"), capture.bn_inputs(normed, fused=True):
+        pytest.fail("entered")
+    normed.eval()
+    with pytest.raises(RuntimeError, match="in train mode"), capture.bn_inputs(normed, fused=True):
+        normed.train()(IMAGES)
+    normed.eval()
+    with pytest.raises(ValueError, match=r"shape \(B, 4, ...\)"), capture.bn_inputs(normed[1:2], fused=True):
+        normed[1](IMAGES)
+    with capture.bn_inputs(normed[:3], fused=True) as bn:
+        normed[:3](IMAGES)
+        with pytest.raises(ValueError, match='distance "l2" or "mse"'):
+            bn_stat_loss(bn.inputs, bn.running_means, bn.running_vars, moments=bn.moments, distance="image")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_fused_compiles_whole(normed):
+    """The compiler sees a replaced forward pass, so the `with` may also be entered after the first compiled call."""
+    compiled_model = torch.compile(normed, backend="aot_eager", fullgraph=True)
+    expected, images = compiled_model(IMAGES), IMAGES.clone().requires_grad_()
+    with capture.bn_inputs(normed, fused=True) as bn:
+        for _ in range(2):
+            torch.testing.assert_close(compiled_model(images), expected)
+            compared = fastkd.batch_moments(bn.inputs[0])
+            torch.testing.assert_close(bn.moments[0], compared)
+    assert torch.equal(compiled_model(IMAGES), expected)
+
+
+def test_layers_with_nan_are_named(normed):
+    images = IMAGES.clone()
+    images[0, 0, 0, 0] = float("nan")
+    for fused in (False, True):
+        with capture.bn_inputs(normed, fused=fused) as bn:
+            normed(images)
+            assert bn.not_finite() == list(bn.names)
+        normed[3].weight.data[1] = float("inf")
+        with capture.bn_inputs(normed, fused=fused) as bn:
+            normed(IMAGES)
+            assert bn.not_finite() == ["4", "6"]
+        normed[3].weight.data[1] = 1
 
 
 # qkv

@@ -112,17 +112,18 @@ def with_hooks(moments_of: Callable[[Tensor], Moments], images: Tensor, labels: 
     return loss + 0.01 * torch.stack(terms).sum()
 
 
-def with_capture(images: Tensor, labels: Tensor) -> Tensor:
-    with capture.bn_inputs(resnet50(images.dtype)) as layers:
+def with_capture(fused: bool, images: Tensor, labels: Tensor) -> Tensor:
+    with capture.bn_inputs(resnet50(images.dtype), fused=fused) as bn:
         loss = without_statistics(images, labels)
-        return loss + 0.01 * fastkd.bn_stat_loss(layers.inputs, layers.running_means, layers.running_vars)
+        return loss + 0.01 * fastkd.bn_stat_loss(bn.inputs, bn.running_means, bn.running_vars, moments=bn.moments)
 
 
 def inversion_step() -> dict[str, Provider]:
     return {
         "eager": Provider(partial(with_hooks, hook_moments)),
         "var_mean": Provider(partial(with_hooks, var_mean)),
-        "fastkd": Provider(with_capture),
+        "fastkd": Provider(partial(with_capture, True)),
+        "fastkd, not fused": Provider(partial(with_capture, False)),
         "without": Provider(without_statistics, gated=False),
     }
 

@@ -12,7 +12,7 @@ def _over(x: Tensor, per_image: bool) -> list[int]:
     return [*([] if per_image else [0]), *range(2, x.ndim)]
 
 
-def moments_fwd(x: Tensor, per_image: bool) -> tuple[Tensor, Tensor]:
+def _layer_moments(x: Tensor, per_image: bool) -> tuple[Tensor, Tensor]:
     x = x.unsqueeze(-1)
     acc, over = accumulator(x), _over(x, per_image)
     means, variances = [], []
@@ -21,11 +21,24 @@ def moments_fwd(x: Tensor, per_image: bool) -> tuple[Tensor, Tensor]:
         var, mean = torch.var_mean(x[:, c : c + channels.step].to(acc), over, correction=0)
         means.append(mean)
         variances.append(var)
-    return torch.cat(means, -1), torch.cat(variances, -1)
+    return torch.cat(means, -1).flatten(), torch.cat(variances, -1).flatten()
 
 
-def moments_bwd(dmean: Tensor, dvar: Tensor, x: Tensor, mean: Tensor, per_image: bool) -> Tensor:
-    """dx = dmean/M + 2/M dvar (x - mean)."""
+def moments_fwd(inputs: list[Tensor], per_image: bool) -> tuple[Tensor, Tensor]:
+    means, variances = zip(*(_layer_moments(x, per_image) for x in inputs), strict=True)
+    return torch.cat(means), torch.cat(variances)
+
+
+def _layer_backward(
+    dmean: Tensor,
+    dvar: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    per_image: bool,
+    dy: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """dx = dmean/M + 2/M dvar (x - mean) + scale dy, the last one of a batch norm."""
     acc, over = accumulator(x), _over(x, per_image)
     M = x[0, 0].numel() if per_image else x[:, 0].numel()
     shape = [1 if d in over else n for d, n in enumerate(x.shape)]
@@ -33,5 +46,83 @@ def moments_bwd(dmean: Tensor, dvar: Tensor, x: Tensor, mean: Tensor, per_image:
     dx = torch.empty_like(x)
     for c in (channels := chunks(x.shape[1], x[:, 0].numel())):
         k = slice(c, c + channels.step)
-        dx[:, k] = torch.addcmul(a[:, k], b[:, k], x[:, k].to(acc) - mean[:, k]).to(x.dtype)
+        d = torch.addcmul(a[:, k], b[:, k], x[:, k].to(acc) - mean[:, k])
+        if dy is not None and scale is not None:
+            d = d.addcmul_(dy[:, k].to(acc), scale.view(shape)[:, k])
+        dx[:, k] = d.to(x.dtype)
     return dx
+
+
+def moments_bwd(dmean: Tensor, dvar: Tensor, inputs: list[Tensor], mean: Tensor, per_image: bool) -> list[Tensor]:
+    sizes = [x.shape[0] * x.shape[1] if per_image else x.shape[1] for x in inputs]
+    layers = zip(inputs, *(v.split(sizes) for v in (dmean, dvar, mean)), strict=True)
+    return [_layer_backward(dm, dv, x, m, per_image) for x, dm, dv, m in layers]
+
+
+def _scale(running_var: Tensor, weight: Tensor | None, eps: float, acc: torch.dtype) -> Tensor:
+    scale = (running_var.to(acc) + eps).rsqrt()
+    return scale if weight is None else scale * weight.to(acc)
+
+
+def batch_norm_fwd(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulator(x)
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    scale = _scale(running_var, weight, eps, acc)
+    shift = -running_mean.to(acc) * scale if bias is None else bias.to(acc) - running_mean.to(acc) * scale
+    scale, shift = scale.view(shape), shift.view(shape)
+    y = torch.empty_like(x)
+    for c in (channels := chunks(x.shape[1], x[:, 0].numel())):
+        k = slice(c, c + channels.step)
+        y[:, k] = torch.addcmul(shift[:, k], x[:, k].to(acc), scale[:, k]).to(x.dtype)
+    return y, *_layer_moments(x, False)
+
+
+def batch_norm_bwd(
+    dy: Tensor,
+    dmean: Tensor,
+    dvar: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    return _layer_backward(dmean, dvar, x, mean, False, dy, _scale(running_var, weight, eps, accumulator(x)))
+
+
+def bn_distance(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    channels: list[int],
+    rows: list[int],
+    counts: list[int],
+    weights: list[float],
+    distance: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = [C * n for C, n in zip(channels, rows, strict=True)]
+    moments = zip(*(v.split(sizes) for v in (mean, var)), strict=True)
+    targets = zip(*(v.to(mean.dtype).split(channels) for v in (running_mean, running_var)), strict=True)
+    terms, dmeans, dvars = [], [], []
+    for (m, v), (M, V), C, n, count, w in zip(moments, targets, channels, rows, counts, weights, strict=True):
+        if distance == "image":
+            unbias = count / (count - 1)
+            sigma = (v * unbias + 1e-6).sqrt_()
+            d, e = m - M.repeat(n), sigma - (V + 1e-6).sqrt_().repeat(n)
+            terms.append((d.square().sum() + e.square().sum()) * (w / n))
+            dmeans.append(d * (2 * w / n))
+            dvars.append(e.div_(sigma) * (w * unbias / n))
+            continue
+        for x, target, gradients in ((m, M, dmeans), (v, V, dvars)):
+            d = x - target
+            if distance == "l2":
+                norm = torch.linalg.vector_norm(d)
+                terms.append(w * norm)
+                gradients.append((d * w / norm).masked_fill_(norm == 0, 0))
+            else:
+                terms.append(d.square().sum() * (w / (len(channels) * C)))
+                gradients.append(d * (2 * w / (len(channels) * C)))
+    return torch.stack(terms).sum(), torch.cat(dmeans), torch.cat(dvars)

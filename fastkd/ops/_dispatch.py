@@ -1,5 +1,6 @@
 """Which implementation runs. A backend named by the caller runs or raises; "auto" never raises."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -42,13 +43,18 @@ def backend(name: Backend) -> Iterator[None]:
         _default = before
 
 
+@functools.cache
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkd::{op}", key)
+
+
 def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run an operator on tensors of this device type and dtype; None if it can."""
     if name == "native":
         if not _extension.HAS_NATIVE:
             return _extension.WHY_NOT
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkd::{op}", key):
+        if key is None or not _has_kernel(op, key):
             return f"{op} has no compiled implementation for {device} tensors in this build"
     if name == "triton":
         if not HAS_TRITON:

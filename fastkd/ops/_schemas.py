@@ -89,21 +89,84 @@ _register(
 )
 
 
-def _moments_fwd(x: Tensor, per_image: bool) -> tuple[Tensor, Tensor]:
-    shape = x.shape[:2] if per_image else x.shape[1:2]
-    return x.new_empty(shape, dtype=accumulator(x)), x.new_empty(shape, dtype=accumulator(x))
+def _moments_fwd(inputs: list[Tensor], per_image: bool) -> tuple[Tensor, Tensor]:
+    groups = sum(x.shape[0] * x.shape[1] if per_image else x.shape[1] for x in inputs)
+    mean = inputs[0].new_empty((groups,), dtype=accumulator(inputs[0]))
+    return mean, torch.empty_like(mean)
 
 
-def _moments_bwd(dmean: Tensor, dvar: Tensor, x: Tensor, mean: Tensor, per_image: bool) -> Tensor:
-    return torch.empty_like(x)
+def _moments_bwd(dmean: Tensor, dvar: Tensor, inputs: list[Tensor], mean: Tensor, per_image: bool) -> list[Tensor]:
+    return [torch.empty_like(x) for x in inputs]
 
 
-_register("moments", "moments_fwd", "(Tensor x, bool per_image) -> (Tensor mean, Tensor var)", _moments_fwd)
+# inputs: layers of one dtype, whose channels (images and channels if per_image) stand end to end in mean and var.
+_register("moments", "moments_fwd", "(Tensor[] inputs, bool per_image) -> (Tensor mean, Tensor var)", _moments_fwd)
 _register(
     "moments",
     "moments_bwd",
-    "(Tensor dmean, Tensor dvar, Tensor x, Tensor mean, bool per_image) -> Tensor dx",
+    "(Tensor dmean, Tensor dvar, Tensor[] inputs, Tensor mean, bool per_image) -> Tensor[] dinputs",
     _moments_bwd,
+)
+
+
+def _bn_distance(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    channels: list[int],
+    rows: list[int],
+    counts: list[int],
+    weights: list[float],
+    distance: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return mean.new_empty(()), torch.empty_like(mean), torch.empty_like(var)
+
+
+# All layers' moments end to end: rows[l] * channels[l] of layer l, each over counts[l] elements. rows is 1 but in
+# "image". Gradients are those of the loss itself; 0 where a norm is 0.
+_register(
+    "moments",
+    "bn_distance",
+    "(Tensor mean, Tensor var, Tensor running_mean, Tensor running_var, SymInt[] channels, SymInt[] rows,"
+    " SymInt[] counts, float[] weights, str distance) -> (Tensor loss, Tensor dmean, Tensor dvar)",
+    _bn_distance,
+)
+
+
+def _batch_norm_fwd(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1:2], dtype=accumulator(x))
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+def _batch_norm_bwd(
+    dy: Tensor,
+    dmean: Tensor,
+    dvar: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+_register(
+    "moments",
+    "batch_norm_fwd",
+    "(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor y, Tensor mean, Tensor var)",
+    _batch_norm_fwd,
+)
+_register(
+    "moments",
+    "batch_norm_bwd",
+    "(Tensor dy, Tensor dmean, Tensor dvar, Tensor x, Tensor mean, Tensor running_var, Tensor? weight, float eps)"
+    " -> Tensor dx",
+    _batch_norm_bwd,
 )
 
 

@@ -6,29 +6,85 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms
 from fastkd.ops._dispatch import Backend, call, resolve
 
 Dims = Literal["batch", "image"]
 Distance = Literal["l2", "mse", "image"]
-Moments = list[tuple[Tensor, Tensor]]  # per layer (mean, var)
+Moments = tuple[Tensor, Tensor]  # mean and variance; of several layers, end to end
 Merge = Callable[[Moments], Moments]
 
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, per_image: bool, impl: Backend) -> tuple[Tensor, Tensor]:
-        mean, var = call(impl, "moments_fwd", x, per_image)
-        ctx.save_for_backward(x, mean)
-        ctx.per_image, ctx.impl = per_image, impl
+    def forward(ctx: Any, impl: Backend, per_image: bool, function: str, *inputs: Tensor) -> Moments:
+        mean, var = call(impl, "moments_fwd", inputs, per_image)
+        ctx.save_for_backward(mean, *inputs)
+        ctx.impl, ctx.per_image, ctx.function = impl, per_image, function
         return mean, var
 
     @staticmethod
     def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("batch_moments")
-        x, mean = ctx.saved_tensors
-        return call(ctx.impl, "moments_bwd", dmean, dvar, x, mean, ctx.per_image), None, None
+        refuse_double_backward(ctx.function)
+        mean, *inputs = ctx.saved_tensors
+        return None, None, None, *call(ctx.impl, "moments_bwd", dmean, dvar, inputs, mean, ctx.per_image)
+
+
+class _Distance(torch.autograd.Function):
+    """Of means and variances, each of all layers or layer by layer; `about` is what the operator takes behind them."""
+
+    @staticmethod
+    def forward(ctx: Any, impl: Backend, about: tuple[Any, ...], M: Tensor, V: Tensor, *moments: Tensor) -> Tensor:
+        half = len(moments) // 2
+        mean, var = (torch.cat(v) if half > 1 else v[0] for v in (moments[:half], moments[half:]))
+        loss, dmean, dvar = call(impl, "bn_distance", mean, var, M, V, *about)
+        ctx.save_for_backward(dmean, dvar)
+        ctx.sizes = [len(v) for v in moments[:half]]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("bn_stat_loss")
+        gradients = [(d * dloss).split(ctx.sizes) for d in ctx.saved_tensors]
+        return None, None, None, None, *gradients[0], *gradients[1]
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        impl: Backend,
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var = call(impl, "batch_norm_fwd", x, running_mean, running_var, weight, bias, eps)
+        ctx.save_for_backward(x, mean, running_mean, running_var, weight)
+        ctx.impl, ctx.eps = impl, eps
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("batch_norm_moments")
+        x, mean, running_mean, running_var, weight = ctx.saved_tensors
+        _, with_dx, _, _, with_dweight, with_dbias, _ = ctx.needs_input_grad
+        dx = dweight = dbias = None
+        if with_dx:
+            dx = call(ctx.impl, "batch_norm_bwd", dy, dmean, dvar, x, mean, running_var, weight, ctx.eps)
+        if with_dweight or with_dbias:
+            # A trained teacher is not what this is for: PyTorch's own sums, in a pass of their own.
+            acc = accumulator(x)
+            wide = [v if v is None else v.to(acc) for v in (dy, x, weight, running_mean, running_var)]
+            _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+                *wide, None, None, False, ctx.eps, [False, with_dweight, with_dbias]
+            )
+            # Autograd casts them to the dtypes of weight and bias.
+        return None, dx, None, None, dweight, dbias, None
 
 
 def batch_moments(x: Tensor, *, dims: Dims = "batch", backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -55,7 +111,70 @@ def batch_moments(x: Tensor, *, dims: Dims = "batch", backend: Backend = "auto")
     check.not_empty("x", x)
     check.one_of("dims", dims, ("batch", "image"))
     refuse_transforms("batch_moments")
-    return _Moments.apply(x, dims == "image", resolve(backend, "moments_fwd", x))
+    per_image = dims == "image"
+    mean, var = _Moments.apply(resolve(backend, "moments_fwd", x), per_image, "batch_moments", x)
+    return (mean.view(x.shape[:2]), var.view(x.shape[:2])) if per_image else (mean, var)
+
+
+def normalised_with_moments(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """batch_norm_moments of what is known to fit: the checks would cost a fifth of a small layer's time."""
+    refuse_transforms("batch_norm_moments")
+    impl = resolve(backend, "batch_norm_fwd", x)
+    return _BatchNorm.apply(impl, x, running_mean, running_var, weight, bias, eps)
+
+
+def batch_norm_moments(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An eval-mode batch norm and the batch moments of its input in one read and one write; backward joins both.
+
+        y = weight (x - running_mean) / √(running_var + eps) + bias,   (mean, var) = batch_moments(x)
+        dx = dy weight / √(running_var + eps) + dmean/M + 2 dvar (x - mean)/M
+
+    Args:
+        x: (B, C, ...), float64 | float32 | bfloat16 | float16, any strides. Differentiable.
+        running_mean, running_var: (C,), of any floating-point dtype. Constants.
+        weight, bias: (C,) or None. Differentiable.
+        eps: > 0.
+        backend: "auto", "eager", "native" or "triton".
+
+    Returns:
+        (y as x, mean (C,), biased var (C,)); moments in float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: not floating-point tensors; eps is not a Python number.
+        ValueError: fewer than 2 dimensions, an empty tensor, channels or devices that differ, eps <= 0, running
+            statistics that require a gradient.
+        RuntimeError: the named backend cannot run here; differentiated twice; under vmap or torch.func.
+    """
+    check.tensor("x", x, range(2, 16), "(B, C, ...)")
+    check.not_empty("x", x)
+    stats = {"running_mean": running_mean, "running_var": running_var}
+    affine = {"weight": weight, "bias": bias}
+    for name, v in (stats | {k: v for k, v in affine.items() if v is not None}).items():
+        check.tensor(name, v, 1, "(C,)")
+        if len(v) != x.shape[1]:
+            raise ValueError(f"{name} must have the {x.shape[1]} channels of x, got {len(v)}")
+    for name, v in stats.items():
+        check.constant(name, v)
+    check.same_device(x=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check.number("eps", eps, low=0, open_low=True)
+    return normalised_with_moments(x, running_mean, running_var, weight, bias, eps, backend)
 
 
 def _check_layers(name: str, layers: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
@@ -63,10 +182,46 @@ def _check_layers(name: str, layers: Sequence[Tensor], inputs: Sequence[Tensor])
         raise ValueError(f"{name} must have one tensor per layer, got {len(layers)} for {len(inputs)} inputs")
     for i, (v, x) in enumerate(zip(layers, inputs, strict=True)):
         check.tensor(f"{name}[{i}]", v, 1, "(C,)")
-        if len(v) != x.shape[1]:
+        if v.shape[0] != x.shape[1]:
             raise ValueError(f"{name}[{i}] must have the {x.shape[1]} channels of inputs[{i}], got {len(v)}")
-        check.same_device(**{f"inputs[{i}]": x, f"{name}[{i}]": v})
+        if v.device != x.device:
+            check.same_device(**{f"inputs[{i}]": x, f"{name}[{i}]": v})
         check.constant(f"{name}[{i}]", v)
+
+
+def _check_moments(moments: Sequence[Moments], inputs: Sequence[Tensor], distance: Distance) -> None:
+    if distance == "image":
+        raise ValueError('moments are those of a batch: use distance "l2" or "mse" with them, got "image"')
+    if len(moments) != len(inputs):
+        raise ValueError(f"moments must have one pair per layer, got {len(moments)} for {len(inputs)} inputs")
+    for i, (pair, x) in enumerate(zip(moments, inputs, strict=True)):
+        for v in pair:
+            check.tensor(f"moments[{i}]", v, 1, "(C,)")
+            if v.shape[0] != x.shape[1]:
+                raise ValueError(f"moments[{i}] must have the {x.shape[1]} channels of its input, got {len(v)}")
+
+
+def _check_weights(layer_weights: Sequence[float], layers: int) -> None:
+    if len(layer_weights) != layers:
+        raise ValueError(f"layer_weights must have one number per layer, got {len(layer_weights)} for {layers} inputs")
+    for i, w in enumerate(layer_weights):
+        check.number(f"layer_weights[{i}]", w, low=0)
+
+
+def _check_inputs(inputs: Sequence[Tensor], distance: Distance, spans_ranks: bool) -> None:
+    if len(inputs) == 0:
+        raise ValueError("inputs must hold at least one layer, got none")
+    for i, x in enumerate(inputs):
+        check.tensor(f"inputs[{i}]", x, range(2, 16), "(B, C, ...)")
+        check.not_empty(f"inputs[{i}]", x)
+        if x.device != inputs[0].device:
+            check.same_device(**{"inputs[0]": inputs[0], f"inputs[{i}]": x})
+        elements = x[0, 0].numel() if distance == "image" else x[:, 0].numel()
+        if elements < (1 if spans_ranks and distance != "image" else 2):
+            raise ValueError(
+                f"inputs[{i}] must hold at least 2 elements per channel{' and image' if distance == 'image' else ''} "
+                f"to have a variance, got {tuple(x.shape)}"
+            )
 
 
 def check_bn_stat(
@@ -77,21 +232,12 @@ def check_bn_stat(
     layer_weights: Sequence[float] | None,
     momentum: float | None,
     ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    moments: Sequence[Moments] | None,
     spans_ranks: bool,
 ) -> None:
     """What bn_stat_loss raises about its arguments, before anything runs."""
     check.one_of("distance", distance, ("l2", "mse", "image"))
-    if len(inputs) == 0:
-        raise ValueError("inputs must hold at least one layer, got none")
-    for i, x in enumerate(inputs):
-        check.tensor(f"inputs[{i}]", x, range(2, 16), "(B, C, ...)")
-        check.not_empty(f"inputs[{i}]", x)
-        elements = x[0, 0].numel() if distance == "image" else x[:, 0].numel()
-        if elements < (1 if spans_ranks and distance != "image" else 2):
-            raise ValueError(
-                f"inputs[{i}] must hold at least 2 elements per channel{' and image' if distance == 'image' else ''} "
-                f"to have a variance, got {tuple(x.shape)}"
-            )
+    _check_inputs(inputs, distance, spans_ranks)
     _check_layers("running_means", running_means, inputs)
     _check_layers("running_vars", running_vars, inputs)
     if (momentum is None) != (ema is None):
@@ -102,13 +248,28 @@ def check_bn_stat(
             raise ValueError(f"momentum must be below 1, got {momentum}")
         _check_layers("ema[0]", ema[0], inputs)
         _check_layers("ema[1]", ema[1], inputs)
+    if moments is not None:
+        _check_moments(moments, inputs, distance)
     if layer_weights is not None:
-        if len(layer_weights) != len(inputs):
-            raise ValueError(
-                f"layer_weights must have one number per layer, got {len(layer_weights)} for {len(inputs)} inputs"
-            )
-        for i, w in enumerate(layer_weights):
-            check.number(f"layer_weights[{i}]", w, low=0)
+        _check_weights(layer_weights, len(inputs))
+
+
+def _moments_of(inputs: Sequence[Tensor], per_image: bool, backend: Backend) -> Moments:
+    """The moments of all layers end to end, in one operator call for each dtype there is."""
+    of_dtype: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(inputs):
+        of_dtype.setdefault(x.dtype, []).append(i)
+    found: dict[int, Moments] = {}
+    for where in of_dtype.values():
+        group = [inputs[i] for i in where]
+        both = _Moments.apply(resolve(backend, "moments_fwd", group[0]), per_image, "bn_stat_loss", *group)
+        if len(of_dtype) == 1:
+            return both
+        sizes = [x.shape[0] * x.shape[1] if per_image else x.shape[1] for x in group]
+        found |= zip(where, zip(*(v.split(sizes) for v in both), strict=True), strict=True)
+    acc = accumulator(*inputs)
+    mean, var = (torch.cat([found[i][k].to(acc) for i in range(len(inputs))]) for k in range(2))
+    return mean, var
 
 
 def bn_stat_loss_and_moments(
@@ -119,44 +280,49 @@ def bn_stat_loss_and_moments(
     layer_weights: Sequence[float] | None,
     momentum: float | None,
     ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    moments: Sequence[Moments] | None,
     backend: Backend,
     merge: Merge | None = None,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """bn_stat_loss, and the means and variances that it compared: per layer (C,), or (B, C) in "image".
+) -> tuple[Tensor, Tensor, Tensor]:
+    """bn_stat_loss, and the means and variances that it compared, of all layers end to end.
 
     merge turns the moments of this rank's images into those of all ranks' images.
     """
     check_bn_stat(
-        inputs, running_means, running_vars, distance, layer_weights, momentum, ema, spans_ranks=merge is not None
+        inputs,
+        running_means,
+        running_vars,
+        distance,
+        layer_weights,
+        momentum,
+        ema,
+        moments,
+        spans_ranks=merge is not None,
     )
-    weights = [1.0] * len(inputs) if layer_weights is None else layer_weights
-    dims: Dims = "image" if distance == "image" else "batch"
-    moments = [batch_moments(x, dims=dims, backend=backend) for x in inputs]
+    refuse_transforms("bn_stat_loss")
+    per_image = distance == "image"
+    rows = [x.shape[0] if per_image else 1 for x in inputs]
+    if moments is None:
+        mean, var = _moments_of(inputs, per_image, backend)
+    else:
+        acc = accumulator(*inputs)
+        by_layer = [pair[k].to(acc) for k in range(2) for pair in moments]
+        mean, var = torch.cat(by_layer[: len(inputs)]), torch.cat(by_layer[len(inputs) :])
     if merge is not None:
-        moments = merge(moments)
-    terms, means, variances = [], [], []
-    for i, (x, mean_running, var_running, w) in enumerate(
-        zip(inputs, running_means, running_vars, weights, strict=True)
-    ):
-        mean, var = moments[i]
-        if momentum is not None and ema is not None:
-            mean, var = mean.lerp(ema[0][i].to(mean), momentum), var.lerp(ema[1][i].to(var), momentum)
-        means.append(mean)
-        variances.append(var)
-        mean_running, var_running = mean_running.to(mean), var_running.to(var)
-        if distance == "l2":
-            # vector_norm's gradient at 0 is 0, which a sqrt of a sum would not give.
-            norm = torch.linalg.vector_norm
-            terms.append(w * (norm(var_running - var) + norm(mean_running - mean)))
-        elif distance == "mse":
-            squares = (var_running - var).square().mean() + (mean_running - mean).square().mean()
-            terms.append(w / len(inputs) * squares)
-        else:
-            n = x[0, 0].numel()
-            sigma, sigma_running = (var * (n / (n - 1)) + 1e-6).sqrt(), (var_running + 1e-6).sqrt()
-            squares = (mean_running - mean).square().sum() + (sigma_running - sigma).square().sum()
-            terms.append(w / x.shape[0] * squares)
-    return torch.stack(terms).sum(), means, variances
+        mean, var = merge((mean, var))
+    if momentum is not None and ema is not None:
+        mean, var = (
+            v.lerp(torch.cat([e.repeat(n) for e, n in zip(average, rows, strict=True)]).to(v), momentum)
+            for v, average in zip((mean, var), ema, strict=True)
+        )
+    channels = [x.shape[1] for x in inputs]
+    counts = [x[0, 0].numel() if per_image else x[:, 0].numel() for x in inputs]
+    weights = [1.0] * len(inputs) if layer_weights is None else [float(w) for w in layer_weights]
+    M, V = torch.cat(list(running_means)), torch.cat(list(running_vars))
+    impl = resolve(backend, "bn_distance", mean)
+    compared = (mean, var) if moments is None or merge is not None or momentum is not None else by_layer
+    loss = _Distance.apply(impl, (channels, rows, counts, weights, distance), M, V, *compared)
+    return loss, mean, var
 
 
 def bn_stat_loss(
@@ -168,6 +334,7 @@ def bn_stat_loss(
     layer_weights: Sequence[float] | None = None,
     momentum: float | None = None,
     ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+    moments: Sequence[Moments] | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Distance of the batch statistics of BatchNorm inputs to the running ones, over all layers of a network.
@@ -187,6 +354,8 @@ def bn_stat_loss(
         layer_weights: per layer a weight; None is 1 each (DeepInversion's first-layer multiplier: [10, 1, 1, ...]).
         momentum: m in [0, 1), together with ema.
         ema: (means, vars), each per layer (C,). Constants.
+        moments: per layer (mean, biased var) of its input, where they are known (capture.bn_inputs(model, fused=True));
+            inputs then give shapes alone. Differentiable.
         backend: "auto", "eager", "native" or "triton".
 
     Returns:
@@ -194,11 +363,11 @@ def bn_stat_loss(
 
     Raises:
         TypeError: inputs or statistics that are not floating-point tensors.
-        ValueError: no layer, lists of unequal length, channels that differ, unknown distance, one element per channel
-            (the variance of "image" has no value there), momentum without ema or outside [0, 1), a statistic that
-            requires a gradient.
+        ValueError: no layer, lists of unequal length, channels or devices that differ, unknown distance, one element
+            per channel (the variance of "image" has no value there), momentum without ema or outside [0, 1), a
+            statistic that requires a gradient, moments with "image".
     """
     loss, _, _ = bn_stat_loss_and_moments(
-        inputs, running_means, running_vars, distance, layer_weights, momentum, ema, backend
+        inputs, running_means, running_vars, distance, layer_weights, momentum, ema, moments, backend
     )
     return loss

@@ -14,6 +14,26 @@ def batch_moments(x: Tensor, *, dims: str = "batch") -> tuple[Tensor, Tensor]:
     return mean.squeeze(over), (x - mean).square().mean(over)
 
 
+def batch_norm_moments(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = weight (x - running_mean) / √(running_var + eps) + bias, and the batch_moments of x."""
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    acc = torch.promote_types(x.dtype, torch.float32)
+    y = (x.to(acc) - running_mean.view(shape)) / (running_var.to(acc).view(shape) + eps).sqrt()
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y.to(x.dtype), *batch_moments(x)
+
+
 def bn_stat_loss(
     inputs: Sequence[Tensor],
     running_means: Sequence[Tensor],
