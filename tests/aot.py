@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 import triton
-from fastkd_kernels import moments, relation
+from fastkd_kernels import moments, prior, relation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -52,21 +52,32 @@ def _signature(kernel: Any, pointers: dict[str, str], constants: dict[str, Any])
 
 
 def _moments() -> Iterator[Variant]:
-    for dtype, per_image, (BLOCK_G, BLOCK_I, num_warps) in product(
-        DTYPES, (False, True), (moments.PLANES, moments.COLUMNS)
+    for dtype, (per_image, has_norm), (BLOCK_G, BLOCK_I, num_warps) in product(
+        DTYPES, ((False, False), (True, False), (False, True)), (moments.PLANES, moments.COLUMNS)
     ):
-        constants = {"PER_IMAGE": per_image, "BLOCK_G": BLOCK_G, "BLOCK_I": BLOCK_I}
-        for kernel, pointers in (
-            (moments._moments_partial_kernel, {"x_ptr": dtype, "partial_ptr": "fp32"}),
-            (
-                moments._moments_bwd_kernel,
-                {"x_ptr": dtype, "dx_ptr": dtype} | dict.fromkeys(("dmean_ptr", "dvar_ptr", "mean_ptr"), "fp32"),
-            ),
-        ):
+        constants = {"PER_IMAGE": per_image, "HAS_NORM": has_norm, "BLOCK_G": BLOCK_G, "BLOCK_I": BLOCK_I}
+        of_channels = ("partial_ptr", "dmean_ptr", "dvar_ptr", "mean_ptr")
+        pointers = dict.fromkeys(("x_ptr", "y_ptr", "dx_ptr", "dy_ptr"), dtype) | dict.fromkeys(of_channels, "fp32")
+        pointers |= dict.fromkeys(("scale_ptr", "shift_ptr"), "fp32" if has_norm else dtype)
+        for kernel in (moments._moments_partial_kernel, moments._moments_bwd_kernel):
             yield Variant(kernel, _signature(kernel, pointers, constants), constants, {"num_warps": num_warps})
     kernel, constants = moments._moments_merge_kernel, {"BLOCK_G": 128}
     pointers = dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), "fp32")
     yield Variant(kernel, _signature(kernel, pointers, constants), constants)
+    for distance in ("l2", "mse", "image"):
+        kernel, constants = moments._bn_distance_kernel, {"DISTANCE": distance, "BLOCK": moments.DISTANCE_BLOCK}
+        pointers = {name: "fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+        signature = _signature(kernel, pointers, constants) | {"weight": "fp32", "unbias": "fp32"}
+        yield Variant(kernel, signature, constants)
+
+
+def _prior() -> Iterator[Variant]:
+    BLOCK_H, BLOCK_W, num_warps = prior.BLOCKS
+    constants = {"BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W, "stride_w": 1}
+    for dtype, kernel in product(DTYPES, (prior._prior_fwd_kernel, prior._prior_bwd_kernel)):
+        pointers = dict.fromkeys(("partial_ptr", "slopes_ptr", "of_image_ptr"), "fp32")
+        pointers |= dict.fromkeys(("x_ptr", "dx_ptr"), dtype)
+        yield Variant(kernel, _signature(kernel, pointers, constants), constants, {"num_warps": num_warps})
 
 
 def _relation_variant(
@@ -127,4 +138,4 @@ def _relation() -> Iterator[Variant]:
 
 
 def variants() -> list[Variant]:
-    return [*_moments(), *_relation()]
+    return [*_moments(), *_prior(), *_relation()]
