@@ -1,9 +1,12 @@
-"""Command line: python -m benchmarks --help."""
+"""Command line: python -m benchmarks --help; python -m benchmarks COMMAND --help for the others."""
 
 import argparse
 import fnmatch
+import importlib
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +14,9 @@ import torch
 from benchmarks import report
 from benchmarks.case import Case
 from benchmarks.cases import CASES
-from benchmarks.measure import measure
+from benchmarks.measure import SECONDS, measure
+
+COMMANDS = ("compare", "aot", "scaling", "profile", "sanitize", "gpu")
 
 
 def select(cases: Sequence[Case], device: str, dtype: str | None, pattern: str) -> list[Case]:
@@ -21,13 +26,26 @@ def select(cases: Sequence[Case], device: str, dtype: str | None, pattern: str) 
     return [case for case in cases if fits(case) and fnmatch.fnmatch(case.name, pattern)]
 
 
+def quick(case: Case) -> Case:
+    """Without the providers that take long to compile."""
+    return replace(case, providers={name: p for name, p in case.providers.items() if not p.thorough})
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table; the status is 1 only if fastkd itself fails the accuracy gate or cannot run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=report.__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return int(importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:]))
+    about = f"{report.__doc__} Other commands: {', '.join(COMMANDS)}."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=about)
     parser.add_argument("--case", metavar="GLOB", default="*", help="names to run, such as 'relation/*'")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: all")
-    parser.add_argument("--rounds", type=int, metavar="N", help="default: as many as a few seconds allow")
+    parser.add_argument("--rounds", type=int, metavar="N", help="default: as many as --seconds allow")
+    seconds = "timed seconds of a case; its oracle, compilation and memory come on top; default: %(default)s"
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=seconds)
+    thorough = "the providers that take long to compile too: the tuned mode, the compiled stock formulations"
+    parser.add_argument("--thorough", action="store_true", help=thorough)
     where = "a file, or a folder for <machine>.json; default: benchmarks/results/ after a run of every case"
     parser.add_argument("--json", type=Path, metavar="PATH", help=where)
     parser.add_argument("--list", action="store_true", help="only print the names")
@@ -43,18 +61,16 @@ def main(argv: list[str] | None = None) -> int:
 
     head = report.header(args.device)
     print(report.title(head), flush=True)
-    done = []
+    begin, done = time.monotonic(), []
     for case in cases:
-        done.append(measure(case, args.rounds))
+        done.append(measure(case if args.thorough else quick(case), args.rounds, args.seconds))
         print(report.block(done[-1]), flush=True)
     print(report.bars(done))
+    print(f"{len(done)} cases in {time.monotonic() - begin:.0f} s")
     is_whole = len(cases) == len(select(CASES, args.device, None, "*"))
     path = args.json or (report.RESULTS if is_whole and args.rounds is None else None)
     if path is not None:
-        path = path if path.suffix == ".json" else path / f"{head['machine']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report.to_json(head, done))
-        print(f"written to {path}")
+        print(f"written to {report.write(path, head, report.rows(done))}")
     return int(any(m.figures["fastkd"].failure for m in done))
 
 

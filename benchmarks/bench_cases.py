@@ -7,13 +7,14 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import report
+from benchmarks.__main__ import quick
 from benchmarks.case import Case
 from benchmarks.cases import CASES
 from benchmarks.conftest import CLOCK
 from benchmarks.measure import Measured
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HERE = [case for case in CASES if case.device == DEVICE]
+HERE = [quick(case) for case in CASES if case.device == DEVICE]
 
 
 @pytest.mark.benchmark(timer=CLOCK)

@@ -17,6 +17,9 @@ ALLOWANCE = "allowance"
 
 MB = 2**20
 
+TUNED = "max-autotune-no-cudagraphs"
+"""The mode of torch.compile that tries several kernels for each product."""
+
 
 class Inputs(NamedTuple):
     """What a provider is called with: the tensors it is differentiated in, then the others."""
@@ -31,13 +34,15 @@ class Provider:
 
     Args:
         call: (*leaves, *constants) -> tensor or tensors; None where there is nothing to differentiate.
-        compiled: run through torch.compile.
+        compiled: run through torch.compile; a string names its mode.
+        thorough: takes long to compile, and is left out unless asked for.
         prepare: applied to each floating-point input beforehand, untimed: another dtype, fewer images.
         gated: must agree with the oracle. What does not compute the case (a floor) is not.
     """
 
     call: Callable[..., Result | None]
-    compiled: bool = False
+    compiled: bool | str = False
+    thorough: bool = False
     prepare: Callable[[Tensor], Tensor] | None = None
     gated: bool = True
 
@@ -46,12 +51,13 @@ class Bar(NamedTuple):
     """fastkd's goal: a rival's figure over fastkd's is at_least so much.
 
     rival: a provider, "others" (the best of all that are gated), COPY, MATMUL or ALLOWANCE.
+    what: "error" is the gradient's, of a rival that fails the gate too.
     or_below: seconds (bytes) that satisfy the bar by themselves.
     """
 
     rival: str
     at_least: float
-    what: Literal["time", "memory"] = "time"
+    what: Literal["time", "memory", "error"] = "time"
     or_below: float = 0.0
 
 
@@ -126,7 +132,8 @@ class Step:
             return prepare(x) if prepare is not None and x.is_floating_point() else x
 
         leaves = tuple(ready(x).detach().requires_grad_(backward) for x in inputs.leaves)
-        call = torch.compile(provider.call, dynamic=False) if provider.compiled else provider.call
+        mode = provider.compiled if isinstance(provider.compiled, str) else None
+        call = torch.compile(provider.call, dynamic=False, mode=mode) if provider.compiled else provider.call
         return cls(call, Inputs(leaves, tuple(map(ready, inputs.constants))), backward)
 
     def __call__(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

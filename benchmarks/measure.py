@@ -76,7 +76,11 @@ class Measured:
 
     def _figure(self, name: str, what: str) -> float | None:
         figures = self.figures.get(name)
-        if figures is None or not figures.times:
+        if figures is None:
+            return None
+        if what == "error":
+            return figures.gradient_error
+        if not figures.times:
             return None
         return figures.median if what == "time" else figures.memory
 
@@ -84,7 +88,7 @@ class Measured:
         verdicts = []
         for bar in self.case.bars:
             ours, rival = self._figure("fastkd", bar.what), self._rival(bar)
-            ratio = None if ours is None or rival is None else rival / max(ours, 1e-9)
+            ratio = None if ours is None or rival is None else rival / max(ours, 1e-12)
             enough = ours is not None and ours <= bar.or_below
             verdicts.append(Verdict(bar, ratio, enough or (ratio is not None and ratio >= bar.at_least)))
         return verdicts

@@ -117,21 +117,37 @@ def provider_json(f: Figures) -> dict[str, Any]:
     return {**timed, "memory": f.memory, **errors, **({"failure": f.failure} if f.failure else {})}
 
 
-def to_json(head: dict[str, Any], cases: Sequence[Measured]) -> str:
+def rows(cases: Sequence[Measured]) -> dict[str, Any]:
     """Seconds, bytes, bytes/s and FLOP/s."""
-    rows = [
-        {
-            "case": m.case.name,
-            "device": m.case.device,
-            "dtype": str(m.case.dtype).removeprefix("torch."),
-            "backward": m.case.backward,
-            "bytes": m.bytes,
-            "flops": m.case.flops,
-            "copy": m.copy,
-            "matmul": m.matmul,
-            "providers": {name: provider_json(f) for name, f in m.figures.items()},
-            "bars": [{**v.bar._asdict(), "ratio": v.ratio, "passed": v.passed} for v in m.verdicts()],
-        }
-        for m in cases
-    ]
-    return json.dumps({"header": head, "cases": rows}, indent=1) + "\n"
+    return {
+        "cases": [
+            {
+                "case": m.case.name,
+                "device": m.case.device,
+                "dtype": str(m.case.dtype).removeprefix("torch."),
+                "backward": m.case.backward,
+                "bytes": m.bytes,
+                "flops": m.case.flops,
+                "copy": m.copy,
+                "matmul": m.matmul,
+                "providers": {name: provider_json(f) for name, f in m.figures.items()},
+                "bars": [{**v.bar._asdict(), "ratio": v.ratio, "passed": v.passed} for v in m.verdicts()],
+            }
+            for m in cases
+        ]
+    }
+
+
+def write(path: Path, head: dict[str, Any], body: dict[str, Any], prefix: str = "") -> Path:
+    """Header and body as JSON, into path or, where that is a folder, into <prefix><machine>.json there."""
+    path = path if path.suffix == ".json" else path / f"{prefix}{head['machine']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {"header": json.dumps(head, indent=1), **{name: _to_json(value) for name, value in body.items()}}
+    path.write_text("{\n" + ",\n".join(f'"{name}": {text}' for name, text in parts.items()) + "\n}\n")
+    return path
+
+
+def _to_json(value: Any) -> str:
+    """A table of plain rows takes a line each."""
+    plain = isinstance(value, list) and not any(isinstance(x, (dict, list)) for row in value for x in row.values())
+    return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if plain else json.dumps(value, indent=1)

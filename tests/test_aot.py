@@ -11,6 +11,8 @@ if os.getenv("TRITON_INTERPRET") == "1":
 
 import aot
 
+from benchmarks import aot as report
+
 
 @pytest.mark.parametrize(("variant", "target"), [(v, target) for v in aot.variants() for target in v.targets], ids=str)
 def test_compiles(variant: aot.Variant, target: str) -> None:
@@ -18,6 +20,7 @@ def test_compiles(variant: aot.Variant, target: str) -> None:
     assert compiled.asm["cubin" if target.startswith("sm") else "hsaco"]
     assert compiled.metadata.shared <= aot.SHARED_MEMORY[target]
     assert (getattr(compiled.metadata, "tmem_size", 0) or 0) <= aot.TENSOR_MEMORY
+    assert not report.inspect(variant, compiled, target).problems()
 
 
 def test_every_kernel_is_covered() -> None:

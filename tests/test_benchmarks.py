@@ -1,5 +1,6 @@
 """The benchmarks' machinery on a case small enough for a test."""
 
+import copy
 import json
 import time
 from functools import partial
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import report
+from benchmarks import aot, report, sanitize, scaling
 from benchmarks.case import ALLOWANCE, COPY, Bar, Provider
 from benchmarks.cases import CASES
 from benchmarks.cases.relation import case
@@ -76,7 +77,7 @@ def test_bars(tiny: Measured) -> None:
 
 def test_json_and_command(tiny: Measured, monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(command, "CASES", (tiny.case,))
-    monkeypatch.setattr(command, "measure", lambda case, rounds: tiny)
+    monkeypatch.setattr(command, "measure", lambda case, rounds, seconds: tiny)
     path = tmp_path / "out" / "results.json"
     assert command.main(["--device", "cpu", "--rounds", "2", "--json", str(path)]) == 0
     out = json.loads(path.read_text())
@@ -84,6 +85,50 @@ def test_json_and_command(tiny: Measured, monkeypatch: pytest.MonkeyPatch, tmp_p
     (row,) = out["cases"]
     assert row["case"] == "relation/tiny" and row["providers"]["fastkd"]["median"] > 0
     assert "MISS" in capsys.readouterr().out
+
+
+def slower(results: dict, factor: float) -> dict:
+    """The same run with fastkd's times scaled."""
+    after = copy.deepcopy(results)
+    ours = after["cases"][0]["providers"]["fastkd"]
+    ours |= {key: factor * ours[key] for key in ("median", "p20", "p80")}
+    return after
+
+
+def compared(tmp_path, before: dict, after: dict, *options: str) -> int:
+    for name, results in (("before", before), ("after", after)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    return command.main(["compare", str(tmp_path / "before.json"), str(tmp_path / "after.json"), *options])
+
+
+def test_compare_finds_regressions(tiny: Measured, tmp_path, capsys) -> None:
+    before = {"header": report.header("cpu"), **report.rows([tiny])}
+    assert compared(tmp_path, before, before) == 0
+    assert compared(tmp_path, before, slower(before, 10)) == 1
+    assert "REGRESSION" in capsys.readouterr().out
+    assert compared(tmp_path, before, slower(before, 10), "--threshold", "20") == 0
+    assert compared(tmp_path, slower(before, 10), before) == 0
+
+
+def test_compare_finds_failures_and_lost_bars(tiny: Measured, tmp_path, capsys) -> None:
+    before = {"header": report.header("cpu"), **report.rows([tiny])}
+    failed, lost, scattered = (copy.deepcopy(before) for _ in range(3))
+    failed["cases"][0]["providers"]["fastkd"] = {"failure": "wrong"}
+    assert compared(tmp_path, before, failed) == 1
+    lost["cases"][0]["bars"][0]["passed"] = False
+    assert compared(tmp_path, before, lost) == 1
+    assert "reached before, missed after" in capsys.readouterr().out
+    scattered["cases"][0]["providers"]["fastkd"] |= {"median": 1e3, "p20": 0.0}  # overlaps with what was
+    assert compared(tmp_path, before, scattered) == 0
+
+
+def test_thorough_providers_are_left_out_unless_asked_for() -> None:
+    (case,) = command.select(CASES, "cpu", None, "relation/intra-deit_ti-b32")
+    assert case.providers["compile tuned"].thorough
+    assert command.quick(case).providers.keys() == {"eager", "compile", "gram identity", "fastkd"}
+    assert all(
+        not case.providers[bar.rival].thorough for case in CASES for bar in case.bars if bar.rival in case.providers
+    )
 
 
 def test_a_wrong_yardstick_vouches_for_nobody() -> None:
@@ -109,6 +154,100 @@ def test_cases_are_well_formed() -> None:
     names = [c.name for c in CASES]
     assert len(set(names)) == len(names)
     for c in CASES:
-        assert c.name.startswith(("relation/", "moments/", "attention/", "prior/")) and "fastkd" in c.providers
+        assert (
+            c.name.startswith(("relation/", "moments/", "attention/", "prior/", "logits/")) and "fastkd" in c.providers
+        )
         assert all(b.rival in {*c.providers, "others", "copy", "matmul", "allowance"} for b in c.bars), c.name
         assert c.flops > 0 and (c.allowance is not None or all(b.rival != ALLOWANCE for b in c.bars))
+
+
+def test_scaling_fits_the_exponent_of_the_largest_sizes() -> None:
+    sizes = (1, 2, 4, 8, 16)
+    assert scaling.slope(sizes, [9.0, 9.0, *(x**2 for x in (4, 8, 16))]) == pytest.approx(2)
+    assert scaling.slope(sizes, [1.0, None, None, None, None]) is None
+    assert scaling.slope(sizes, [1.0, 2.0, None, None, 16.0]) == pytest.approx(1)
+
+
+def test_a_sweep_gives_a_row_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling.memory, "peak", lambda *_: None)
+    theory = {"fastkd": scaling.LINEAR, "eager": scaling.SQUARE}
+    sweep = scaling.Sweep(
+        "tiny", "tokens", (8, 16, 32), partial(scaling._relation, "intra", along="tokens"), theory, 16
+    )
+    ours, eager = scaling.measure(sweep, seconds=0.01)
+    assert all(t > 0 for t in ours["seconds"]) and eager["seconds"][2] is None and eager["time"] is not None
+    assert "tokens 8-32" in scaling.line(ours) and "(1)" in scaling.line(ours)
+
+
+def test_every_sweep_has_its_cases() -> None:
+    for sweep in scaling.SWEEPS:
+        assert {sweep.case(size).name for size in (sweep.sizes[0], sweep.sizes[-1])}
+        assert sweep.theory.keys() <= sweep.case(sweep.sizes[0]).providers.keys()
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", "memcheck: 0 errors"),
+        ("========= ERROR SUMMARY: 3 errors", "memcheck: 3 errors"),
+        ("========= Error: Device not supported", "memcheck: not run, Error: Device not supported"),
+    ],
+)
+def test_a_sanitizer_that_refuses_is_no_failure(said, expected, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '{said}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert str(sanitize.check("memcheck", ["true"])) == expected
+
+
+def test_gpu_report_says_what_is_missing_and_what_failed(tiny: Measured, tmp_path, capsys) -> None:
+    assert command.main(["gpu", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.count("not run") == 4
+    cases = '<testcase classname="t" name="a"/><testcase classname="t" name="b"><failure/></testcase>'
+    (tmp_path / "tests.xml").write_text(f"<testsuite>{cases}</testsuite>")
+    (tmp_path / "sanitizer.json").write_text(json.dumps([{"tool": "memcheck", "errors": None, "why": "none"}]))
+    report.write(tmp_path / "cases.json", report.header("cpu"), report.rows([tiny]))
+    assert command.main(["gpu", str(tmp_path)]) == 1
+    text = (tmp_path / "gpu.md").read_text()
+    assert "1 failure" in text and "t::b" in text and "memcheck: not run, none" in text and "relation/tiny" in text
+    (tmp_path / "tests.xml").write_text('<testsuite><testcase classname="t" name="a"/></testsuite>')
+    assert command.main(["gpu", str(tmp_path)]) == 0
+
+
+def test_cuda_kernels_are_judged() -> None:
+    """Occupancy by hand, and each kind of problem."""
+    good = {
+        "stem": "x", "kernel": "x", "target": "sm_90", "types": "bf16", "options": "", "threads": 256, "registers": 128,
+        "stack": 0, "spills": 0, "looped": 0, "shared": 65_536, "occupancy": 0.25, "matrix": "wgmma", "products": 8,
+        "loads": 4, "wide": 4, "multiplies16": True,
+    }  # fmt: skip
+    assert aot.occupancy("sm_90", 128, 65_536, 256) == 0.25  # two blocks of 8 warps by registers, three by memory
+    assert aot.occupancy("sm_90", 32, 200_000, 128) == 4 / 64
+    assert aot.occupancy("gfx942", 128, 0, 256) == 0.5  # four waves a SIMD of 512 registers
+    assert not aot.Kernel(**good).problems()
+    assert not aot.Kernel(**{**good, "types": "double, double", "looped": 1}).problems()
+    for change in ({"looped": 1}, {"spills": 40, "stack": 100}, {"shared": 300_000}, {"matrix": ""}):
+        assert len(aot.Kernel(**{**good, **change}).problems()) == 1
+
+
+def test_machine_code_is_read() -> None:
+    code = """
+        /*0010*/                   STL [R1], R2 ;            /* 0x0 */
+        /*0020*/                   LDG.E.128 R4, [R2.64] ;   /* 0x0 */
+        /*0030*/                   HGMMA.64x64x16.F32 R8 ;   /* 0x0 */
+        /*0040*/              @!P0 BRA 0x20 ;                /* 0x0 */
+        /*0050*/                   LDL R2, [R1] ;            /* 0x0 */
+        /*0060*/                   LDG.E R4, [R2.64] ;       /* 0x0 */
+    """
+    found = aot._nvidia(code)
+    assert found == {"spills": 2, "looped": 0, "matrix": "wgmma", "products": 1, "loads": 2, "wide": 1}
+    assert aot._nvidia(code.replace("BRA 0x20", "BRA 0x10"))["looped"] == 1
+
+
+def test_rooflines_take_the_longer_of_moving_and_computing() -> None:
+    rows = {row["case"]: row for row in aot.rooflines()}
+    moved, computed = rows["moments/gpu-resnet50_layer1-b256"], rows["relation/gpu-intra-deit_s_1024-b16"]
+    h200 = next(card for card in aot.CARDS if card.name == "H200 SXM")
+    assert moved["H200 SXM"] == pytest.approx(moved["bytes"] / h200.bandwidth)
+    assert computed["H200 SXM"] == pytest.approx(computed["flops"] / h200.matrix16)

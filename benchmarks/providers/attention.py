@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from benchmarks.case import Provider
+from benchmarks.case import TUNED, Provider
 
 
 def _kl_sum(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
@@ -61,8 +61,11 @@ def attention() -> dict[str, Provider]:
     return {
         "eager": Provider(maps),
         "compile": Provider(maps, compiled=True),
+        "compile tuned": Provider(maps, compiled=TUNED, thorough=True),
         "chunks": Provider(chunks),
+        "chunks compile": Provider(chunks, compiled=True, thorough=True),
         "two SDPA calls": Provider(stock_attention),
+        "fastkd eager": Provider(partial(fastkd.attention_loss, backend="eager"), thorough=True),
         "fastkd": Provider(fastkd.attention_loss),
     }
 
@@ -83,5 +86,6 @@ def relations(heads: int) -> dict[str, Provider]:
     return {
         "eager": Provider(eager),
         "compile": Provider(eager, compiled=True),
+        "compile tuned": Provider(eager, compiled=TUNED, thorough=True),
         "fastkd": Provider(partial(_relations_fastkd, heads)),
     }

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from benchmarks.case import Provider
+from benchmarks.case import TUNED, Provider
 from fastkd.losses import ManifoldLoss
 from fastkd.ops.relation import Scope
 
@@ -41,11 +41,14 @@ def _scoped(loss: Callable[[Tensor, Tensor], Tensor], scope: Scope, student: Ten
 
 
 def relation(scope: Scope) -> dict[str, Provider]:
-    eager = partial(_scoped, difference_of_maps, scope)
+    eager, grams = (partial(_scoped, loss, scope) for loss in (difference_of_maps, difference_by_grams))
     return {
         "eager": Provider(eager),
         "compile": Provider(eager, compiled=True),
-        "gram identity": Provider(partial(_scoped, difference_by_grams, scope)),
+        "compile tuned": Provider(eager, compiled=TUNED, thorough=True),
+        "gram identity": Provider(grams),
+        "gram compile": Provider(grams, compiled=True, thorough=True),
+        "fastkd eager": Provider(partial(fastkd.relation_loss, scope=scope, backend="eager"), thorough=True),
         "fastkd": Provider(partial(fastkd.relation_loss, scope=scope)),
     }
 
@@ -77,5 +80,6 @@ def manifold() -> dict[str, Provider]:
     return {
         "eager": Provider(eager),
         "compile": Provider(eager, compiled=True),
+        "compile tuned": Provider(eager, compiled=TUNED, thorough=True),
         "fastkd": Provider(_manifold_fastkd),
     }

@@ -1,0 +1,344 @@
+"""What ahead-of-time compilation says of every GPU kernel, and what cards could at best do: python -m benchmarks aot.
+
+No GPU is needed: Triton's configurations are compiled for each architecture, CUDA kernels are read from a built
+extension. A kernel that spills, wants more shared memory than a block can have, or multiplies 16-bit matrices without a
+matrix instruction is a failure. Occupancy is only reported: kernels that work by warp groups rightly run at 12%.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import report
+from benchmarks.case import Case
+from benchmarks.cases import CASES
+
+ROOT = Path(__file__).parent.parent
+MOST_SPILLED = 64  # bytes a thread, outside of the innermost loops
+
+
+class Card(NamedTuple):
+    """Peaks of a card by its maker's data sheet: bytes/s of memory, FLOP/s without sparsity."""
+
+    name: str
+    bandwidth: float
+    matrix16: float
+    float32: float
+
+
+CARDS = (
+    Card("A100 80GB SXM", 2.039e12, 312e12, 19.5e12),
+    Card("H100 SXM", 3.35e12, 989e12, 67e12),
+    Card("H200 SXM", 4.8e12, 989e12, 67e12),
+    Card("B200", 8.0e12, 2250e12, 75e12),
+    Card("MI300X", 5.3e12, 1307e12, 163.4e12),
+)
+
+
+class Unit(NamedTuple):
+    """A multiprocessor: registers, how they are dealt to a warp, warps and blocks it holds, bytes of shared memory, of
+    which each block is charged `reserved` more than it asks for, and the most a block may ask for."""
+
+    registers: int
+    granularity: int
+    warps: int
+    blocks: int
+    shared: int
+    reserved: int
+    shared_block: int
+    lanes: int
+
+
+UNITS = {
+    "sm_80": Unit(65_536, 256, 64, 32, 167_936, 1024, 166_912, 32),
+    "sm_90": Unit(65_536, 256, 64, 32, 233_472, 1024, 232_448, 32),
+    "sm_100": Unit(65_536, 256, 64, 32, 233_472, 1024, 232_448, 32),
+    "gfx942": Unit(4 * 512 * 64, 8 * 64, 32, 32, 65_536, 0, 65_536, 64),  # four SIMDs of eight waves
+}
+
+THREADS = 256  # kThreads of every file in csrc/cuda
+
+MATRIX = {"HGMMA": "wgmma", "HMMA": "mma", "UTCHMMA": "tcgen05", "DMMA": "mma float64", "v_mfma": "mfma"}
+"""Matrix instructions by the name they have in machine code."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel.
+
+    registers: a thread. stack: bytes a thread. spills: loads and stores that move them; looped: in innermost loops.
+    shared: bytes a block.
+    occupancy: share of the warps that a multiprocessor can hold. matrix: matrix instruction, and how many.
+    loads, wide: instructions that read global memory, and those of them that take 16 bytes a lane or a tile.
+    multiplies16: a product of 16-bit matrices stands in its source.
+    """
+
+    stem: str
+    kernel: str
+    target: str
+    types: str
+    options: str
+    threads: int
+    registers: int
+    stack: int
+    spills: int
+    looped: int
+    shared: int
+    occupancy: float
+    matrix: str
+    products: int
+    loads: int
+    wide: int
+    multiplies16: bool
+
+    def problems(self) -> list[str]:
+        found = []
+        most = UNITS[self.target].shared_block
+        if self.looped and "double" not in self.types:  # float64 serves checks, not training
+            found.append(f"{self.looped} spilled registers move in an innermost loop")
+        if self.spills and self.stack > MOST_SPILLED:
+            found.append(f"{self.stack} bytes a thread spilled, {MOST_SPILLED} are allowed")
+        if self.shared > most:
+            found.append(f"{self.shared} bytes of shared memory, a block can have {most}")
+        if self.multiplies16 and not self.matrix:
+            found.append("16-bit matrices multiplied without a matrix instruction")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.kernel} {self.types} {self.options}".strip()
+
+
+def occupancy(target: str, registers: int, shared: int, threads: int) -> float:
+    """Warps that a multiprocessor holds at once, over those it could."""
+    unit = UNITS[target]
+    warps = -(-threads // unit.lanes)
+    of_warp = -(-max(registers, 1) * unit.lanes // unit.granularity) * unit.granularity
+    by_registers = unit.registers // of_warp // warps
+    by_shared = unit.shared // (shared + unit.reserved) if shared + unit.reserved else unit.blocks
+    return min(by_registers, by_shared, unit.warps // warps, unit.blocks) * warps / unit.warps
+
+
+@cache
+def _cuobjdump() -> str:
+    """Triton's package carries one, the toolkit another."""
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "cuobjdump"
+    return str(Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump")
+
+
+def _dump(path: Path, *options: str) -> str:
+    command = [_cuobjdump(), *options, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia(code: str) -> dict[str, Any]:
+    """What counts in SASS."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*?);", code)
+    names = [name for _, name, _ in lines]
+    at = [(int(address, 16), name.split(".")[0], operands) for address, name, operands in lines]
+    back = [
+        (int(to, 16), here)
+        for here, name, operands in at
+        if name == "BRA"
+        for to in re.findall(r"0x([0-9a-f]+)", operands)[-1:]
+        if int(to, 16) < here
+    ]
+    inner = [(a, b) for a, b in back if not any((c, d) != (a, b) and a <= c and d <= b for c, d in back)]
+    spills = [here for here, name, _ in at if name in ("LDL", "STL")]
+    loads = [n for n in names if re.match(r"(LDG|LDGSTS)\.|UTMALDG|UBLKCP", n)]
+    matrix = [n.split(".")[0] for n in names if n.split(".")[0] in MATRIX]
+    return {
+        "spills": len(spills),
+        "looped": sum(any(a <= here < b for a, b in inner) for here in spills),
+        "matrix": MATRIX[matrix[0]] if matrix else "",
+        "products": len(matrix),
+        "loads": len(loads),
+        "wide": sum(".128" in n or n.startswith("U") for n in loads),
+    }
+
+
+def _amd(code: str) -> dict[str, Any]:
+    """The same in amdgcn text, with the registers of its metadata."""
+    loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", code)
+    products = len(re.findall(r"\bv_mfma\w*", code))
+
+    def count(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", code)
+        return int(found[1]) if found else 0
+
+    return {
+        "registers": count("vgpr_count"),
+        "stack": count("private_segment_fixed_size"),
+        "spills": count("vgpr_spill_count"),
+        "looped": 0,
+        "matrix": MATRIX["v_mfma"] if products else "",
+        "products": products,
+        "loads": len(loads),
+        "wide": sum(name.startswith("dwordx4") for name in loads),
+    }
+
+
+def _usage(text: str) -> tuple[int, int, int]:
+    """Registers, bytes of stack, static bytes of shared memory."""
+    registers, stack, shared = (int(x) for x in re.findall(r"(?:REG|STACK|SHARED):(\d+)", text)[:3])
+    return registers, stack, shared
+
+
+def inspect(variant: Any, compiled: Any, target: str) -> Kernel:
+    """A Triton kernel as compiled: variant and compiled as tests/aot.py has them."""
+    asm, meta, shared = compiled.asm, compiled.metadata, compiled.metadata.shared
+    if target.startswith("sm"):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(asm["cubin"])
+            file.flush()
+            registers, stack, _ = _usage(_dump(Path(file.name), "-res-usage"))
+            found = {"registers": registers, "stack": stack, **_nvidia(_dump(Path(file.name), "-sass"))}
+    else:
+        found = _amd(asm["amdgcn"])
+    threads = meta.num_warps * UNITS[target].lanes
+    # The tensors of the formula are called by a letter; what else there is, is float32 on the way.
+    types = sorted({t[1:] for name, t in variant.signature.items() if re.fullmatch(r"[a-z](_[st])?_ptr", name)})
+    shown = {**variant.constants, **variant.options}
+    return Kernel(
+        stem=variant.kernel.fn.__module__.rpartition(".")[2],
+        kernel=variant.kernel.fn.__name__.strip("_").removesuffix("_kernel"),
+        target=target,
+        types="/".join(types) or "fp32",
+        options=", ".join(f"{k}={v}" for k, v in shown.items() if not k.startswith("stride")),
+        threads=threads,
+        shared=shared,
+        occupancy=occupancy(target, found["registers"], shared, threads),
+        multiplies16=bool(re.search(r"tt\.dot\w* .*: tensor<\w+x(bf16|f16)>", asm["ttir"])),
+        **found,
+    )
+
+
+def _variants() -> Any:
+    """tests/aot.py: the table of configurations that the tests compile."""
+    sys.path[:0] = [] if str(ROOT / "tests") in sys.path else [str(ROOT / "tests")]
+    return importlib.import_module("aot")
+
+
+def _compile(number: int, target: str) -> Kernel:
+    variant = _variants().variants()[number]
+    return inspect(variant, variant.compile(target), target)
+
+
+def triton_kernels(jobs: int) -> Iterator[Kernel]:
+    pairs = [(i, t) for i, variant in enumerate(_variants().variants()) for t in variant.targets]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_compile, *zip(*pairs, strict=True))
+
+
+def _demangle(names: list[str]) -> list[str]:
+    """The kernel's name and template arguments alone."""
+    try:
+        run = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    except OSError:
+        return names
+    return [
+        re.sub(r"\(anonymous namespace\)::|fastkd::|^void ", "", line.split(">(")[0])
+        for line in run.stdout.splitlines()
+    ]
+
+
+@cache
+def _bodies(extension: Path, target: str) -> dict[str, str]:
+    """Machine code by the kernels' mangled names."""
+    code = _dump(extension, "-sass", "-arch", target)
+    return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL))
+
+
+def cuda_kernels(extension: Path) -> Iterator[Kernel]:
+    """Kernels of the compiled extension, by architecture; their block size stands in their launch bounds."""
+    for unit in _dump(extension, "-res-usage").split("Fatbin elf code:")[1:]:
+        target = "sm_" + re.findall(r"arch = sm_(\d+)", unit)[0]
+        usages = dict(re.findall(r"Function (\S+):\n\s*(REG:.*)", unit))
+        bodies = _bodies(extension, target)
+        for (name, usage), readable in zip(usages.items(), _demangle(list(usages)), strict=True):
+            if target not in UNITS or "fastkd" not in name:
+                continue
+            registers, stack, shared = _usage(usage)
+            kernel, _, types = readable.partition("<")
+            yield Kernel(
+                stem={"bn": "moments"}.get(first := kernel.split("_")[0], first),
+                kernel=f"{kernel.removesuffix('_kernel')} (CUDA)",
+                target=target,
+                types=types,
+                options="",
+                threads=THREADS,
+                registers=registers,
+                stack=stack,
+                shared=shared,
+                occupancy=occupancy(target, registers, shared, THREADS),
+                multiplies16=False,
+                **_nvidia(bodies.get(name, "")),
+            )
+
+
+def rooflines() -> list[dict[str, Any]]:
+    """Seconds that each case needs at least on each card: its bytes at the memory's rate or its operations at the
+    arithmetic's, whichever takes longer. 16-bit inputs count at the matrix units' rate, float32 at the plain one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def row(case: Case) -> dict[str, Any]:
+        with FakeTensorMode():
+            moved = case.bytes(case.inputs("cpu", case.dtype))
+        row: dict[str, Any] = {"case": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
+        row |= {"bytes": moved, "flops": case.flops}
+        for card in CARDS:
+            rate = card.float32 if case.dtype == torch.float32 else card.matrix16
+            row[card.name] = max(moved / card.bandwidth, case.flops / rate)
+        return row
+
+    return [row(case) for case in CASES if case.device == "cuda"]
+
+
+def main(argv: list[str]) -> int:
+    """Print what is wrong; the status is 1 if anything is."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__)
+    parser.add_argument("--extension", type=Path, help="a fastkd/_C*.so built with CUDA: its kernels are read too")
+    parser.add_argument("--no-triton", action="store_true", help="only the extension's kernels")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="where results go; benchmarks/results/aot.json is shown"
+    )
+    args = parser.parse_args(argv)
+    if find_spec("triton") is None:
+        parser.error("triton is not installed: it compiles the kernels")
+    kernels: list[Kernel] = []
+    for kernel in () if args.no_triton else triton_kernels(args.jobs):
+        kernels.append(kernel)
+        for problem in kernel.problems():
+            print(f"{kernel}: {problem}", flush=True)
+    if args.extension is not None:
+        read = list(cuda_kernels(args.extension))
+        if not read:
+            parser.error(f"{args.extension} holds no CUDA kernels: FORCE_CUDA=1 builds them")
+        kernels += read
+        print(*(f"{kernel}: {problem}" for kernel in read for problem in kernel.problems()), sep="\n")
+    bad = sum(bool(kernel.problems()) for kernel in kernels)
+    for target, matrix in product(UNITS, dict.fromkeys(MATRIX.values())):
+        if count := sum(k.target == target and k.matrix == matrix for k in kernels):
+            print(f"{target}: {count} kernels use {matrix}")
+    print(f"{len(kernels)} kernels compiled, {bad} with problems")
+    if args.json:
+        body = {"kernels": [asdict(k) for k in kernels], "rooflines": rooflines()}
+        print(f"written to {report.write(args.json, report.header('cpu'), body)}")
+    return int(bad > 0)

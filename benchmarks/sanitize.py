@@ -1,0 +1,75 @@
+"""compute-sanitizer over the tests of the CUDA operators: python -m benchmarks sanitize.
+
+Some machines have none, and some refuse it: both are said and are no failure. Errors that it finds are.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ("memcheck", "racecheck")
+TESTS = ("tests/test_moments.py", "tests/test_prior.py")
+SECONDS = 240  # of each tool
+
+
+class Verdict(NamedTuple):
+    """errors: None where the tool did not run, and why says so."""
+
+    tool: str
+    errors: int | None
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.tool}: {f'not run, {self.why}' if self.errors is None else f'{self.errors} errors'}"
+
+
+def find() -> str | None:
+    """On PATH, or in the toolkit."""
+    homes = [os.getenv("CUDA_HOME", ""), "/usr/local/cuda"]
+    places = [os.path.join(home, folder) for home in homes if home for folder in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def check(tool: str, program: list[str], seconds: float = SECONDS) -> Verdict:
+    """Run the program under a tool."""
+    sanitizer = find()
+    if sanitizer is None:
+        return Verdict(tool, None, "no compute-sanitizer on this machine")
+    command = [sanitizer, "--tool", tool, "--target-processes", "all", *program]
+    # Without PyTorch's cache every tensor is an allocation of its own, with bounds to overstep.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds, cwd=ROOT)
+    except subprocess.TimeoutExpired:
+        return Verdict(tool, None, f"longer than {seconds:g} s")
+    text = run.stdout + run.stderr
+    found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
+    if found:
+        return Verdict(tool, sum(int(a or b) for a, b in found))
+    said = [line for line in text.splitlines() if line.startswith("=========") and len(line) > 12]
+    return Verdict(tool, None, (said or text.splitlines() or ["it said nothing"])[-1].strip("= "))
+
+
+def main(argv: list[str]) -> int:
+    """The status is 1 if errors are found."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks sanitize", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    args = parser.parse_args(argv)
+    program = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "native", *TESTS]
+    verdicts = [check(tool, program) for tool in TOOLS]
+    print(*verdicts, sep="\n")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([verdict._asdict() for verdict in verdicts], indent=1) + "\n")
+    return int(any(verdict.errors for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
