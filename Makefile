@@ -9,18 +9,19 @@ GPU_PYTHON ?= python3
 GPU_PIP    := PIP_BREAK_SYSTEM_PACKAGES=1 $(GPU_PYTHON) -m pip install --no-index --no-deps --no-build-isolation
 # Two workers with a thread each: xdist's workers would otherwise fight for the cores.
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
-# Named one by one: pytest collects bench_*.py only when told to.
-BENCHMARKS = $(wildcard benchmarks/bench_*.py)
-run-benchmarks = $(if $(BENCHMARKS),mkdir -p $(OUT) && $(1) -m pytest $(BENCHMARKS) --benchmark-json $(OUT)/benchmarks.json,echo "no benchmarks/bench_*.py")
+# The GPU machine's Python may lack xdist; its workers share Triton's cache on disk.
+GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 4")' 2> /dev/null)
+GPU_OUT ?= gpu
 verdict = && echo "$@: pass" || { echo "$@: fail"; exit 1; }
 
-.PHONY: install demo test lint types bench gpu gpu-build gpu-test gpu-bench dist clean
+.PHONY: install demo demo-datafree test lint types bench docs dist clean
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-report
 
 $(ENV): pyproject.toml setup.py MANIFEST.in $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastkd needs Python >= 3.10: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/python -m pip install 'torch>=2.10'
-	$(BIN)/python -m pip install -e '.[train,test,lint]'
+	$(BIN)/python -m pip install -e '.[train,test,lint,docs]'
 	touch $@
 
 install: $(ENV)
@@ -28,6 +29,9 @@ install: $(ENV)
 
 demo: $(ENV)
 	$(BIN)/fastkd train
+
+demo-datafree: $(ENV)
+	$(BIN)/python -m fastkd.train.inversion.demo
 
 test: $(ENV)
 	TRITON_INTERPRET=1 $(PYTEST) -m triton
@@ -41,24 +45,43 @@ lint: $(ENV)
 types: $(ENV)
 	$(BIN)/mypy
 
+# About ten minutes on two cores; writes benchmarks/results/<machine>.json and what the docs show of it.
 bench: $(ENV)
-	$(call run-benchmarks,$(BIN)/python)
+	$(BIN)/python -m benchmarks --device cpu --json $(OUT)
+	$(BIN)/python docs/generate.py
 
+docs: $(ENV)
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
+
+# Each call takes at most nine minutes; gpu.json and gpu.md in GPU_OUT say what became of all of them.
 gpu:
-	@$(MAKE) --no-print-directory gpu-build gpu-test gpu-bench $(verdict)
+	@$(MAKE) --no-print-directory -k gpu-build gpu-test gpu-sanitize gpu-bench; status=$$?; \
+	$(MAKE) --no-print-directory gpu-report && (exit $$status) $(verdict)
 
 gpu-build:
 	@FASTKD_BUILD_EXT=1 $(GPU_PIP) -v -e . && $(GPU_PYTHON) -m fastkd.info $(verdict)
 
 gpu-test:
-	@$(GPU_PYTHON) -m pytest -m 'not install' $(verdict)
+	@mkdir -p $(GPU_OUT) && $(GPU_PYTHON) -m pytest -m 'not install' $(GPU_WORKERS) --junitxml $(GPU_OUT)/tests.xml $(verdict)
+
+gpu-sanitize:
+	@$(GPU_PYTHON) -m benchmarks sanitize --json $(GPU_OUT)/sanitizer.json $(verdict)
 
 gpu-bench:
-	@$(call run-benchmarks,$(GPU_PYTHON)) $(verdict)
+	@$(GPU_PYTHON) -m benchmarks profile --device cuda --trace $(GPU_OUT) --json $(GPU_OUT)/profile.json && \
+	$(GPU_PYTHON) -m benchmarks --device cuda --seconds 3 --json $(GPU_OUT)/cases.json $(verdict)
 
+gpu-report:
+	@$(GPU_PYTHON) -m benchmarks gpu $(GPU_OUT) $(verdict)
+
+# The sources, a wheel for any machine without the extension, and one for this machine and its torch.
 dist: $(ENV)
-	$(BIN)/python -m pip wheel --no-deps -w dist .
-	$(BIN)/python setup.py sdist
+	rm -rf dist
+	$(BIN)/python setup.py --quiet sdist
+	FASTKD_BUILD_EXT=0 $(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf build dist *.egg-info fastkd/_C.* fastkd/_built_for.py .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist docs/_build gpu *.egg-info fastkd/_C.* fastkd/_built_for.py .pytest_cache .ruff_cache .mypy_cache

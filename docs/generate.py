@@ -1,37 +1,339 @@
-"""Writes the measured tables of the README from benchmarks/results; with --check, fails where they differ."""
+"""Writes what README and docs show of benchmarks/results: tables between markers, pictures beside the pages.
+
+python docs/generate.py           write
+python docs/generate.py --check   fail where text or pictures differ from the committed results
+"""
 
 import argparse
 import json
+import re
+import statistics
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+import drawings
+import plots
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+RESULTS = ROOT / "benchmarks/results"
+PICTURES = DOCS / "pictures"
+PAGES = (ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts))
+NONE = "Not measured yet.\n"
+Row = dict[str, Any]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |\n"
+        for line in lines
+    )
+
+
+def results(body: str) -> list[Row]:
+    """The committed files that hold such a table: "cases", "sweeps" or "parts"."""
+    loaded = (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
+    return [found for found in loaded if body in found and "header" in found]
+
+
+def machine(header: Row) -> str:
+    """Where, with what and when."""
+    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v and k in ("fastkd", "torch", "triton"))
+    return f"{header['gpu'] or header['cpu']}; {versions}; commit {header['commit']}, {header['date'][:10]}.\n"
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
 def demo() -> str:
     """The closing table of `fastkd train` and the machine it ran on."""
-    from fastkd.train.report import table
+    from fastkd.train.report import table as closing
 
-    summary = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    summary = json.loads((RESULTS / "demo.json").read_text())
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    return f"{table(summary['results'])}\n\nMeasured on {summary['machine']} ({versions}), {summary['date']}.\n"
+    return f"{closing(summary['results'])}\n\nMeasured on {summary['machine']} ({versions}), {summary['date']}.\n"
+
+
+def demo_datafree() -> str:
+    """The rungs of `make demo-datafree` and the machine they were climbed on."""
+    from fastkd.train.inversion.demo import table
+
+    summary = json.loads((RESULTS / "demo-datafree.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    measured = f"{summary['seconds']:.0f} s on {summary['machine']} ({versions}), {summary['date']}"
+    return f"{table(summary)}\n\n{summary['images']} images in each set. The whole took {measured}.\n"
+
+
+def _case(row: Row) -> str:
+    """A case's providers: milliseconds, ratio to fastkd, extra memory and errors."""
+    ours = row["providers"]["fastkd"].get("median")
+    lines = []
+    for name, p in row["providers"].items():
+        if "median" not in p:
+            lines.append([name, p.get("failure", "-").replace("|", "/"), "", "", "", "", ""])
+            continue
+        errors = ["-" if p[key] is None else f"{p[key]:.0e}" for key in ("loss_error", "gradient_error")]
+        memory = "-" if p["memory"] is None else f"{p['memory'] / 2**20:.0f}"
+        ratio = f"{p['median'] / ours:.2f}x" if ours else "-"
+        lines.append([name, ms(p["median"]), f"{ms(p['p20'])}-{ms(p['p80'])}", ratio, memory, *errors])
+    what = "forward + backward" if row["backward"] else "forward"
+    title = (
+        f"**{row['case']}**, {row['dtype']}, {what}, {row['bytes'] / 1e6:.1f} MB, {row['flops'] / 1e9:.3g} GFLOP\n\n"
+    )
+    head = ["provider", "ms", "p20-p80", "time over fastkd's", "extra MB", "loss error", "gradient error"]
+    return title + table(head, lines)
+
+
+def _picture(name: str, title: str) -> str:
+    return f"![{title}](pictures/{name}.svg)\n"
+
+
+def cases() -> str:
+    """Every machine: its picture and all its cases."""
+    parts = []
+    for found in results("cases"):
+        name = found["header"]["machine"]
+        parts += [f"### {found['header']['gpu'] or found['header']['cpu']}\n", machine(found["header"])]
+        parts += [_picture(f"speedup-{name}", "Times faster than eager PyTorch and torch.compile, case by case")]
+        parts += [_picture(f"roofline-{name}", "Operations a second against operations per byte")]
+        parts += [_case(row) for row in found["cases"]]
+    return "\n".join(parts) or NONE
+
+
+def bars() -> str:
+    """Goals and what was reached, on every machine."""
+    parts = []
+    for found in results("cases"):
+        lines = [
+            [
+                row["case"],
+                f"{bar['rival']}, {bar['what']}",
+                "-" if bar["ratio"] is None else f"{bar['ratio']:.2f}",
+                f"{bar['at_least']:.3g}" + (f" or {bar['or_below'] * 1e6:.0f} us" if bar["or_below"] else ""),
+                "reached" if bar["passed"] else "missed",
+            ]
+            for row in found["cases"]
+            for bar in row["bars"]
+        ]
+        reached = sum(line[-1] == "reached" for line in lines)
+        text = table(["case", "against", "ratio", "goal", ""], lines)
+        parts.append(f"{machine(found['header'])}\n{text}\n{reached} of {len(lines)} goals reached.\n")
+    return "\n".join(parts) or NONE
+
+
+HEADLINE = (
+    ("relation/intra-deit_ti-b32", "patch relations, 32 images of 196 tokens"),
+    ("relation/manifold-deit_ti-8_layers-b32", "manifold loss, 8 layers"),
+    ("relation/batch-deit_ti-b32", "all 6,272 tokens of a batch with all"),
+    ("attention/vit_b-b32", "attention maps, ViT-B, 32 images of 197 tokens"),
+    ("attention/vit_b_1024-b1", "attention maps, ViT-B, 4,096 tokens"),
+    ("moments/resnet50_layer1", "BatchNorm statistics, (32, 256, 56, 56)"),
+    ("prior/tv-imagenet-b32", "total variation, 32 images of 224 x 224"),
+)
+
+
+def headline() -> str:
+    """A case of each kind: milliseconds and extra memory of the official form, compiled, and fastkd."""
+    parts = []
+    for found in results("cases"):
+        rows = {row["case"]: row["providers"] for row in found["cases"]}
+        lines = []
+        for case, title in HEADLINE:
+            of_case = [rows.get(case, {}).get(name, {}) for name in ("eager", "compile", "fastkd")]
+            if of_case[-1].get("median"):
+                cells = [
+                    f"{ms(p['median'])}, {p['memory'] / 2**20:.0f}"
+                    if p.get("median") and p["memory"] is not None
+                    else "-"
+                    for p in of_case
+                ]
+                lines.append([title, *cells])
+        if lines:
+            head = ["forward + backward: ms, extra MB", "official form, eager", "torch.compile of it", "fastkd"]
+            parts.append(f"{table(head, lines)}\n{machine(found['header'])}")
+    return "\n".join(parts) or NONE
+
+
+def scaling() -> str:
+    """Fitted exponents beside the promised ones, and the curves."""
+
+    def exponent(row: Row, key: str) -> str:
+        if row[key] is None:
+            return "-"
+        return f"{row[key]:.2f} (theory {row[f'{key}_theory']:g})"
+
+    parts = []
+    for found in results("sweeps"):
+        lines = []
+        for row in found["sweeps"]:
+            measured = [size for size, t in zip(row["sizes"], row["seconds"], strict=True) if t]
+            sizes = f"{row['variable']} {measured[0]} to {measured[-1]}"
+            lines.append([row["sweep"], sizes, row["provider"], exponent(row, "time"), exponent(row, "memory")])
+        parts.append(machine(found["header"]))
+        parts.append(table(["loss", "sizes", "provider", "exponent of time", "exponent of memory"], lines))
+        for variable in dict.fromkeys(row["variable"] for row in found["sweeps"]):
+            name = f"scaling-{variable}-{found['header']['machine']}"
+            parts.append(_picture(name, f"Time and memory against {variable}"))
+    return "\n".join(parts) or NONE
+
+
+def profiles() -> str:
+    """Parts of a training step, with and without fused losses."""
+    parts = []
+    for found in results("parts"):
+        rows = found["parts"]
+        lines = []
+        for part in dict.fromkeys(row["part"] for row in rows):
+            of_part = {row["losses"]: row for row in rows if row["part"] == part}
+            key = "device" if of_part["fused"]["device"] is not None else "host"
+            lines.append([part, *(ms(of_part[losses][key]) for losses in ("fused", "eager"))])
+        text = table(["part of the step", "fused losses, ms", "eager maps, ms"], lines)
+        parts.append(f"{machine(found['header'])}\nBatch {found['batch']}.\n\n{text}")
+    return "\n".join(parts) or NONE
+
+
+def _aot() -> Row | None:
+    path = RESULTS / "aot.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def rooflines() -> str:
+    """The least time of each case on each card."""
+    found = _aot()
+    if found is None:
+        return NONE
+    rows = found["rooflines"]
+    cards = [key for key in rows[0] if key not in ("case", "dtype", "bytes", "flops")]
+    lines = [
+        [row["case"], row["dtype"], f"{row['bytes'] / 1e6:.0f}", f"{row['flops'] / 1e9:.3g}"]
+        + [f"{row[card] * 1e3:.3f}" for card in cards]
+        for row in rows
+    ]
+    return table(["case", "dtype", "MB", "GFLOP", *(f"{card}, ms" for card in cards)], lines)
+
+
+def aot() -> str:
+    """Every compiled kernel."""
+    found = _aot()
+    if found is None:
+        return NONE
+    versions, commit = found["header"]["versions"], found["header"]["commit"]
+    parts = [f"Compiled by Triton {versions['triton']} and nvcc, commit {commit}, {found['header']['date'][:10]}.\n"]
+    for stem in dict.fromkeys(kernel["stem"] for kernel in found["kernels"]):
+        lines = [
+            [
+                k["kernel"].removeprefix(f"{stem}_"),
+                k["types"].replace("c10::", ""),
+                k["target"],
+                str(k["registers"]),
+                f"{k['stack']} B" if k["spills"] else "-",
+                f"{k['shared'] / 1024:.0f}",
+                f"{k['occupancy']:.0%}",
+                f"{k['matrix']} x{k['products']}" if k["matrix"] else "-",
+                f"{k['wide']} of {k['loads']}",
+                re.sub(r"(?:num_)?(\w+)=", r"\1 ", k["options"]),
+            ]
+            for k in found["kernels"]
+            if k["stem"] == stem
+        ]
+        head = [
+            "kernel",
+            "types",
+            "target",
+            "registers",
+            "spilled",
+            "shared KB",
+            "occupancy",
+            "matrix",
+            "16-byte loads",
+            "as",
+        ]
+        parts.append(f"## {stem}\n\n{table(head, lines)}")
+    return "\n".join(parts)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    section.__name__: section
+    for section in (demo, demo_datafree, headline, cases, bars, scaling, profiles, rooflines, aot)
+}
 
 
 def fill(text: str) -> str:
     """text with each generated section in place of what stands between its markers."""
-    for name, section in (("demo", demo()),):
+    for name in re.findall(r"<!-- (\w+) -->\n", text):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         head, tail = text.split(begin)[0], text.split(end)[1]
-        text = head + begin + section + end + tail
+        text = head + begin + SECTIONS[name]() + end + tail
     return text
 
 
+def pictures() -> Iterator[tuple[str, Any, Callable[[Any, Any], None], tuple[float, float]]]:
+    """(name, data, how to draw it, inches) of every picture."""
+    for found in results("cases"):
+        name = found["header"]["machine"]
+        rows = [row for row in found["cases"] if "median" in row["providers"]["fastkd"]]
+        bars = []
+        for row in rows:
+            ours = row["providers"]["fastkd"]["median"]
+            others = {
+                n: p["median"] / ours
+                for n, p in row["providers"].items()
+                if n in ("eager", "compile") and "median" in p
+            }
+            if others and row["backward"]:
+                bars.append({"case": row["case"], "others": others})
+        yield f"speedup-{name}", bars, plots.speedups, (7.5, 1 + 0.28 * len(bars))
+        limits = {
+            key: statistics.median(row[key] for row in rows if row["dtype"] == "float32") for key in ("copy", "matmul")
+        }
+        points = [
+            {"case": r["case"], "flops": r["flops"], "bytes": r["bytes"], "seconds": r["providers"]["fastkd"]["median"]}
+            for r in rows
+        ]
+        yield f"roofline-{name}", {**limits, "cases": points}, plots.roofline, (6, 4)
+    for found in results("sweeps"):
+        for variable in dict.fromkeys(row["variable"] for row in found["sweeps"]):
+            rows = [row for row in found["sweeps"] if row["variable"] == variable]
+            yield f"scaling-{variable}-{found['header']['machine']}", rows, plots.scaling, (9, 3.5)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; the status is 1 if anything differs")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        old = page.read_text()
+        new = fill(old)
+        if old != new:
+            stale.append(page)
+            if not check:
+                page.write_text(new)
+    for name, rows in drawings.DRAWINGS.items():
+        drawing, svg = PICTURES / f"{name}.svg", drawings.flow(rows)
+        if not drawing.exists() or drawing.read_text() != svg:
+            stale.append(drawing)
+            if not check:
+                drawing.parent.mkdir(exist_ok=True)
+                drawing.write_text(svg)
+    for name, data, draw, size in pictures():
+        picture = PICTURES / f"{name}.svg"
+        if plots.drawn_from(picture) != plots.digest(data):
+            stale.append(picture)
+            if not check:
+                plots.write(picture, data, draw, size)
+    names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+    if check and stale:
+        print(f"not as measured: {names} (python docs/generate.py)", file=sys.stderr)
+        return 1
+    print(f"{'up to date' if not stale else f'written: {names}'}")
+    return 0
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    old = README.read_text()
-    new = fill(old)
-    if parser.parse_args().check:
-        sys.exit("README.md differs from its measurements: python docs/generate.py" if new != old else 0)
-    README.write_text(new)
+    sys.exit(main())
