@@ -12,6 +12,8 @@ in torch.compile.
 """
 
 import hashlib
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -33,6 +35,7 @@ __all__ = ["batch_moments", "bn_stat_loss", "intra_divergence_loss", "manifold_l
 _CHUNK = 1 << 22  # elements of a message or a temporary: 16 MB in float32
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # a string: PyTorch can be built without it
+Shapes: TypeAlias = "Sequence[tuple[int, ...]]"
 About = dict[str, object]  # what must be the same on every rank
 
 
@@ -115,11 +118,41 @@ class _Ranks:
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
-    def exchange(self, x: Tensor, outgoing: Sequence[int], incoming: Sequence[int]) -> Tensor:
-        """outgoing[r] rows of x, in the order of the ranks, for incoming[r] rows of each rank r."""
-        received = x.new_empty((sum(incoming), *x.shape[1:]))
-        dist.all_to_all_single(received, x.contiguous(), list(incoming), list(outgoing), group=self.group)
-        return received
+    def exchange(
+        self, pieces: Sequence[Sequence[Tensor]], sent: Sequence[Shapes], taken: Sequence[Shapes]
+    ) -> list[list[Tensor]]:
+        """Sends pieces[r] to each rank r, all in one message, and returns what came from each.
+
+        Args:
+            pieces: tensors (images, tokens, D) per rank, alike in dtype on every rank.
+            sent: their shapes on the way, per rank; tokens that a piece lacks are zeros.
+            taken: the shapes that come from each rank.
+        """
+        dtypes = [x.dtype for x in pieces[0]]
+        out_bytes, in_bytes = ([_offsets(shapes, dtypes)[-1] for shapes in each] for each in (sent, taken))
+        message = pieces[0][0].new_empty(sum(out_bytes), dtype=torch.uint8)
+        for part, own, shapes in zip(message.split(out_bytes), pieces, sent, strict=True):
+            for view, x in zip(_views(part, shapes, dtypes), own, strict=True):
+                view[:, : x.shape[1]] = x
+                view[:, x.shape[1] :] = 0
+        received = message.new_empty(sum(in_bytes))
+        dist.all_to_all_single(received, message, in_bytes, out_bytes, group=self.group)
+        return [_views(part, shapes, dtypes) for part, shapes in zip(received.split(in_bytes), taken, strict=True)]
+
+
+def _offsets(shapes: Shapes, dtypes: Sequence[torch.dtype]) -> list[int]:
+    """Where tensors begin that lie one after the other in bytes, each at a multiple of 16, and where the last ends."""
+    sizes = (-(-math.prod(shape) * dtype.itemsize // 16) * 16 for shape, dtype in zip(shapes, dtypes, strict=True))
+    return list(itertools.accumulate(sizes, initial=0))
+
+
+def _views(message: Tensor, shapes: Shapes, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The tensors of those shapes and dtypes in a message of bytes."""
+    starts = _offsets(shapes, dtypes)
+    return [
+        message[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for start, shape, dtype in zip(starts, shapes, dtypes, strict=False)
+    ]
 
 
 def spans_ranks(group: Group) -> bool:
@@ -350,56 +383,67 @@ class _Relation(torch.autograd.Function):
         return scaled(dstudent, dloss, ctx.dtype), *(None,) * 8
 
 
-def _shares(x: Tensor, world: int) -> Tensor:
-    """(B, N, D) -> (world B, n, D): the tokens of each rank's share, n = ceil(N / world), filled up with zeros."""
-    B, N, D = x.shape
-    n = -(-N // world)
-    shares = x.new_empty(world, B, n, D)
-    for share, tokens in zip(shares, x.split(n, 1), strict=False):
-        share[:, : tokens.shape[1]] = tokens
-        share[:, tokens.shape[1] :] = 0
-    shares[-(-N // n) :] = 0
-    return shares.flatten(0, 1)
-
-
 class _Inter(torch.autograd.Function):
-    """Scope "inter": a rank relates the images of all ranks at its share of the tokens, and sends the gradient home.
+    """Scope "inter" of several layers: a rank relates the images of all ranks at its share of the tokens.
 
-    A row of zeros relates as 0, so the filling changes nothing but the mean, which every rank takes over n tokens.
+    Two messages for all layers: features go out, gradients come home. A row of zeros relates as 0, so what fills up
+    the last shares changes nothing but the mean, which every rank takes over as many tokens.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
         ranks: _Ranks,
         sizes: list[int],
         impl: Backend,
         with_grad: bool,
-        *options: Any,
-    ) -> Tensor:
-        (B, N, Ds), world = student.shape, ranks.world
-        own = [B] * world
-        s, t = (ranks.exchange(_shares(x, world), own, sizes) for x in (student, teacher))
-        with torch.autocast(student.device.type, enabled=False):
-            loss, ds = call(impl, "relation_fwd", s, t, "inter", *options, with_grad)
-        ctx.dtype, ctx.share = student.dtype, s.shape[1] / N
+        options: list[tuple[Any, ...]],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        n_layers, own, world = len(options), sizes[ranks.rank], ranks.world
+        students = tensors[:n_layers]
+        shares = [-(-x.shape[1] // world) for x in tensors]
+
+        def shapes(images: int, of: Sequence[Tensor] = tensors) -> Shapes:
+            return [(images, share, x.shape[-1]) for share, x in zip(shares, of, strict=False)]
+
+        pieces = [[x[:, r * n : (r + 1) * n] for n, x in zip(shares, tensors, strict=True)] for r in range(world)]
+        received = ranks.exchange(pieces, [shapes(own)] * world, [shapes(size) for size in sizes])
+        images = [torch.cat(parts) for parts in zip(*received, strict=True)]
+        losses, gradients = [], []
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            for s, t, option in zip(images[:n_layers], images[n_layers:], options, strict=True):
+                loss, ds = call(impl, "relation_fwd", s, t, "inter", *option, with_grad)
+                losses.append(loss)
+                gradients.append(ds)
+        ctx.scales = [share / s.shape[1] for share, s in zip(shares, students, strict=False)]
+        ctx.dtypes = [s.dtype for s in students]
         if with_grad:
-            ds = ranks.exchange(ds, sizes, own).view(world, B, -1, Ds).transpose(0, 1).flatten(1, 2)[:, :N].contiguous()
-        ctx.save_for_backward(ds)
-        return ranks.sum_(loss.double() * ctx.share).to(loss.dtype)
+            pieces = [list(parts) for parts in zip(*(ds.split(sizes) for ds in gradients), strict=True)]
+            received = ranks.exchange(
+                pieces, [shapes(size, students) for size in sizes], [shapes(own, students)] * world
+            )
+            gradients = [
+                torch.cat(parts, 1)[:, : s.shape[1]].contiguous()
+                for parts, s in zip(zip(*received, strict=True), students, strict=True)
+            ]
+        ctx.save_for_backward(*gradients)
+        total = ranks.sum_(torch.stack([x.double() * scale for x, scale in zip(losses, ctx.scales, strict=True)]))
+        return tuple(x.to(loss.dtype, copy=True) for x, loss in zip(total.unbind(), losses, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("relation_loss")
-        (ds,) = ctx.saved_tensors
-        return scaled(ds, dloss * ctx.share, ctx.dtype), *(None,) * 9
+        gradients = [
+            scaled(stored, dloss * scale, dtype)
+            for stored, dloss, scale, dtype in zip(ctx.saved_tensors, dlosses, ctx.scales, ctx.dtypes, strict=True)
+        ]
+        return *(None,) * 5, *gradients, *(None,) * len(gradients)
 
 
 def _spanning(
-    student: Tensor,
-    teacher: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
     ranks: _Ranks,
     agreed: _Agreed,
     *,
@@ -409,24 +453,33 @@ def _spanning(
     eps: float = 1e-12,
     algorithm: str = "auto",
     backend: Backend = "auto",
-) -> Tensor:
-    """Scope "inter" or "batch" over all ranks."""
-    sizes, local = agreed.sizes, algorithm
-    if algorithm == "auto":
-        # "inter" sends a rank's features away and the gradient back, "batch" brings those of all ranks.
-        n = 2 * max(sizes) if scope == "inter" else sum(sizes) * student.shape[1]
-        algorithm = pick_algorithm(n, student, teacher, rectify, agreed.fast_float64)
-    if scope == "inter" and algorithm == "tile":
-        if local == "auto":
-            local = pick_local(sum(sizes), student.shape[-1], teacher.shape[-1], rectify, student.device)
-        impl = resolve(backend, "relation_fwd", student)
-        loss = _Inter.apply(
-            student, teacher, ranks, sizes, impl, agreed.with_grad, normalize, rectify, float(eps), local
-        )
-    else:
-        rows = _Rows(normalize, eps, accumulator(student, teacher))
-        loss = _Relation.apply(student, teacher, ranks, sizes, scope, rectify, algorithm, rows, wants_grad(student))
-    return _Averaged.apply(loss, ranks.world)
+) -> list[Tensor]:
+    """Scope "inter" or "batch" over all ranks, layer by layer; what "inter" sends as features goes together."""
+    sizes = agreed.sizes
+    losses: list[Tensor | None] = [None] * len(students)
+    together: dict[tuple[torch.device, Backend], list[int]] = {}
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        chosen = algorithm
+        if algorithm == "auto":
+            # "inter" sends a rank's features away and the gradient back, "batch" brings those of all ranks.
+            n = 2 * max(sizes) if scope == "inter" else sum(sizes) * s.shape[1]
+            chosen = pick_algorithm(n, s, t, rectify, agreed.fast_float64)
+        if scope == "inter" and chosen == "tile":
+            together.setdefault((s.device, resolve(backend, "relation_fwd", s)), []).append(i)
+        else:
+            rows = _Rows(normalize, eps, accumulator(s, t))
+            losses[i] = _Relation.apply(s, t, ranks, sizes, scope, rectify, chosen, rows, wants_grad(s))
+    for (device, impl), layers in together.items():
+        own, theirs = [students[i] for i in layers], [teachers[i] for i in layers]
+        local = [
+            algorithm if algorithm != "auto" else pick_local(sum(sizes), s.shape[-1], t.shape[-1], rectify, device)
+            for s, t in zip(own, theirs, strict=True)
+        ]
+        options = [(normalize, rectify, float(eps), each) for each in local]
+        found = _Inter.apply(ranks, sizes, impl, agreed.with_grad, options, *own, *theirs)
+        for i, loss in zip(layers, found, strict=True):
+            losses[i] = loss
+    return [_Averaged.apply(loss, ranks.world) for loss in losses]
 
 
 def _own_rows(x: Tensor, index: Tensor, start: int) -> Tensor:
@@ -437,18 +490,33 @@ def _own_rows(x: Tensor, index: Tensor, start: int) -> Tensor:
 
 
 def _sampled(
-    student: Tensor, teacher: Tensor, index: Tensor, ranks: _Ranks, sizes: list[int], **options: Any
-) -> Tensor:
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    ranks: _Ranks,
+    sizes: list[int],
+    **options: Any,
+) -> list[Tensor]:
     """The K x K map of rows of the global batch, on every rank; their gradient goes back to where they stand."""
-    N, Ds = student.shape[1:]
-    total = sum(sizes) * N
-    torch._assert_async(((index >= 0) & (index < total)).all(), f"index must lie in [0, B*N = {total})")
-    start = sum(sizes[: ranks.rank]) * N
-    # Each row is x + 0 + ... + 0: exact in any dtype that holds both.
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    both = _Sum.apply(torch.cat([_own_rows(x, index, start).to(dtype) for x in (student, teacher)], -1), ranks)
-    s, t = both[:, :Ds].to(student.dtype), both[:, Ds:].detach().to(teacher.dtype)
-    return _Averaged.apply(F.relation_loss(s[None], t[None], **options), ranks.world)
+    pairs = list(zip(students, teachers, strict=True))
+    rows = []
+    for (s, t), index in zip(pairs, indices, strict=True):
+        total, start = sum(sizes) * s.shape[1], sum(sizes[: ranks.rank]) * s.shape[1]
+        torch._assert_async(((index >= 0) & (index < total)).all(), f"index must lie in [0, B*N = {total})")
+        dtype = torch.promote_types(s.dtype, t.dtype)
+        rows.append(torch.cat([_own_rows(x, index, start).to(dtype) for x in (s, t)], -1))
+    # Each row is x + 0 + ... + 0: exact in any dtype that holds both. One message where layers are alike.
+    if len({(x.dtype, x.device) for x in rows}) == 1:
+        parts = _Sum.apply(torch.cat([x.flatten() for x in rows]), ranks).split([x.numel() for x in rows])
+        rows = [part.view(x.shape) for part, x in zip(parts, rows, strict=True)]
+    else:
+        rows = [_Sum.apply(x, ranks) for x in rows]
+    losses = []
+    for (s, t), both in zip(pairs, rows, strict=True):
+        Ds = s.shape[-1]
+        own, theirs = both[:, :Ds].to(s.dtype), both[:, Ds:].detach().to(t.dtype)
+        losses.append(_Averaged.apply(F.relation_loss(own[None], theirs[None], **options), ranks.world))
+    return losses
 
 
 def _joined(losses: Sequence[Tensor], ranks: _Ranks, sizes: list[int]) -> list[Tensor]:
@@ -523,10 +591,10 @@ def relation_loss(
     sizes = agreed.sizes
     if index is not None:
         index = ranks.share(index.to(student.device, non_blocking=True), index.shape, 0)
-        return _sampled(student, teacher, index, ranks, sizes, backend=backend, **options)
+        return _sampled([student], [teacher], [index], ranks, sizes, backend=backend, **options)[0]
     if scope == "intra":
         return _joined([F.relation_loss(student, teacher, backend=backend, **options)], ranks, sizes)[0]
-    return _spanning(student, teacher, ranks, agreed, scope=scope, backend=backend, **options)
+    return _spanning([student], [teacher], ranks, agreed, scope=scope, backend=backend, **options)[0]
 
 
 @torch.compiler.disable
@@ -572,16 +640,14 @@ def manifold_layers(
     if intra or return_terms:
         terms[0] = _joined([F.relation_loss(s, t, backend=backend) for s, t in pairs], ranks, sizes)
     if inter or return_terms:
-        terms[1] = [_spanning(s, t, ranks, agreed, scope="inter", backend=backend) for s, t in pairs]
+        terms[1] = _spanning(students, teachers, ranks, agreed, scope="inter", backend=backend)
     if random or return_terms:
         drawn = _draw(students, num_samples, generator, ranks, sizes) if indices is None else indices
         lengths = [len(index) for index in drawn]
         whole = torch.cat([index.to(students[0].device, non_blocking=True) for index in drawn])
         shared = ranks.share(whole, whole.shape, 0).split(lengths)
-        terms[2] = [
-            _sampled(s, t, index.to(s.device), ranks, sizes, backend=backend)
-            for (s, t), index in zip(pairs, shared, strict=True)
-        ]
+        at_home = [index.to(s.device) for index, s in zip(shared, students, strict=True)]
+        terms[2] = _sampled(students, teachers, at_home, ranks, sizes, backend=backend)
     L_intra, L_inter, L_random = (torch.stack(term).mean() for term in terms)
     loss = intra * L_intra + inter * L_inter + random * L_random
     return (loss, (L_intra, L_inter, L_random)) if return_terms else loss
