@@ -17,8 +17,9 @@ pytest.importorskip("timm.task")
 testing = pytest.importorskip("typer.testing")
 Image = pytest.importorskip("PIL.Image")
 
-from fastkd.train import report  # noqa: E402
-from fastkd.train.cli import app  # noqa: E402
+from fastkd.train import InputError, checkpoint  # noqa: E402
+from fastkd.train.cli import app, settings_from  # noqa: E402
+from fastkd.train.settings import Stage  # noqa: E402
 
 SMALL = ["--device=cpu", "--batch-size=64", "--epochs=1", "--teacher-epochs=1", "--teacher-layers=layer2,layer4"]
 SMALL += [f"--student-arg={pair}" for pair in ("embed_dim=32", "num_heads=2", "depth=2")]
@@ -30,7 +31,7 @@ def fastkd(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(fastkd(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(fastkd(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=500)
 
 
 def environment() -> dict[str, str]:
@@ -61,12 +62,12 @@ def test_digits_run(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
-def test_ctrl_c_leaves_whole_files(tmp_path):
+def test_ctrl_c_leaves_whole_files_and_a_place_to_go_on_from(tmp_path):
     arguments = ["train", *SMALL, "--epochs", "1000", "--out", "run"]
     with subprocess.Popen(
         fastkd(*arguments), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     ) as process:
-        log, deadline = tmp_path / "run" / "student.safetensors", time.monotonic() + 120
+        log, deadline = tmp_path / "run" / "student.safetensors", time.monotonic() + 400
         while not log.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
@@ -76,6 +77,61 @@ def test_ctrl_c_leaves_whole_files(tmp_path):
     assert "Traceback" not in errors
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
     assert not (tmp_path / "run" / "summary.json").exists()
+    assert errors.splitlines()[-1].endswith("fastkd train --resume run")
+    weights, state = checkpoint.read(checkpoint.latest(tmp_path / "run" / "checkpoints"))
+    assert set(weights) == {"student.weights", "student_alone.weights"} and state["rows"]
+
+    # It goes on only as it was begun.
+    refused = testing.CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run"), "--lr", "1", "--seed", "0"])
+    assert refused.exit_code == 2
+    assert refused.stderr.strip() == (
+        "fastkd train: --resume: the run was started with other settings: lr: 1.0 (the run has 0.001)"
+    )
+
+
+def test_torchrun(tmp_path):
+    """Two processes: one speaks and writes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "fastkd", "train", *SMALL, "--no-baseline", "--out=run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| student distilled |") == 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["machine"].endswith("in each of 2 processes")
+    with (tmp_path / "run" / "log.csv").open() as file:
+        assert [row["steps"] for row in csv.DictReader(file)] == ["7", "7"]  # 898 images, 2 x 64 in a step
+
+
+def test_dry_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = testing.CliRunner().invoke(app, ["train", *SMALL, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for words in ("898 training", "blocks.1 (1, 65, 32)", "layer4 (1, 8, 8, 8)", "M parameters", "MB per process"):
+        assert words in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipe_prints_what_it_stands_for(tmp_path, monkeypatch):
+    from fastkd.train.recipes import RECIPES
+
+    monkeypatch.chdir(tmp_path)
+    name = next(iter(RECIPES))
+    result = testing.CliRunner().invoke(app, ["train", "--recipe", name, "--batch-size", "7"])
+    assert result.exit_code == 0, result.output
+    for row in RECIPES[name].rows():
+        assert not row[2] or (row[0] in result.stdout and row[1] in result.stdout and row[2] in result.stdout)
+    assert "batch_size: 7" in result.stdout
+    settings = settings_from({"recipe": name, "data": "images", "batch_size": 7})
+    assert (settings.batch_size, settings.student) == (7, RECIPES[name].student)
+    assert settings.stages == RECIPES[name].stages
+    assert settings_from({"recipe": name, "task": "soft"}).stages == ()
+
+
+def test_stages_on_the_command_line():
+    settings = settings_from({"stage": ["dearkd:250:weight=0.5,lr=1e-3", "none:50"]})
+    assert settings.stages == (Stage("dearkd", 250, {"weight": 0.5}, lr=1e-3), Stage("none", 50))
+    with pytest.raises(InputError, match="--stage: needs TASK:EPOCHS"):
+        settings_from({"stage": ["dearkd"]})
 
 
 def test_missing_library_is_named(tmp_path):
@@ -102,7 +158,7 @@ def bad(tmp_path_factory) -> Path:
     (root / "finished/summary.json").write_text("{}")
     (root / "file").write_text("text")
     other = timm.create_model("resnet18", num_classes=10, channels=(8, 8, 8, 8), stem_width=8)
-    report.write_weights(root / "other.safetensors", other, "resnet18", {})
+    checkpoint.write_weights(root / "other.safetensors", other, "resnet18", {})
     return root
 
 
@@ -141,6 +197,18 @@ def bad(tmp_path_factory) -> Path:
         ("--opt none_such", ["--opt", "none_such"]),
         ("--sched none_such", ["--sched", "none_such"]),
         ("--mixup 0.5 --batch-size 31", ["--mixup", "even", "31"]),
+        ("--task none_such", ["--task", "none_such", "manifold"]),
+        ("--task-arg colour=blue", ["--task", "colour", "num_samples"]),
+        ("--stage none", ["--stage", "TASK:EPOCHS"]),
+        ("--stage none:0", ["--stage", "epoch"]),
+        ("--recipe none_such", ["--recipe", "none_such"]),
+        ("--resume nowhere", ["--resume", "nowhere", "no run"]),
+        ("--resume finished", ["--resume", "finished"]),
+        ("--shard", ["--shard", "torchrun"]),
+        ("--teacher-cache c", ["--teacher-cache", "--no-augment"]),
+        ("--augment-arg colour=blue", ["--augment-arg", "colour"]),
+        ("--opt-arg colour=blue", ["--opt", "colour"]),
+        ("--data wds/none --teacher resnet18 --data-root .", ["--data", "wds/none"]),
     ],
 )
 def test_bad_input(bad, monkeypatch, arguments, words):

@@ -1,7 +1,15 @@
 """The trainer's parts: task, clock, layers, data, loop; and short whole runs on real digits."""
 
 import csv
+import dataclasses
+import errno
+import io
 import json
+import os
+import shutil
+import signal
+import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -14,11 +22,13 @@ Image = pytest.importorskip("PIL.Image")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from fastkd.train import DivergedError, InputError, job, models, report  # noqa: E402
+from fastkd.train import DataError, DivergedError, InputError, InterruptedRun, checkpoint, job, models, prepare  # noqa: E402
 from fastkd.train.clock import LossClock  # noqa: E402
-from fastkd.train.data import Digits, create_loaders, open_data  # noqa: E402
-from fastkd.train.loop import evaluate  # noqa: E402
-from fastkd.train.settings import Settings  # noqa: E402
+from fastkd.train.data import Batches, Digits, create_loaders, find_unreadable, leave_out, open_data  # noqa: E402
+from fastkd.train.loop import Trainee, evaluate  # noqa: E402
+from fastkd.train.plan import plan  # noqa: E402
+from fastkd.train.ranks import Ranks  # noqa: E402
+from fastkd.train.settings import Settings, Stage, as_json, from_json, stages  # noqa: E402
 from fastkd.train.tasks import ManifoldTask  # noqa: E402
 
 VIT = "vit_tiny_patch16_224"
@@ -110,7 +120,7 @@ def test_teacher_sees_its_own_normalisation():
 
 
 def test_task_refuses_unpaired_layers():
-    with pytest.raises(ValueError, match="one to one, got 2 and 1"):
+    with pytest.raises(ValueError, match="must pair up, got 2 and 1"):
         ManifoldTask(vit(16), vit(24), student_layers=[0, 1], teacher_layers=[0])
 
 
@@ -181,7 +191,7 @@ def test_token_grids_that_differ():
 
 def test_weights_load_in_plain_timm(tmp_path):
     model, args = models.create_model("student", VIT, vit_args(16), num_classes=3, img_size=32)
-    report.write_weights(tmp_path / "student.safetensors", model, VIT, args)
+    checkpoint.write_weights(tmp_path / "student.safetensors", model, VIT, args)
     loaded = timm.create_model(VIT, checkpoint_path=str(tmp_path / "student.safetensors"), **args)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -191,7 +201,7 @@ def test_weights_load_in_plain_timm(tmp_path):
 def test_files_are_whole_or_absent(tmp_path):
     path = tmp_path / "summary.json"
     path.write_text("old")
-    with pytest.raises(UnicodeEncodeError), report.replacing(path) as partial:
+    with pytest.raises(UnicodeEncodeError), checkpoint.replacing(path) as partial:
         partial.write_text("half \ud800", encoding="utf-8")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -232,18 +242,34 @@ def test_folder_with_its_own_validation_images(folder, tmp_path):
 
 def test_run_on_a_folder(folder, tmp_path):
     out = tmp_path / "run"
-    summary = job.train(small(folder, out, epochs=2, amp="bf16", mixup=0.2, clip_grad=1.0, workers=1))
+    settings = small(
+        folder, out, epochs=2, amp="bf16", mixup=0.2, clip_grad=1.0, workers=1, accumulate=2, ema=0.9,
+        channels_last=True, erase=0.2, checkpoint_every=2,
+    )  # fmt: skip
+    summary = job.train(settings)
     assert {path.name for path in out.iterdir()} == set(job.FILES)
     assert json.loads((out / "summary.json").read_text())["results"] == summary["results"]
     assert [row["network"] for row in summary["results"]] == ["teacher", "student alone", "student distilled"]
     assert 0 < summary["results"][2]["loss_share"] < 1
-    assert [row["network"] for row in read_log(out)] == ["teacher"] + 2 * ["student alone", "student distilled"]
+    rows = read_log(out)
+    assert [row["network"] for row in rows] == ["teacher"] + 2 * ["student alone", "student distilled"]
+    assert {row["steps"] for row in rows} == {"2"}  # 38 images, 4 batches, 2 in a step
+    assert sum(float(row["seconds"]) for row in rows) < summary["seconds"]
+    assert list(rows[0])[:8] == ["network", "epoch", "lr", "loss", "task_loss", "manifold_loss", "intra", "inter"]
     assert Image.open(out / "curve.png").size == (1500, 630)
+
+    # The average loads as well, and is another network.
+    student = timm.create_model(
+        VIT, checkpoint_path=str(out / "student_ema.safetensors"), **summary["config"]["student_args"]
+    )
+    last = load_file(out / "student.safetensors")
+    assert any(not torch.equal(x, last[key]) for key, x in student.state_dict().items())
 
 
 def test_same_seed_same_run(folder, tmp_path):
-    for name, seed, baseline in (("a", 0, True), ("b", 0, False), ("c", 1, True)):
-        job.train(small(folder, tmp_path / name, epochs=2, seed=seed, baseline=baseline))
+    """Whoever loads the images, with the other student or without it."""
+    for name, seed, changes in (("a", 0, {}), ("b", 0, {"baseline": False, "workers": 1}), ("c", 1, {})):
+        job.train(small(folder, tmp_path / name, epochs=2, seed=seed, **changes))
     logs = {}
     for name in "abc":
         rows = [row for row in read_log(tmp_path / name) if row["network"] != "student alone"]
@@ -274,10 +300,250 @@ def test_students_start_alike_and_checkpoints_go_on(folder, tmp_path):
     assert evaluate(student, loader, torch.no_grad()) == pytest.approx(summary["results"][2]["top1"])
 
 
-def test_diverged_loss_is_named(folder, tmp_path):
-    with pytest.raises(DivergedError, match=r"student alone is not finite by epoch \d, step \d+: loss nan"):
-        job.train(small(folder, tmp_path / "run", lr=1e30, epochs=3))
-    assert not (tmp_path / "run" / "summary.json").exists()
+def test_stages_follow_each_other(folder, tmp_path):
+    """Each stage has its own task, optimiser and schedule; the student without a teacher has the same schedule."""
+    two = (Stage("vitkd", 1, {"logits": "hard"}, lr=1e-3), Stage("dkd", 2, lr=2e-3, opt="sgd", warmup_epochs=0))
+    settings = small(folder, tmp_path / "run", stages=two, min_lr=1e-5)
+    assert [(stage.lr, stage.opt, stage.warmup_epochs) for stage in stages(settings)] == [
+        (1e-3, "adamw", 0), (2e-3, "sgd", 0),
+    ]  # fmt: skip
+    assert from_json(json.loads(json.dumps(as_json(settings)))) == settings
+    job.train(settings)
+    rows = [row for row in read_log(tmp_path / "run") if row["network"] == "student distilled"]
+    assert [bool(row["vitkd_loss"]) for row in rows] == [True, False, False]
+    assert [bool(row["dkd_loss"]) for row in rows] == [False, True, True]
+    alone = [row for row in read_log(tmp_path / "run") if row["network"] == "student alone"]
+    assert [row["lr"] for row in alone] == [row["lr"] for row in rows]
+    assert not any(row["vitkd_loss"] or row["dkd_loss"] for row in alone)
+    exported = load_file(tmp_path / "run" / "student.safetensors")
+    assert exported.keys() == timm.create_model(VIT, num_classes=3, img_size=32, **vit_args(16)).state_dict().keys()
+
+
+def test_step_accumulates_the_gradient_of_its_batches(folder, tmp_path):
+    """Two batches of 8 in a step against one of 16, with a loss that is a mean over images."""
+    options = {"task": "none", "teacher": None, "augment": False, "lr": 0.1, "opt": "sgd", "weight_decay": 0.0}
+    job.train(small(folder, tmp_path / "a", accumulate=2, **options))
+    job.train(small(folder, tmp_path / "b", batch_size=16, **options))
+    a, b = (load_file(tmp_path / name / "student.safetensors") for name in "ab")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+
+
+def test_sample_depends_on_seed_epoch_and_index_alone(folder):
+    data = open_data(str(folder), 0.25)
+    options = {"img_size": 32, "batch_size": 8, "augment": True, "device": torch.device("cpu")}
+    (first, _), (second, _) = (create_loaders(data, vit(16), workers=n, **options) for n in (0, 2))
+    whole = [images for images, _ in first.epoch(3)]
+    rest = [images for images, _ in second.epoch(3, start=2)]
+    assert len(whole) == 4 and all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    assert not any(torch.equal(a, b) for a, (b, _) in zip(whole, first.epoch(4), strict=True))
+
+
+def test_ranks_share_each_batch():
+    one = Batches(50, 8, Ranks(), seed=5)
+    both = [Batches(50, 4, Ranks(rank, 2), seed=5) for rank in range(2)]
+    assert len(one) == len(both[0]) == 6
+    for number in range(6):
+        assert one.indices(7, number) == both[0].indices(7, number) + both[1].indices(7, number)
+    assert one.indices(7, 0) != one.indices(8, 0)
+    seen = [index for rank in range(3) for batch in Batches(50, 4, Ranks(rank, 3), None) for _, index in batch]
+    assert sorted(seen) == list(range(50))
+
+
+def test_unreadable_images_are_named_counted_and_left_out(folder, tmp_path, capfd):
+    broken = tmp_path / "images"
+    shutil.copytree(folder, broken)
+    for name in ("class0/3.png", "class1/5.png"):
+        path = broken / name
+        path.write_bytes(path.read_bytes()[:60])
+    data = open_data(str(broken), 0.25)
+    faults = find_unreadable(data)
+    assert sorted(Path(fault.split(" cannot")[0]).name for fault in faults) == ["3.png", "5.png"]
+    with pytest.raises(InputError, match=r"cannot be read .*and 1 more; --skip-images 2"):
+        leave_out(data, faults, 1)
+    leave_out(data, faults, 2)
+    assert len(data.train) + len(data.val) == 46
+
+    # Those that nobody looked for are found on the way.
+    job.train(small(broken, tmp_path / "skipped", check=False, skip_images=4, workers=1))
+    told = capfd.readouterr()
+    assert "3.png, which cannot be read" in told.out + told.err and "5.png" in told.out + told.err
+    with pytest.raises(DataError, match=r"2 images cannot be read, more than --skip-images 1: .*3.png"):
+        job.train(small(broken, tmp_path / "refused", check=False, skip_images=1))
+
+
+def test_empty_class_folder_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images" / "class9").mkdir()
+    with pytest.raises(InputError, match="without images: class9"):
+        open_data(str(tmp_path / "images"), 0.25)
+
+
+def test_plan_shows_what_a_run_would_do(folder, tmp_path):
+    text = plan(small(folder, tmp_path / "run", stages=(Stage("vitkd", 1, {"alpha": 1e-4}), Stage("none", 2, lr=1e-5))))
+    assert "38 training, 10 validation images, 3 classes" in text
+    assert "(8, 3, 32, 32)" in text
+    assert "vitkd(alpha=0.0001), 1 epochs, adamw, lr 0.0005" in text and "none(), 2 epochs, adamw, lr 1e-05" in text
+    assert "blocks.0 (1, 17, 16)     blocks.0 (1, 17, 24)" in text
+    assert "parameters beside the student, not exported" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_estimate_grows_with_the_batch_as_what_autograd_keeps(folder, tmp_path):
+    from fastkd.train import plan as plans
+
+    setup = prepare.prepare(small(folder, tmp_path / "run", task="none", augment=False))
+    estimated = plans.estimate(setup, setup.students[-1])["activations"]
+    assert estimated == pytest.approx(plans._saved_bytes(setup, setup.students[-1], 8), rel=0.02)
+
+
+def test_teacher_cache_gives_the_same_run(folder, tmp_path):
+    options = {"task": "soft", "augment": False, "epochs": 2}
+    job.train(small(folder, tmp_path / "without", **options))
+    calls = []
+    cached = small(folder, tmp_path / "with", teacher_cache=str(tmp_path / "cache"), **options)
+    job.train(cached)
+    (file,) = (tmp_path / "cache").iterdir()
+    one, two = (read_log(tmp_path / name) for name in ("without", "with"))
+    for a, b in zip(one, two, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+
+    # The second run reads it, and does not run the teacher over the training images at all.
+    setup = prepare.prepare(dataclasses.replace(cached, out=str(tmp_path / "again"), baseline=False))
+    setup.nets.teacher.load_state_dict(load_file(tmp_path / "with" / "teacher.safetensors"))
+    setup.nets.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
+    loader = setup.students[-1].loader
+    about = json.dumps([prepare.fingerprint(setup.data), repr(loader.images.transform)])
+    assert setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, about) == file
+    assert not calls
+    with pytest.raises(InputError, match="--teacher-cache: needs the same images"):
+        prepare.check_settings(dataclasses.replace(cached, augment=True))
+    with pytest.raises(InputError, match="the task compares layers"):
+        prepare.prepare(dataclasses.replace(cached, task="manifold"))
+
+
+def test_teacher_of_another_size_or_with_other_classes_is_refused(folder, tmp_path):
+    teacher = timm.create_model(VIT, num_classes=3, img_size=32, **vit_args(24))
+    checkpoint.write_weights(tmp_path / "teacher.safetensors", teacher, VIT, {})
+    settings = small(
+        folder, tmp_path / "run", teacher_epochs=0, teacher_checkpoint=str(tmp_path / "teacher.safetensors")
+    )
+    teacher.pretrained_cfg = teacher.pretrained_cfg | {"input_size": (3, 384, 384)}
+    prepare.check_teacher(settings, teacher, 3, 32)  # the user has said 32
+    with pytest.raises(InputError, match=r"made for 384 px, the student for 224; .*--img-size 384"):
+        prepare.check_teacher(dataclasses.replace(settings, img_size=None), teacher, 3, 224)
+    other = dataclasses.replace(settings, teacher_checkpoint=None, teacher_pretrained=True)
+    prepare.check_teacher(other, teacher, 3, 32)  # tokens do not ask for classes
+    with pytest.raises(InputError, match="its 1000 classes are not the 3 of the data"):
+        prepare.check_teacher(dataclasses.replace(other, task="soft"), teacher, 3, 32)
+
+
+def test_diverged_loss_names_step_parts_and_layer(folder, tmp_path, monkeypatch):
+    step, count = Trainee._step, 0
+
+    def poisoned(self, epoch, number, group):
+        nonlocal count
+        count += self.label == "student distilled"
+        if count == 6:  # the second of the second epoch
+            with torch.no_grad():
+                self.network.blocks[1].mlp.fc1.bias.fill_(3e38)
+        return step(self, epoch, number, group)
+
+    monkeypatch.setattr(Trainee, "_step", poisoned)
+    out = tmp_path / "run"
+    with pytest.raises(DivergedError) as caught:
+        job.train(small(folder, out, epochs=3, checkpoint_every=1))
+    words = str(caught.value)
+    assert "student distilled is not finite in epoch 2, step 2: loss nan" in words and "manifold_loss nan" in words
+    assert "first not finite: the output of blocks.1.mlp" in words
+    # The checkpoint before the step is there and whole.
+    assert checkpoint.latest(out / job.CHECKPOINTS).name.endswith("-000000001")
+    weights, _ = checkpoint.read(checkpoint.latest(out / job.CHECKPOINTS))
+    assert all(torch.isfinite(x).all() for tensors in weights.values() for x in tensors.values())
+    assert not (out / "summary.json").exists()
+
+
+def test_full_disk(folder, tmp_path, monkeypatch):
+    settings = small(folder, tmp_path / "run", epochs=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**4))
+    with pytest.raises(InputError, match="two checkpoints need"):
+        job.train(settings)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+
+    # From the third checkpoint on there is no room.
+    write, count = Path.write_bytes, 0
+
+    def full(path, content):
+        nonlocal count
+        count += path.parent.name.startswith(".000003")
+        if count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataError, match="cannot be written: No space left on device"):
+        job.train(settings)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run" / job.CHECKPOINTS).iterdir()] == ["000002-000000000"]
+    job.train(settings, resume=True)
+    assert len(read_log(tmp_path / "run")) == 5
+
+
+def test_webdataset_shards(folder, tmp_path, monkeypatch):
+    """Read in order by two workers; a run stopped within an epoch ends as one that was not."""
+    pytest.importorskip("webdataset")
+    paths = sorted(folder.rglob("*.png"))
+    for name, part in (("train-0", paths[::3]), ("train-1", paths[1::3]), ("val-0", paths[2::3])):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for i, path in enumerate(part):
+                tar.add(path, f"{name}-{i:03}.png")
+                label = str(int(path.parent.name[-1])).encode()
+                info = tarfile.TarInfo(f"{name}-{i:03}.cls")
+                info.size = len(label)
+                tar.addfile(info, io.BytesIO(label))
+    options = {
+        "data": "wds/digits", "data_root": str(tmp_path), "train_split": "train-{0..1}.tar|32",
+        "val_split": "val-0.tar|16", "num_classes": 3, "workers": 2, "batch_size": 4, "baseline": False,
+        "checkpoint_every": 1,
+    }  # fmt: skip
+    job.train(small(folder, tmp_path / "whole", **options))
+    step, count = Trainee._step, 0
+
+    def stopping(*args):
+        nonlocal count
+        count += 1
+        if count == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(*args)
+
+    monkeypatch.setattr(Trainee, "_step", stopping)
+    stopped = small(folder, tmp_path / "stopped", **options)
+    with pytest.raises(InterruptedRun) as caught:
+        job.train(stopped)
+    assert caught.value.code == 143
+    job.train(stopped, resume=True)
+    whole, again = (load_file(tmp_path / name / "student.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    with pytest.raises(InputError, match="--workers"):
+        job.train(small(folder, tmp_path / "none", **options | {"workers": 0}))
+    with pytest.raises(InputError, match="--num-classes"):
+        job.train(small(folder, tmp_path / "none", **options | {"num_classes": None}))
+
+
+def test_tensorboard(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="--tensorboard: needs the package tensorboard"):
+        job.train(small(folder, tmp_path / "without", tensorboard=True, baseline=False))
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard")
+    job.train(small(folder, tmp_path / "run", tensorboard=True, baseline=False))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / job.EVENTS / "student_distilled")).Reload()
+    (row,) = (row for row in read_log(tmp_path / "run") if row["network"] == "student distilled")
+    for name in ("loss", "intra", "top1"):
+        assert events.Scalars(name)[0].value == pytest.approx(float(row[name]), rel=1e-4)
 
 
 @pytest.mark.gpu

@@ -2,14 +2,16 @@
 
 import ast
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from . import DivergedError, InputError
-from .settings import DIGITS, FOLDER, Settings
+from . import DataError, DivergedError, InputError, InterruptedRun
+from .inversion.cli import invert
+from .settings import DIGITS, FOLDER, Settings, Stage
 
 app = typer.Typer(
     help="Distil vision transformers with fused losses.",
@@ -18,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+STAGE_FIELDS = ("lr", "weight_decay", "opt", "sched", "warmup_epochs")
+MAPPINGS = ("student", "teacher", "task", "opt", "augment")  # --NAME-arg KEY=VALUE
 
 
 def _both(name: str) -> str:
@@ -40,9 +44,18 @@ Many: TypeAlias = list[str] | None
 
 @app.command()
 def train(
-    data: Annotated[str, _option("digits, or a folder of class folders, or of train/ and val/ with those.")] = "digits",
+    data: Annotated[
+        Text, _option("digits, a folder, or a timm data set such as hfds/NAME or wds/NAME. [digits]")
+    ] = None,
+    data_root: Annotated[Text, _option("Where a timm data set lies.")] = None,
+    train_split: Annotated[Text, _option("Its part to train on.", shown="train_split")] = None,
+    val_split: Annotated[Text, _option("Its part to validate on.", shown="val_split")] = None,
+    num_classes: Annotated[Whole, _option("Where the data does not say.", min=2)] = None,
     out: Annotated[Text, _option("Folder for the results. [the first free of runs/NAME, runs/NAME-2, ...]")] = None,
-    overwrite: Annotated[bool, _option("Replace a finished run in --out.", "--overwrite")] = False,
+    overwrite: Annotated[bool, _option("Replace a run in --out.", "--overwrite")] = False,
+    resume: Annotated[Text, _option("Go on with the run in that folder, which knows its options.")] = None,
+    recipe: Annotated[Text, _option("A paper's settings; alone, or with --dry-run, prints them. [see below]")] = None,
+    dry_run: Annotated[bool, _option("Print shapes, layers, parameters, memory; stop.", "--dry-run")] = False,
     teacher: Annotated[Text, _option("timm model to learn from.", shown="teacher")] = None,
     teacher_arg: Annotated[Many, _option("KEY=VALUE for timm.create_model; repeat for more.")] = None,
     teacher_checkpoint: Annotated[Text, _option("Its weights; else it is trained first.")] = None,
@@ -50,52 +63,86 @@ def train(
     teacher_epochs: Annotated[Whole, _option("Epochs of training it first.", shown="teacher_epochs", min=0)] = None,
     teacher_lr: Annotated[Number, _option("Learning rate then.", shown="teacher_lr", min=0)] = None,
     teacher_layers: Annotated[Text, _option("Names of layers to match, by commas. [see below]")] = None,
+    teacher_cache: Annotated[Text, _option("Folder for its logits; images that stay the same.")] = None,
     student: Annotated[Text, _option("timm model that learns.", shown="student")] = None,
     student_arg: Annotated[Many, _option("KEY=VALUE for timm.create_model; repeat for more.")] = None,
     student_layers: Annotated[Text, _option("As many names of its layers. [see below]")] = None,
+    task: Annotated[
+        Text, _option("Method: none, manifold, vitkd, dearkd, cikd, soft, hard, dkd, nkd.", shown="task")
+    ] = None,
+    task_arg: Annotated[Many, _option("KEY=VALUE for the method; repeat for more.")] = None,
+    stage: Annotated[Many, _option("TASK:EPOCHS[:KEY=VALUE,...]; repeat for what follows.")] = None,
     baseline: Annotated[Flag, _option("Train the student without the teacher as well.", shown="baseline")] = None,
     img_size: Annotated[Whole, _option("Pixels of a side. [digits 64, folder the student's own]", min=1)] = None,
     epochs: Annotated[Whole, _option("Epochs of the student.", shown="epochs", min=1)] = None,
     warmup_epochs: Annotated[Whole, _option("With rising learning rate.", shown="warmup_epochs", min=0)] = None,
-    batch_size: Annotated[Whole, _option("Images per step.", shown="batch_size", min=1)] = None,
+    warmup_lr: Annotated[Number, _option("Where it starts. [a hundredth of --lr]", min=0)] = None,
+    min_lr: Annotated[Number, _option("Where the schedule ends.", shown="min_lr", min=0)] = None,
+    batch_size: Annotated[Whole, _option("Images of a forward pass, per process.", shown="batch_size", min=1)] = None,
+    accumulate: Annotated[Whole, _option("Forward passes per step.", shown="accumulate", min=1)] = None,
     opt: Annotated[Text, _option("timm optimiser.", shown="opt")] = None,
+    opt_arg: Annotated[Many, _option("KEY=VALUE for it; repeat for more.")] = None,
     sched: Annotated[Text, _option("timm schedule.", shown="sched")] = None,
     lr: Annotated[Number, _option("Learning rate.", shown="lr", min=0)] = None,
     weight_decay: Annotated[Number, _option("Weight decay.", shown="weight_decay", min=0)] = None,
+    layer_decay: Annotated[Number, _option("Factor of the rate from layer to layer.", min=0, max=1)] = None,
     clip_grad: Annotated[Number, _option("Largest norm of the gradient.", shown="clip_grad", min=0)] = None,
+    ema: Annotated[Number, _option("Also keep an average of the weights; its decay.", min=0, max=1)] = None,
     augment: Annotated[Flag, _option("timm's crops, flips, colours (digits: crops).", shown="augment")] = None,
+    augment_arg: Annotated[Many, _option("KEY=VALUE for timm's create_transform; repeat for more.")] = None,
+    erase: Annotated[Number, _option("Random erasing's probability.", shown="erase", min=0, max=1)] = None,
     mixup: Annotated[Number, _option("Mixup's alpha.", shown="mixup", min=0)] = None,
+    cutmix: Annotated[Number, _option("CutMix's alpha.", shown="cutmix", min=0)] = None,
     smoothing: Annotated[Number, _option("Label smoothing.", shown="smoothing", min=0, max=1)] = None,
-    weight: Annotated[Number, _option("Of the manifold loss beside the task's.", shown="weight", min=0)] = None,
-    intra: Annotated[Number, _option("Weight of its term within images.", shown="intra", min=0)] = None,
-    inter: Annotated[Number, _option("Of its term across images.", shown="inter", min=0)] = None,
-    random: Annotated[Number, _option("Of its term over random tokens.", shown="random", min=0)] = None,
-    num_samples: Annotated[Whole, _option("Random tokens.", shown="num_samples", min=1)] = None,
     val_fraction: Annotated[Number, _option("Share set apart where there is no val/.", shown="val_fraction")] = None,
+    train_fraction: Annotated[
+        Number, _option("Share of the training images to use.", shown="train_fraction", min=0, max=1)
+    ] = None,
     check: Annotated[Flag, _option("Decode all images of a folder first.", shown="check")] = None,
+    skip_images: Annotated[Whole, _option("Unreadable images to leave out.", shown="skip_images", min=0)] = None,
     device: Annotated[Text, _option("auto, cpu, cuda, cuda:1, ...", shown="device")] = None,
     amp: Annotated[Text, _option("none, bf16 or fp16.", shown="amp")] = None,
+    channels_last: Annotated[Flag, _option("Images and weights in that layout.", "--channels-last")] = None,
+    compile_: Annotated[Flag, _option("torch.compile both networks.", "--compile")] = None,
+    shard: Annotated[Flag, _option("FSDP2 for the student under torchrun, not DDP.", "--shard")] = None,
     workers: Annotated[Whole, _option("Processes that load images.", shown="workers", min=0)] = None,
+    checkpoint_every: Annotated[Whole, _option("Steps. [at the end of each epoch]", min=0)] = None,
+    tensorboard: Annotated[Flag, _option("Write its events too.", "--tensorboard")] = None,
     seed: Annotated[Whole, _option("The same seed gives the same run.", shown="seed", min=0)] = None,
 ) -> None:
-    """Distil a timm student from a timm teacher with the manifold loss.
+    """Distil a timm student from a timm teacher.
 
     Without arguments: scikit-learn's digits, a small CNN teacher trained first, a tiny ViT student with and without
     it. The results are a log (CSV), a picture of the curves, the weights and a summary in one folder.
 
-    Layers that are not named: of the blocks (a CNN's stages) with the other network's number of tokens the first
-    four and the last four, fewer where one of them has fewer.
+    Layers that are not named are the task's own choice. For manifold: of the blocks (a CNN's stages) with the other
+    network's number of tokens the first four and the last four, fewer where one of them has fewer.
+
+    Ctrl-C finishes the step and writes a checkpoint. On several GPUs: torchrun --nproc-per-node 8 -m fastkd train ...
     """
-    given = {name: value for name, value in locals().items() if value is not None}
+    given = {name.rstrip("_"): value for name, value in locals().items() if value is not None}
+    dry_run, resume, overwrite = given.pop("dry_run"), given.pop("resume", None), given.pop("overwrite")
+    show_only = given.get("recipe") is not None and (dry_run or "data" not in given)
+    code = 0
     try:
-        summary = _run(settings_from(given))
+        if show_only:
+            print(_recipe(given))
+        elif dry_run:
+            _plan(settings_from(given))
+        else:
+            _print_results(_run(given, resume, overwrite))
     except InputError as error:
-        _stop(str(error), 2)
-    except DivergedError as error:
-        _stop(str(error), 1)
+        code = _say(str(error), 2)
+    except (DivergedError, DataError) as error:
+        code = _say(str(error).strip().splitlines()[-1], 1)
+    except InterruptedRun as error:
+        code = _say(str(error), error.code)
     except KeyboardInterrupt:
-        _stop("interrupted; the files of the last whole epoch stay", 130)
-    _print_results(summary)
+        code = _say("interrupted before the first step", 130)
+    finally:
+        _leave()
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -106,21 +153,66 @@ def info() -> None:
     raise typer.Exit(main([]))
 
 
-def settings_from(given: dict[str, Any]) -> Settings:
-    """The data's own settings with the given ones in place; naming a network drops what was set for the default one."""
-    base = DIGITS if given["data"] == "digits" else FOLDER
+app.command()(invert)
+
+
+def settings_from(given: dict[str, Any], base: Settings | None = None) -> Settings:
+    """The base's settings with the given ones in place; naming a network drops what was set for the default one.
+
+    Without a base: the recipe's, or the data's own.
+    """
+    given = dict(given)
+    if base is None:
+        base = _base(given)
     for role in ("student", "teacher"):
-        layers, arg = f"{role}_layers", f"{role}_arg"
+        layers = f"{role}_layers"
         if role in given:
             own: dict[str, Any] = {f"{role}_args": {}, layers: None}
             base = dataclasses.replace(base, **own)
         if layers in given:
             given[layers] = tuple(name.strip() for name in given[layers].split(",") if name.strip())
-        if arg in given:
-            given[f"{role}_args"] = getattr(base, f"{role}_args") | _parsed(f"--{role}-arg", given.pop(arg))
+    for name in MAPPINGS:
+        if f"{name}_arg" in given:
+            before = {} if name == "task" and "task" in given else getattr(base, f"{name}_args")
+            given[f"{name}_args"] = before | _parsed(f"--{name}-arg", given.pop(f"{name}_arg"))
+    if "stage" in given:
+        given["stages"] = tuple(map(_stage, given.pop("stage")))
+    elif {"task", "task_args", "epochs"} & given.keys():
+        given.setdefault("stages", ())
     if ("teacher_checkpoint" in given or "teacher_pretrained" in given) and "teacher_epochs" not in given:
         given["teacher_epochs"] = 0
     return dataclasses.replace(base, **given)
+
+
+def _recipe(given: dict[str, Any]) -> str:
+    """The recipe's values with their sources, and what the other options put in place of them."""
+    from .recipes import RECIPES
+
+    settings, plain = settings_from(given), settings_from({"recipe": given["recipe"]})
+    changed = [f"{name}: {value}" for name, value in vars(settings).items() if value != getattr(plain, name)]
+    return "\n".join([RECIPES[given["recipe"]].table(), *(["", "Options given:", *changed] if changed else [])])
+
+
+def _base(given: dict[str, Any]) -> Settings:
+    if "recipe" not in given:
+        return DIGITS if given.get("data", "digits") == "digits" else FOLDER
+    from .recipes import RECIPES
+
+    if given["recipe"] not in RECIPES:
+        raise InputError(f"--recipe: needs one of {', '.join(RECIPES)}, got {given['recipe']!r}")
+    recipe = RECIPES[given["recipe"]]
+    return dataclasses.replace(FOLDER, recipe=given["recipe"], **recipe.overrides())
+
+
+def _stage(text: str) -> Stage:
+    """TASK:EPOCHS[:KEY=VALUE,...]: keys of a stage, the rest the task's."""
+    name, _, rest = text.partition(":")
+    epochs, _, pairs = rest.partition(":")
+    if not epochs.isdecimal():
+        raise InputError(f"--stage: needs TASK:EPOCHS[:KEY=VALUE,...], got {text!r}")
+    values = _parsed("--stage", [pair for pair in pairs.split(",") if pair])
+    own = {key: values.pop(key) for key in STAGE_FIELDS if key in values}
+    return Stage(name, int(epochs), values, **own)
 
 
 def _parsed(option: str, pairs: list[str]) -> dict[str, Any]:
@@ -136,20 +228,49 @@ def _parsed(option: str, pairs: list[str]) -> dict[str, Any]:
     return values
 
 
-def _run(settings: Settings) -> dict[str, Any]:
-    from .job import train
+def _run(given: dict[str, Any], resume: str | None, overwrite: bool) -> dict[str, Any]:
+    from .job import check_resume, saved_settings, train
 
-    return train(settings)
+    if resume is None:
+        return train(settings_from(given | {"overwrite": overwrite}))
+    before = saved_settings(resume)
+    given = {name: value for name, value in given.items() if name != "out"}
+    now = settings_from(given, before)
+    check_resume(now, before)
+    return train(now, resume=True)
 
 
-def _stop(message: str, code: int) -> None:
+def _plan(settings: Settings) -> None:
+    from .plan import plan
+
+    text = plan(settings)
+    if _first():
+        print(text)
+
+
+def _say(message: str, code: int) -> int:
     print(f"fastkd train: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+    return code
+
+
+def _first() -> bool:
+    """Whether this is the process that speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _leave() -> None:
+    """Ends the process group, if torch was there to start one."""
+    if "torch" in sys.modules:
+        from .ranks import leave
+
+        leave()
 
 
 def _print_results(summary: dict[str, Any]) -> None:
     from .report import table
 
+    if not _first():
+        return
     out, config = Path(summary["out"]), summary["config"]
     args = "".join(f", {key}={value!r}" for key, value in config["student_args"].items())
     print(f"\n{table(summary['results'])}\n")

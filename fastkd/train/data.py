@@ -1,29 +1,47 @@
-"""Images and labels: scikit-learn's digits or a folder, read by timm; checked before anything else happens."""
+"""Images and labels, read by timm. One rule: a sample is a function of seed, epoch and index, whoever loads it."""
 
-import copy
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_loader, resolve_model_data_config
-from torch import nn
-from torch.utils.data import Dataset
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_model_data_config
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm import tqdm
 
-from . import InputError
+from . import DataError, InputError
+from .inversion.store import check_folder
+from .ranks import ALONE, Ranks
 
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "eval", "evaluation")
+READERS = ("hfds", "hfids", "tfds", "wds", "torch")  # timm's, as NAME/...
+RETRIES = 10  # unreadable images in a row
+
+
+def seed_all(*key: int) -> None:
+    """Seeds the generators of Python, NumPy and PyTorch by all of the key; equal keys, equal draws."""
+    random.seed(" ".join(map(str, key)))
+    np.random.seed(random.getrandbits(32))  # noqa: NPY002  timm and torchvision draw from the global one
+    # torch.manual_seed takes 0.1 ms of each sample to note where it was called, for GPUs that are not in use.
+    torch.default_generator.manual_seed(random.getrandbits(63))
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(random.getrandbits(63))
 
 
 class Data(NamedTuple):
     classes: list[str]
     train: Dataset
     val: Dataset
-    augmentation: dict[str, Any]  # arguments of timm's create_loader
+    augmentation: dict[str, Any]  # arguments of timm's create_transform
 
 
 class Digits(Dataset):
@@ -42,36 +60,49 @@ class Digits(Dataset):
             Image.fromarray(image).convert("RGB") for image in (digits.images[rows] * (255 / 16)).astype("uint8")
         ]
         self.targets = digits.target[rows].tolist()
-        self.transform: Callable[[Image.Image], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.images[index]
-        return (image if self.transform is None else self.transform(image)), self.targets[index]
+        return self.images[index], self.targets[index]
 
 
-def open_data(data: str, val_fraction: float) -> Data:
-    """The training and validation images of `digits` or of a folder.
+def open_data(
+    data: str,
+    val_fraction: float,
+    *,
+    root: str | None = None,
+    splits: tuple[str, str] = ("train", "validation"),
+    num_classes: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> Data:
+    """The training and validation images of `digits`, of a folder, or of a timm data set such as hfds/NAME.
 
     A folder holds one sub-folder per class, or train/ and val/ with those; without a val/ a stratified share of
     the images is set apart, the same in each run.
 
     Raises:
-        InputError: no such folder, no images, fewer than two classes, a class missing.
+        InputError: no such folder, no images, fewer than two classes, a class missing; a reader that is not there.
     """
     if data == "digits":
         augmentation = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0, "color_jitter": None}
         return Data([str(digit) for digit in range(10)], Digits(True), Digits(False), augmentation)
-    root = Path(data)
-    if not root.is_dir():
-        raise InputError(f"--data: {data} is not a folder; it needs one with a sub-folder of images per class")
-    train = _folder(_sub_folder(root, TRAIN_FOLDERS) or root)
+    folder = Path(data)
+    if not folder.is_dir() and data.partition("/")[0].lower() in READERS:
+        return _timm_data(data, root, splits, num_classes, batch_size, seed)
+    if not folder.is_dir():
+        raise InputError(
+            f"--data: {data} is not a folder; it needs one with a sub-folder of images per class, or one of timm's "
+            f"data sets, {'/..., '.join(READERS)}/..."
+        )
+    check_folder(folder)
+    train = _folder(_sub_folder(folder, TRAIN_FOLDERS) or folder)
     classes = train.reader.class_to_idx
     if len(classes) < 2:
         raise InputError(f"--data: {data} needs a sub-folder per class, two at least, got {len(classes)}")
-    held_out = _sub_folder(root, VAL_FOLDERS)
+    held_out = _sub_folder(folder, VAL_FOLDERS)
     if held_out is None:
         val = _split(train, val_fraction)
     else:
@@ -82,15 +113,27 @@ def open_data(data: str, val_fraction: float) -> Data:
     return Data(list(classes), train, val, {})
 
 
-def check_images(data: Data) -> None:
-    """Decodes every image of a folder, on all cores.
+def _timm_data(
+    name: str, root: str | None, splits: tuple[str, str], num_classes: int | None, batch_size: int, seed: int
+) -> Data:
+    common: dict[str, Any] = {"root": root, "batch_size": batch_size, "seed": seed}
+    try:
+        train = create_dataset(name, split=splits[0], is_training=True, **common)
+        val = create_dataset(name, split=splits[1], **common)
+    except (Exception, SystemExit) as error:  # each reader's own, down to a missing package
+        raise InputError(f"--data: timm cannot open {name}: {' '.join(str(error).split())[:300]}") from error
+    known = getattr(getattr(train, "reader", train), "class_to_idx", None) or {}
+    count = num_classes or len(known)
+    if count < 2:
+        raise InputError(f"--num-classes: {name} does not say how many it has; give it")
+    if known and count != len(known):
+        raise InputError(f"--num-classes: {name} has {len(known)}, got {count}")
+    return Data(list(map(str, known)) or [str(i) for i in range(count)], train, val, {})
 
-    Raises:
-        InputError: a file that is not an image or not a whole one.
-    """
-    paths = [
-        path for part in (data.train, data.val) if isinstance(part, ImageDataset) for path, _ in part.reader.samples
-    ]
+
+def find_unreadable(data: Data) -> list[str]:
+    """What ails each image file of a folder that cannot be decoded; all are tried, on all cores."""
+    paths = [path for part in (data.train, data.val) if isinstance(part, ImageDataset) for path, _ in _samples(part)]
 
     def fault(path: str) -> str | None:
         try:
@@ -102,32 +145,267 @@ def check_images(data: Data) -> None:
 
     with ThreadPoolExecutor() as pool:
         faults = tqdm(pool.map(fault, paths), "checking images", len(paths), leave=False, disable=None)
-        first = next((found for found in faults if found), None)
-        pool.shutdown(cancel_futures=True)
-    if first:
-        raise InputError(f"--data: {first}")
+        return [found for found in faults if found]
+
+
+def leave_out(data: Data, faults: list[str], limit: int) -> None:
+    """Takes the unreadable files out of the data.
+
+    Raises:
+        InputError: more of them than the limit, or a class that has no others.
+    """
+    if len(faults) > limit:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise InputError(f"--data: {faults[0]}{more}; --skip-images {len(faults)} leaves out as many")
+    for part in (data.train, data.val) if faults else ():
+        if isinstance(part, ImageDataset):
+            before = {target for _, target in _samples(part)}
+            part.reader.samples = [
+                (path, target)
+                for path, target in _samples(part)
+                if not any(fault.startswith(f"{path} cannot") for fault in faults)
+            ]
+            if before - {target for _, target in part.reader.samples}:
+                raise InputError(f"--data: a class has no readable image; {faults[0]}")
+
+
+def take_share(data: Data, fraction: float, seed: int) -> None:
+    """Leaves a stratified share of the training images, drawn by the seed.
+
+    Raises:
+        InputError: data that can only be read in order, or a share without an image of each class.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if fraction == 1:
+        return
+    train = data.train
+    if not isinstance(train, Digits | ImageDataset):
+        raise InputError("--train-fraction: needs a folder of images, or digits")
+    targets = train.targets if isinstance(train, Digits) else [target for _, target in _samples(train)]
+    try:
+        kept, _ = train_test_split(range(len(targets)), train_size=fraction, stratify=targets, random_state=seed)
+    except ValueError as error:
+        raise InputError(f"--train-fraction: {fraction} of {len(targets)} images: {error}") from error
+    kept = sorted(kept)
+    if isinstance(train, Digits):
+        train.images, train.targets = [train.images[i] for i in kept], [targets[i] for i in kept]
+    else:
+        train.reader.samples = [train.reader.samples[i] for i in kept]
+
+
+class Images(Dataset):
+    """The images of a timm data set, transformed; an unreadable one is marked and replaced by the next."""
+
+    def __init__(self, source: Any, transform: Callable[[Image.Image], Any], seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        self.unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # the workers' marks too
+        self._told: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+        epoch, index = key
+        image, target = self._load(index)
+        seed_all(self.seed, epoch, index)
+        return self.transform(image), target
+
+    def faults(self) -> list[str]:
+        """Names of the images that could not be read so far."""
+        return [self._name(index) for index in self.unreadable.nonzero().flatten().tolist()]
+
+    def untold(self) -> list[str]:
+        """Those of them that it has not given before."""
+        names = [name for name in self.faults() if name not in self._told]
+        self._told.update(names)
+        return names
+
+    def _load(self, index: int) -> tuple[Image.Image, int]:
+        for i in range(index, index + RETRIES):
+            try:
+                return self._open(i % len(self))
+            except Exception:  # noqa: PERF203  Pillow raises what its decoders do
+                self.unreadable[i % len(self)] = True
+        raise DataError(f"{RETRIES} images in a row cannot be read, from {self._name(index)} on")
+
+    def _open(self, index: int) -> tuple[Image.Image, int]:
+        if not isinstance(self.source, ImageDataset):
+            image, target = self.source[index]
+        else:
+            file, target = self.source.reader[index][:2]
+            image = Image.open(file)
+        return image.convert("RGB"), int(target)
+
+    def _name(self, index: int) -> str:
+        if isinstance(self.source, ImageDataset):
+            return str(self.source.filename(index, absolute=True))
+        return f"image {index}"
+
+
+class Stream(IterableDataset):
+    """The same for data that can only be read in order."""
+
+    def __init__(self, source: Any, transform: Callable[[Image.Image], Any], seed: int, rank: int) -> None:
+        self.source, self.transform, self.seed, self.rank, self.epoch = source, transform, seed, rank, 0
+        self.source.transform = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        worker = get_worker_info()
+        for number, (image, target) in enumerate(self.source):
+            seed_all(self.seed, self.epoch, self.rank, worker.id if worker else 0, number)
+            yield self.transform(image.convert("RGB")), int(target)
+
+
+class Batches(Sampler[list[tuple[int, int]]]):
+    """Keys (epoch, index) of one rank's batches. Batch k of all ranks together is a slice of the epoch's order."""
+
+    def __init__(self, size: int, batch_size: int, ranks: Ranks, seed: int | None) -> None:
+        self.size, self.batch_size, self.ranks, self.seed = size, batch_size, ranks, seed  # no seed: in order, all
+        self.epoch, self.start = 0, 0
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        whole = self.batch_size * self.ranks.world
+        return self.size // whole if self.seed is not None else -(-self.size // whole)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number in range(self.start, len(self)):
+            if indices := self.indices(self.epoch, number):
+                yield [(self.epoch, index) for index in indices]
+
+    def indices(self, epoch: int, number: int) -> list[int]:
+        first = (number * self.ranks.world + self.ranks.rank) * self.batch_size
+        return list(self._ordered(epoch)[first : first + self.batch_size])
+
+    def _ordered(self, epoch: int) -> Sequence[int]:
+        if self.seed is None:
+            return range(self.size)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed * 100_003 + epoch) % 2**63)
+            self._order = epoch, torch.randperm(self.size, generator=generator).tolist()
+        return self._order[1]
+
+
+class Loader:
+    """Batches on the device, normalised, by timm's PrefetchLoader; any epoch can start at any batch."""
+
+    def __init__(
+        self,
+        source: Any,
+        transform: Callable[[Image.Image], Any],
+        config: dict[str, Any],
+        *,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        ranks: Ranks,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        self.batches: Batches | None = None
+        self.images: Images | Stream
+        self.device = device
+        self._again = partial(
+            Loader,
+            source,
+            transform,
+            config,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            ranks=ranks,
+            seed=seed,
+        )
+        # No persistent workers: those of three networks would all stay.
+        common: dict[str, Any] = {
+            "num_workers": workers,
+            "pin_memory": device.type == "cuda",
+            "collate_fn": fast_collate,
+        }
+        if isinstance(source, IterableDataset):
+            if workers < 1:
+                raise InputError("--workers: data that is read in order needs 1 at least; without, its order goes on")
+            self.images = Stream(source, transform, seed, ranks.rank)
+            self.images.source.set_loader_cfg(num_workers=workers)
+            loader = DataLoader(self.images, batch_size=batch_size, drop_last=shuffle, **common)
+        else:
+            self.images = Images(source, transform, seed)
+            self.batches = Batches(len(source), batch_size, ranks, seed if shuffle else None)
+            loader = DataLoader(self.images, batch_sampler=self.batches, **common)
+        self.seed, self.rank = seed, ranks.rank
+        self._loader = PrefetchLoader(loader, mean=config["mean"], std=config["std"], device=device)
+
+    def __len__(self) -> int:
+        return len(self.batches if self.batches is not None else self._loader)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of that epoch from `start` on; without random access those before are read and dropped."""
+        if self.batches is not None:
+            self.batches.epoch, self.batches.start = epoch, start
+            return iter(self._loader)
+        assert isinstance(self.images, Stream)
+        self.images.epoch = epoch
+        self.images.source.set_epoch(epoch)
+        seed_all(self.seed, epoch, self.rank)  # the workers' seeds come from here
+        return islice(self._loader, start, None)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch(0)
+
+    def in_order(self) -> "Loader":
+        """The same images, each once, in their order."""
+        return self._again(shuffle=False)
 
 
 def create_loaders(
-    data: Data, model: nn.Module, *, img_size: int, batch_size: int, augment: bool, workers: int, device: torch.device
-) -> tuple[Any, Any]:
-    """timm's loaders for training and validation, normalised as the model's pretrained_cfg says."""
-    if len(data.train) < batch_size:  # type: ignore[arg-type]
-        raise InputError(f"--batch-size: {batch_size} exceeds the {len(data.train)} training images")  # type: ignore[arg-type]
+    data: Data,
+    model: nn.Module,
+    *,
+    img_size: int,
+    batch_size: int,
+    augment: bool,
+    workers: int,
+    device: torch.device,
+    augmentation: dict[str, Any] | None = None,
+    ranks: Ranks = ALONE,
+    val_ranks: Ranks | None = None,
+    seed: int = 0,
+) -> tuple[Loader, Loader]:
+    """Loaders for training and validation, normalised as the model's pretrained_cfg says; `val_ranks` share the
+    validation images."""
+    size = len(data.train)  # type: ignore[arg-type]
+    if size < batch_size * ranks.world:
+        each = "" if ranks.world == 1 else f" on {ranks.world} processes"
+        raise InputError(f"--batch-size: {batch_size}{each} exceeds the {size} training images")
     config = resolve_model_data_config(model)
-    options = {key: config[key] for key in ("interpolation", "mean", "std")} | {
-        "input_size": (3, img_size, img_size),
-        "batch_size": batch_size,
-        "num_workers": workers,
-        "device": device,
-        "pin_memory": device.type == "cuda",
-        "persistent_workers": False,  # new ones each epoch draw the same augmentation for each network
-    }
-    # create_loader puts its transform into the dataset.
-    train_set, val_set = copy.copy(data.train), copy.copy(data.val)
-    train = create_loader(train_set, is_training=True, no_aug=not augment, **options, **data.augmentation)
+    options = {key: config[key] for key in ("interpolation", "mean", "std")}
+    options |= {"input_size": (3, img_size, img_size), "use_prefetcher": True}
+    try:
+        own = options | data.augmentation | (augmentation or {})
+        training = create_transform(is_training=True, no_aug=not augment, **own)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"--augment-arg: timm's create_transform refuses them: {error}") from error
     crop_pct = 1.0 if isinstance(data.val, Digits) else config["crop_pct"]
-    return train, create_loader(val_set, crop_pct=crop_pct, **options)
+    common: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": device, "seed": seed}
+    return (
+        Loader(data.train, training, config, ranks=ranks, shuffle=True, **common),
+        Loader(
+            data.val,
+            create_transform(crop_pct=crop_pct, **options),
+            config,
+            ranks=ranks if val_ranks is None else val_ranks,
+            shuffle=False,
+            **common,
+        ),
+    )
+
+
+def _samples(dataset: ImageDataset) -> list[tuple[str, int]]:
+    return getattr(dataset.reader, "samples", [])
 
 
 def _sub_folder(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -136,9 +414,15 @@ def _sub_folder(root: Path, names: tuple[str, ...]) -> Path | None:
 
 def _folder(root: Path) -> ImageDataset:
     try:
-        return ImageDataset(str(root))
+        dataset = ImageDataset(str(root))
     except RuntimeError as error:
         raise InputError(f"--data: {root} holds no images; it needs a sub-folder of them per class") from error
+    # timm's reader passes over a folder without images: its class would be missing without a word.
+    with_images = {Path(path).relative_to(root).parts[0] for path, _ in dataset.reader.samples}
+    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if empty := sorted(folders - with_images):
+        raise InputError(f"--data: class folders of {root} without images: {', '.join(empty)}")
+    return dataset
 
 
 def _split(train: ImageDataset, val_fraction: float) -> ImageDataset:

@@ -1,122 +1,135 @@
-"""The whole of `fastkd train`: check everything, train the teacher where needed, then the students side by side."""
+"""A run of `fastkd train`: the teacher where it needs training, then the students, to be resumed at any step."""
 
-import copy
 import dataclasses
 import datetime as dt
+import json
 import platform
+import shutil
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.data import Mixup
-from timm.task import ClassificationTask
-from timm.utils import random_seed
-from torch import nn
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from fastkd._version import __version__
 from fastkd.info import cpu_name
-from fastkd.losses import ManifoldLoss
 
-from . import InputError, report
-from .clock import LossClock
-from .data import Data, check_images, create_loaders, open_data
-from .loop import AMP_DTYPES, Trainee, criterion
-from .models import create_model, load_weights, match_layers, pretrained_cfg
+from . import DataError, DivergedError, InputError, InterruptedRun, checkpoint, ranks, report
+from .loop import LOOK_EVERY, Trainee, not_finite
+from .models import pretrained_cfg
+from .prepare import Setup, fingerprint, prepare
 from .report import Row
-from .settings import Settings
-from .tasks import ManifoldTask
+from .settings import Settings, as_json, differences, from_json, stages
 
+CHECKPOINTS = "checkpoints"
+EVENTS = "tensorboard"
 FILES = (
-    "config.json", "log.csv", "curve.png", "teacher.safetensors", "student.safetensors", "student_alone.safetensors",
-    "summary.json",
+    "config.json", "log.csv", "curve.png", "teacher.safetensors", "student.safetensors", "student_ema.safetensors",
+    "student_alone.safetensors", "student_alone_ema.safetensors", "summary.json",
 )  # fmt: skip
+FILE_OF = {"teacher": "teacher", "student alone": "student_alone", "student distilled": "student"}
 
 
-class Networks(NamedTuple):
-    """Teacher and student on their device, the arguments that make them again, and the layers that are matched."""
-
-    teacher: nn.Module
-    teacher_args: dict[str, Any]
-    student: nn.Module
-    student_args: dict[str, Any]
-    student_layers: list[str]
-    teacher_layers: list[str]
-
-
-def train(settings: Settings) -> dict[str, Any]:
+def train(settings: Settings, *, resume: bool = False) -> dict[str, Any]:
     """Distil as told and write the results into the output folder; returns what summary.json holds.
+
+    Args:
+        resume: go on with the run in settings.out.
 
     Raises:
         InputError: before anything is written or trained.
-        DivergedError: a loss that is not finite; the files of the last whole epoch stay.
+        DivergedError: a loss that is not finite; the last checkpoint stays.
+        DataError: images that cannot be read, files that cannot be written; the last checkpoint stays.
+        InterruptedRun: Ctrl-C or SIGTERM; the step is finished and a checkpoint written.
     """
     began = time.perf_counter()
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-    data = open_data(settings.data, settings.val_fraction)
-    check_settings(settings)
-    device = choose_device(settings)
-    out = choose_folder(settings)
-    nets, img_size = create_networks(settings, len(data.classes), device)
-    teacher, students = create_trainees(settings, data, nets, img_size, device)
-    if settings.check:
-        check_images(data)
-
-    clear_folder(out)
-    config = dataclasses.asdict(settings) | {
-        "img_size": img_size, "device": str(device), "classes": data.classes, "student_args": nets.student_args,
-        "teacher_args": nets.teacher_args, "student_layers": nets.student_layers, "teacher_layers": nets.teacher_layers,
-    }  # fmt: skip
-    report.write_json(out / "config.json", config)
-
-    rows: list[Row] = []
-    steps = sum(trainee.epochs * len(trainee.loader) for trainee in (teacher, *students))
-    with tqdm(total=steps, unit="step", disable=None, smoothing=0.05) as bar:
-        teacher_top1 = train_teacher(settings, teacher, nets, out, rows, bar)
-        train_students(settings, students, nets, teacher_top1, out, rows, bar)
+    check_out(settings, resume)
+    setup = prepare(settings)
+    out = setup.ranks.first(lambda: choose_folder(settings))
+    config = describe(setup)
+    if resume:
+        check_same(config, json.loads((out / "config.json").read_text()))
+    else:
+        setup.ranks.first(lambda: start_folder(out, setup, config))
+    run = Run(setup, out)
+    with full_disk(out):
+        run.go()
+    trainees = [trainee for trainee in (setup.teacher, *setup.students) if trainee is not None]
     summary = {
-        "results": [result(teacher, rows, teacher_top1), *(result(student, rows) for student in students)],
+        "results": [result(trainee, run.rows, run.teacher_top1) for trainee in trainees],
         "seconds": time.perf_counter() - began,
-        "images": {"train": len(data.train), "validation": len(data.val)},  # type: ignore[arg-type]
+        "images": {"train": len(setup.data.train), "validation": len(setup.data.val)},  # type: ignore[arg-type]
+        "skipped": setup.skipped,
         "versions": {
             "fastkd": __version__, "torch": torch.__version__, "timm": timm.__version__,
             "python": platform.python_version(),
         },
-        "machine": f"{device_name(device)}, {torch.get_num_threads()} threads",
+        "machine": machine(setup),
         "date": dt.date.today().isoformat(),
         "config": config,
     }  # fmt: skip
-    report.write_json(out / "summary.json", summary)
+    if setup.ranks.rank == 0:
+        with full_disk(out):
+            report.write_json(out / "summary.json", summary)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return summary | {"out": str(out)}
 
 
-def check_settings(settings: Settings) -> None:
-    """What can be told without models."""
-    if settings.teacher is None:
-        raise InputError("--teacher: a folder of images needs the name of a timm model to learn from")
-    if settings.teacher_epochs < 1 and not settings.teacher_pretrained and settings.teacher_checkpoint is None:
-        raise InputError(
-            "--teacher-epochs: 0 leaves the teacher untrained; give some, --teacher-checkpoint or --teacher-pretrained"
-        )
-    if settings.amp not in AMP_DTYPES:
-        raise InputError(f"--amp: {settings.amp} is not one of {', '.join(AMP_DTYPES)}")
-    if settings.mixup > 0 and settings.batch_size % 2:
-        raise InputError(f"--mixup: needs an even --batch-size, got {settings.batch_size}")
+def saved_settings(out: str) -> Settings:
+    """The settings of the run in that folder.
 
-
-def choose_device(settings: Settings) -> torch.device:
-    name = settings.device
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Raises:
+        InputError: no run there.
+    """
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device: {name} cannot be used: {' '.join(str(error).split())[:200]}") from error
-    return device
+        values = json.loads((Path(out) / "config.json").read_text())["settings"]
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"--resume: {out} holds no run (no config.json)") from error
+    return dataclasses.replace(from_json(values), out=out)
+
+
+def check_resume(now: Settings, before: Settings) -> None:
+    """Raises:
+    InputError: settings that would change the run's numbers; the message lists them.
+    """
+    if changed := differences(now, before):
+        raise InputError(f"--resume: the run was started with other settings: {'; '.join(changed)}")
+
+
+def check_same(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """That the data, the layers and the number of processes are still those of the run."""
+    names = ("images", "classes", "matched", "processes")
+    now = json.loads(json.dumps({name: now[name] for name in names}))
+    changed = [
+        f"{name}: {now[name]} (the run has {before.get(name)})" for name in names if now[name] != before.get(name)
+    ]
+    if changed:
+        raise InputError(f"--resume: not as the run was started: {'; '.join(changed)}")
+
+
+def check_out(settings: Settings, resume: bool) -> None:
+    """That the folder asked for can be the run's."""
+    if settings.out is None:
+        return
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file, not a folder")
+    if settings.teacher_checkpoint and Path(settings.teacher_checkpoint).resolve().parent == out.resolve():
+        raise InputError(f"--out: {out} holds the --teacher-checkpoint, which the run would replace; name another")
+    finished = (out / "summary.json").exists()
+    if resume and finished:
+        raise InputError(f"--resume: the run in {settings.out} is finished")
+    if finished and not settings.overwrite:
+        raise InputError(f"--out: {settings.out} holds a finished run; name another folder or give --overwrite")
 
 
 def choose_folder(settings: Settings) -> Path:
@@ -127,150 +140,272 @@ def choose_folder(settings: Settings) -> Path:
         while (out := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
             number += 1
         return out
-    out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out: {out} is a file, not a folder")
-    if (out / "summary.json").exists() and not settings.overwrite:
-        raise InputError(f"--out: {out} holds a finished run; name another folder or give --overwrite")
-    if settings.teacher_checkpoint and Path(settings.teacher_checkpoint).resolve().parent == out.resolve():
-        raise InputError(f"--out: {out} holds the --teacher-checkpoint, which the run would replace; name another")
-    return out
+    return Path(settings.out)
 
 
-def clear_folder(out: Path) -> None:
-    """Makes the folder, and takes an earlier run's files out of it."""
+def start_folder(out: Path, setup: Setup, config: dict[str, Any]) -> None:
+    """Makes the folder, takes an earlier run's files out of it, and writes the configuration.
+
+    Raises:
+        InputError: it cannot be written, an unfinished run is there, or the disk has no room for two checkpoints.
+    """
+    if checkpoint.latest(out / CHECKPOINTS) is not None and not setup.settings.overwrite:
+        raise InputError(f"--out: {out} holds an unfinished run; go on with --resume {out}, or give --overwrite")
+    parent = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    need, free = 2 * checkpoint_bytes(setup), shutil.disk_usage(parent).free
+    if free < need:
+        raise InputError(f"--out: {out} has {free / 1e9:.2f} GB left, two checkpoints need {need / 1e9:.2f} GB")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (out / name).unlink(missing_ok=True)
+        for name in (CHECKPOINTS, EVENTS):
+            shutil.rmtree(out / name, ignore_errors=True)
+        report.write_json(out / "config.json", config)
     except OSError as error:
         raise InputError(f"--out: {out} cannot be written: {error.strerror}") from error
 
 
-def create_networks(settings: Settings, num_classes: int, device: torch.device) -> tuple[Networks, int]:
-    """Both models, checked against each other, and the image size."""
-    assert settings.teacher is not None
-    random_seed(settings.seed)
-    student, student_args = create_model(
-        "student", settings.student, settings.student_args, num_classes=num_classes, img_size=settings.img_size
-    )
-    img_size = settings.img_size or pretrained_cfg(student)["input_size"][-1]
-    teacher, teacher_args = create_model(
-        "teacher", settings.teacher, settings.teacher_args, num_classes=num_classes, img_size=img_size,
-        pretrained=settings.teacher_pretrained,
-    )  # fmt: skip
-    if settings.teacher_checkpoint is not None:
-        load_weights("teacher", teacher, settings.teacher, settings.teacher_checkpoint)
-    layers = match_layers(student, teacher, settings.student_layers, settings.teacher_layers, img_size)
-    return Networks(teacher.to(device), teacher_args, student.to(device), student_args, *layers), img_size
+def checkpoint_bytes(setup: Setup) -> int:
+    """About: weights, two numbers per weight for the optimiser, the average."""
+    copies = 3 + (setup.settings.ema is not None)
+    sizes = [sum(p.numel() * p.element_size() for p in x.network.parameters()) for x in setup.students]
+    return copies * sum(sizes)
 
 
-def create_trainees(
-    settings: Settings, data: Data, nets: Networks, img_size: int, device: torch.device
-) -> tuple[Trainee, list[Trainee]]:
-    """The teacher and one or two copies of the student, each with what trains it."""
-    loading: dict[str, Any] = {
-        "img_size": img_size, "batch_size": settings.batch_size, "augment": settings.augment,
-        "workers": settings.workers, "device": device,
-    }  # fmt: skip
-    mixup = None
-    if settings.mixup > 0:
-        mixup = Mixup(settings.mixup, label_smoothing=settings.smoothing, num_classes=len(data.classes))
-    loss = criterion(mixup is not None, settings.smoothing)
-    common = {key: getattr(settings, key) for key in ("weight_decay", "clip_grad", "amp", "seed")}
-    common |= {"mixup": mixup, "device": device}
-    first: dict[str, Any] = {"epochs": settings.teacher_epochs, "warmup_epochs": 1, "lr": settings.teacher_lr}
-    then = {key: getattr(settings, key) for key in ("epochs", "warmup_epochs", "lr", "opt", "sched")}
-
-    task = ClassificationTask(nets.teacher, loss, device=device, verbose=False)
-    loaders = create_loaders(data, nets.teacher, **loading)
-    teacher = Trainee("teacher", nets.teacher, task, loaders, opt="adamw", sched="cosine", **first, **common)
-
-    loaders = create_loaders(data, nets.student, **loading)
-    alone = copy.deepcopy(nets.student)
-    clock = LossClock()
-    distilling = ManifoldTask(
-        nets.student,
-        nets.teacher,
-        student_layers=nets.student_layers,
-        teacher_layers=nets.teacher_layers,
-        criterion=loss,
-        loss=ManifoldLoss(
-            intra=settings.intra, inter=settings.inter, random=settings.random, num_samples=settings.num_samples
-        ),
-        manifold_weight=settings.weight,
-        clock=clock,
-        device=device,
-        verbose=False,
-    )
-    students = []
-    try:
-        if settings.baseline:
-            task = ClassificationTask(alone, loss, device=device, verbose=False)
-            students.append(Trainee("student alone", alone, task, loaders, **then, **common))
-        students.append(Trainee("student distilled", nets.student, distilling, loaders, clock=clock, **then, **common))
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # timm's factories use them all
-        raise InputError(f"--opt {settings.opt} or --sched {settings.sched}: {error}") from error
-    return teacher, students
-
-
-def train_teacher(
-    settings: Settings, teacher: Trainee, nets: Networks, out: Path, rows: list[Row], bar: tqdm
-) -> float | None:
-    """Trains the teacher for its epochs, if any. Returns its top-1, None where its head is new and untrained."""
-    nets.teacher.requires_grad_(True)
-    for epoch in range(teacher.epochs):
-        run_epoch(teacher, epoch, out, rows, bar)
-    nets.teacher.requires_grad_(False)
-    if teacher.epochs:
-        report.write_weights(out / "teacher.safetensors", nets.teacher, str(settings.teacher), nets.teacher_args)
-        return rows[-1]["top1"]
-    if settings.teacher_pretrained and pretrained_cfg(nets.teacher)["num_classes"] != nets.teacher_args["num_classes"]:
-        return None
-    return teacher.evaluate()
-
-
-def train_students(
-    settings: Settings,
-    students: list[Trainee],
-    nets: Networks,
-    teacher_top1: float | None,
-    out: Path,
-    rows: list[Row],
-    bar: tqdm,
-) -> None:
-    """An epoch of each in turn; weights, log and picture are written after every one."""
-    for epoch in range(settings.epochs):
-        for student in students:
-            run_epoch(student, epoch, out, rows, bar)
-            file = "student.safetensors" if student.clock else "student_alone.safetensors"
-            report.write_weights(out / file, student.network, settings.student, nets.student_args)
-        title = f"{settings.student} learns from {settings.teacher} on {Path(settings.data).name}"
-        report.write_curve(out / "curve.png", rows, teacher_top1, title)
-
-
-def run_epoch(trainee: Trainee, epoch: int, out: Path, rows: list[Row], bar: tqdm) -> None:
-    bar.set_description(f"{trainee.label} {epoch + 1}/{trainee.epochs}")
-    row = trainee.train_epoch(epoch, bar)
-    row["top1"] = trainee.evaluate()
-    rows.append(row)
-    report.write_log(out / "log.csv", rows)
-    progress = f"{trainee.label:<17} epoch {epoch + 1:>3}/{trainee.epochs}"
-    bar.write(f"{progress}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f}%  {row['seconds']:.1f} s")
-    sys.stdout.flush()
-
-
-def result(trainee: Trainee, rows: list[Row], top1: float | None = None) -> Row:
-    """A line of the table: top-1 after the last epoch, and means over all steps, data loading included."""
-    own = [row for row in rows if row["network"] == trainee.label]
-    seconds = sum(row["seconds"] for row in own)
-    return {
-        "network": trainee.label,
-        "top1": own[-1]["top1"] if own else top1,
-        "seconds_per_step": seconds / sum(row["steps"] for row in own) if own else None,
-        "loss_share": sum(row["loss_seconds"] for row in own) / seconds if trainee.clock else None,
+def describe(setup: Setup) -> dict[str, Any]:
+    """What config.json holds: the settings as given, and what came of them."""
+    settings, nets = setup.settings, setup.nets
+    return as_json(settings) | {
+        "img_size": nets.img_size,
+        "device": str(setup.device),
+        "classes": setup.data.classes,
+        "student_args": nets.student_args,
+        "teacher_args": nets.teacher_args,
+        "stages": [dataclasses.asdict(stage) for stage in stages(settings)],
+        "matched": [getattr(task, "matched", []) for task in setup.tasks],
+        "images": fingerprint(setup.data),
+        "processes": setup.ranks.world,
+        "settings": as_json(settings),
     }
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+def machine(setup: Setup) -> str:
+    name = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else cpu_name()
+    processes = f" in each of {setup.ranks.world} processes" if setup.ranks.world > 1 else ""
+    return f"{name}, {torch.get_num_threads()} threads{processes}"
+
+
+class Place(NamedTuple):
+    """Where a run is: so many steps of that entry of its plan are done."""
+
+    entry: int = 0
+    step: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry:06d}-{self.step:09d}"
+
+
+class Run:
+    """The plan, an epoch of one network after the other, and how far it has come."""
+
+    def __init__(self, setup: Setup, out: Path) -> None:
+        self.setup, self.out = setup, out
+        self.main = setup.ranks.rank == 0
+        self.rows: list[Row] = []
+        self.teacher_top1: float | None = None
+        teacher = [] if setup.teacher is None else [(setup.teacher, epoch) for epoch in range(setup.teacher.epochs)]
+        self.first_student = len(teacher)
+        self.plan = teacher + [
+            (student, epoch) for epoch in range(setup.students[-1].epochs) for student in setup.students
+        ]
+        self.steps = 0  # since the last checkpoint
+
+    def go(self) -> None:
+        """Every epoch that is not done yet. Log, picture and weights are written after each."""
+        settings = self.setup.settings
+        place = self._load()
+        board = report.TensorBoard(self.out / EVENTS, self.rows) if settings.tensorboard and self.main else None
+        done = sum(trainee.steps for trainee, _ in self.plan[: place.entry]) + place.step
+        total = sum(trainee.steps for trainee, _ in self.plan)
+        with (
+            tqdm(total=total, initial=done, unit="step", disable=None if self.main else True, smoothing=0.05) as bar,
+            Stop(self.setup.ranks) as stop,
+        ):
+            if place.entry >= self.first_student:
+                self._finish_teacher()
+            for entry in range(place.entry, len(self.plan)):
+                if entry == self.first_student and place.entry < entry:
+                    self._finish_teacher()
+                self._epoch(entry, place.step if entry == place.entry else 0, bar, stop, board)
+
+    def _epoch(self, entry: int, start: int, bar: tqdm, stop: "Stop", board: report.TensorBoard | None) -> None:
+        trainee, epoch = self.plan[entry]
+        bar.set_description(f"{trainee.label} {epoch + 1}/{trainee.epochs}")
+        every = self.setup.settings.checkpoint_every
+        if start < trainee.steps:
+            for step in trainee.train_epoch(epoch, bar, start):
+                self.steps += 1
+                if stop.asked(step):
+                    self._save(Place(entry, step))
+                    stop.leave(self.out)
+                if every and self.steps >= every and step < trainee.steps:
+                    self._save(Place(entry, step))
+        row = trainee.row(epoch)
+        self.rows.append(row)
+        if self.main:
+            if board is not None:
+                board.add(row)
+            progress = f"{trainee.label:<17} epoch {epoch + 1:>3}/{trainee.epochs}"
+            bar.write(f"{progress}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f}%  {row['seconds']:.1f} s")
+            sys.stdout.flush()
+        self._export(entry)
+        self._save(Place(entry + 1, 0))
+
+    def _export(self, entry: int) -> None:
+        """Weights that timm loads, the log, the picture."""
+        setup, (trainee, _) = self.setup, self.plan[entry]
+        if trainee is not setup.teacher:
+            name, args = setup.settings.student, setup.nets.student_args
+            file = self.out / f"{FILE_OF[trainee.label]}.safetensors"
+            weights = checkpoint.weights_of(trainee.network)
+            if self.main:
+                checkpoint.write_tensors(file, weights, name, args)
+                if trainee.ema is not None:
+                    checkpoint.write_weights(file.with_stem(f"{file.stem}_ema"), trainee.ema.module, name, args)
+        if self.main:
+            report.write_log(self.out / "log.csv", self.rows)
+            if trainee is setup.students[-1]:
+                title = f"{setup.settings.student} learns from {setup.settings.teacher}"
+                title += f" on {Path(setup.settings.data).name}"
+                report.write_curve(self.out / "curve.png", self.rows, self.teacher_top1, title)
+
+    def _finish_teacher(self) -> None:
+        """What the students need: the teacher's weights, from its own epochs or as they were; its top-1; its logits."""
+        setup, teacher = self.setup, self.setup.teacher
+        if teacher is None or setup.nets.teacher is None:
+            return
+        if teacher.epochs and teacher.stage < 0:  # trained before this process
+            setup.nets.teacher.load_state_dict(load_file(self.out / "teacher.safetensors"))
+        setup.nets.teacher.requires_grad_(False)
+        if teacher.epochs:
+            self.teacher_top1 = next(row["top1"] for row in reversed(self.rows) if row["network"] == teacher.label)
+        elif not new_head(setup) and self.teacher_top1 is None:
+            self.teacher_top1 = teacher.evaluate()
+        if setup.cache is not None:
+            loader = setup.students[-1].loader
+            about = json.dumps([fingerprint(setup.data), repr(loader.images.transform)])
+            setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, about)
+
+    def _save(self, place: Place) -> None:
+        """A checkpoint of what is under way there; the one before it goes once this one is whole."""
+        setup = self.setup
+        self.steps = 0
+        teaching = place.entry < self.first_student
+        under_way = [setup.teacher] if teaching else setup.students
+        weights: dict[str, checkpoint.Tensors] = {}
+        state: dict[str, Any] = {}
+        for trainee in under_way:
+            assert trainee is not None
+            if trainee.stage >= 0 and (name := not_finite(trainee.network)) is not None:
+                raise DivergedError(f"the weights {name} of {trainee.label} are not finite; nothing is written")
+            own, rest = trainee.state()
+            weights |= {f"{FILE_OF[trainee.label]}.{kind}": tensors for kind, tensors in own.items()}
+            state[trainee.label] = rest
+        if self.main:
+            state |= {"rows": self.rows, "teacher_top1": self.teacher_top1}
+            if place.entry == self.first_student and setup.teacher is not None and setup.teacher.epochs:
+                name, args = str(setup.settings.teacher), setup.nets.teacher_args
+                checkpoint.write_weights(self.out / "teacher.safetensors", setup.teacher.network, name, args)
+            checkpoint.write(self.out / CHECKPOINTS, place.name, weights, state)
+
+    def _load(self) -> Place:
+        """Takes up the last checkpoint, if there is one."""
+        path = self.setup.ranks.first(lambda: checkpoint.latest(self.out / CHECKPOINTS))
+        if path is None:
+            return Place()
+        place = Place(*map(int, path.name.split("-")))
+        weights, state = checkpoint.read(path)
+        self.rows, self.teacher_top1 = state["rows"], state["teacher_top1"]
+        teaching = place.entry < self.first_student
+        for trainee in [self.setup.teacher] if teaching else self.setup.students:
+            assert trainee is not None
+            prefix = f"{FILE_OF[trainee.label]}."
+            own = {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
+            trainee.load_state(own, state[trainee.label])
+        return place
+
+
+class Stop:
+    """Ctrl-C and SIGTERM as a wish that the run obeys after its step; a second Ctrl-C stops at once."""
+
+    def __init__(self, own: ranks.Ranks) -> None:
+        self.ranks, self.signal = own, 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self, step: int) -> bool:
+        """Whether any rank was asked to stop; ranks agree at each step on CPU, at every 20th on a GPU."""
+        if self.ranks.world == 1:
+            return self.signal != 0
+        cuda = torch.distributed.get_backend() == "nccl"
+        if cuda and step % LOOK_EVERY:
+            return False
+        wish = torch.tensor(float(self.signal), device="cuda" if cuda else "cpu")
+        torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
+        self.signal = int(wish)
+        return self.signal != 0
+
+    def leave(self, out: Path) -> None:
+        raise InterruptedRun(f"interrupted; go on with: fastkd train --resume {out}", 128 + self.signal)
+
+    def _heard(self, number: int, _: FrameType | None) -> None:
+        # torchrun passes on what the terminal has already sent to all of its processes.
+        if number == signal.SIGINT and self.signal == signal.SIGINT and self.ranks.world == 1:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@contextmanager
+def full_disk(out: Path) -> Iterator[None]:
+    """A file that cannot be written ends the run in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or out} cannot be written: {error.strerror or error}; what was written before stays"
+        ) from error
+
+
+def new_head(setup: Setup) -> bool:
+    """Whether the pretrained teacher's head is untrained, its classes being others."""
+    teacher = setup.nets.teacher
+    return (
+        teacher is not None
+        and setup.settings.teacher_pretrained
+        and setup.settings.teacher_checkpoint is None
+        and pretrained_cfg(teacher)["num_classes"] != setup.nets.teacher_args["num_classes"]
+    )
+
+
+def result(trainee: Trainee, rows: list[Row], teacher_top1: float | None) -> Row:
+    """A line of the table: top-1 after the last epoch, and means over all steps, data loading included."""
+    own = [row for row in rows if row["network"] == trainee.label]
+    seconds = sum(row["seconds"] for row in own)
+    line = {
+        "network": trainee.label,
+        "top1": own[-1]["top1"] if own else teacher_top1,
+        "seconds_per_step": seconds / sum(row["steps"] for row in own) if own else None,
+        "loss_share": sum(row["loss_seconds"] for row in own) / seconds if trainee.clock else None,
+    }
+    return line | ({"top1_ema": own[-1]["top1_ema"]} if own and "top1_ema" in own[-1] else {})

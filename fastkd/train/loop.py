@@ -1,155 +1,418 @@
-"""One network in training: an epoch of steps, top-1 on the validation images. One rule: steps wait for no number."""
+"""One network in training: its stages, its steps, top-1. One rule: a step is a function of seed, epoch and step."""
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
-from timm.utils import accuracy, dispatch_clip_grad, random_seed
+from timm.utils import ModelEmaV3, accuracy, dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from . import DivergedError
+from fastkd import capture
+
+from . import DataError, DivergedError
+from .checkpoint import Tensors, load_optimizer, load_weights, optimizer_state, weights_of, whole
 from .clock import LossClock
+from .data import Images, Loader, seed_all
+from .ranks import ALONE, Ranks
+from .settings import Settings, Stage
 
 AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHECK_EVERY = 50  # steps between looks at the loss, which on a GPU wait for it
+LOOK_EVERY = 20  # steps between looks at the loss where they wait for the device
+SHOW_EVERY = 0.5  # seconds between changes of the progress bar's text
 Row = dict[str, Any]
+Batch = tuple[Tensor, Tensor]
 
 
 class Trainee:
-    """A network with all that trains it: task, timm's loaders, optimiser and schedule.
+    """A network with all that trains it: stages, timm's loaders, optimiser, schedule, average.
 
     Args:
         label: what the progress bar calls it.
         network: the module that is trained and evaluated.
-        task: gives the loss; its further scalars are logged.
+        stages: what follows what, without None.
+        create_task: the task of a stage; its scalars besides the loss are logged.
         loaders: training and validation.
-        clock: the one the task winds, if it has a distillation loss.
+        num_classes: of mixed labels.
+        clock: the one the tasks wind, if they have a distillation loss.
+        teacher_logits: those of the images of (epoch, number of the batch), where they are known.
     """
 
     def __init__(
         self,
         label: str,
         network: nn.Module,
-        task: TrainingTask,
-        loaders: tuple[Any, Any],
+        stages: tuple[Stage, ...],
+        create_task: Callable[[nn.Module, Stage], TrainingTask],
+        loaders: tuple[Loader, Loader],
+        settings: Settings,
         *,
-        epochs: int,
-        warmup_epochs: int,
-        lr: float,
-        weight_decay: float,
-        opt: str,
-        sched: str,
-        clip_grad: float | None,
-        mixup: Mixup | None,
-        amp: str,
-        seed: int,
+        num_classes: int,
         device: torch.device,
+        ranks: Ranks = ALONE,
+        ema: float | None = None,
         clock: LossClock | None = None,
+        teacher_logits: Callable[[int, int], Tensor] | None = None,
     ) -> None:
-        self.label, self.network, self.task, self.epochs = label, network, task, epochs
+        self.label, self.network, self.stages, self.create_task = label, network, stages, create_task
         self.loader, self.val_loader = loaders
-        self.clip_grad, self.mixup, self.seed, self.device, self.clock = clip_grad, mixup, seed, device, clock
-        self.optimizer = create_optimizer_v2(network, opt=opt, lr=lr, weight_decay=weight_decay)
+        self.settings, self.device, self.ranks, self.clock = settings, device, ranks, clock
+        self.teacher_logits = teacher_logits
+        self.epochs = sum(stage.epochs for stage in stages)
+        self.steps = -(-len(self.loader) // settings.accumulate)
+        self.mixup = mixup(settings, num_classes)
+        self.erasing = RandomErasing(settings.erase, mode="pixel", device=device) if settings.erase > 0 else None
+        self.autocast = torch.autocast(device.type, AMP_DTYPES[settings.amp], enabled=settings.amp != "none")
+        self.ema = None if ema is None else ModelEmaV3(network, decay=ema, use_warmup=True)
+        self.stage = self.epoch = -1
+        self.record = Record(device, ranks)
+
+    def begin(self, stage: int, *, distribute: bool = True) -> None:
+        """Makes the task, the optimiser and the schedule of that stage."""
+        self.stage, now = stage, self.stages[stage]
+        seed_all(self.settings.seed, -1, stage)
+        self.network.requires_grad_(True)
+        self.task = self.create_task(self.network, now)
+        if distribute and self.settings.shard:
+            cast(Any, self.network).reshard()  # the task has tried its layers
+            shard_beside(self._trained(), self.network)
+        if distribute and self.settings.compile:
+            # Else what was compiled for another task, or for none, serves this one too, without its hooks.
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            self.task.compile()
+        module = self.task.get_trainable_module()
+        options = {"layer_decay": self.settings.layer_decay, **self.settings.opt_args}
+        self.optimizer = create_optimizer_v2(module, opt=now.opt, lr=now.lr, weight_decay=now.weight_decay, **options)
+        assert now.lr is not None and now.warmup_epochs is not None
+        warmup_lr = now.lr / 100 if self.settings.warmup_lr is None else self.settings.warmup_lr
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
-            sched=sched,
-            num_epochs=max(epochs, 1),
-            warmup_epochs=max(0, min(warmup_epochs, epochs - 1)),
-            warmup_lr=lr / 100,
+            sched=now.sched,
+            num_epochs=max(now.epochs, 1),
+            warmup_epochs=max(0, min(now.warmup_epochs, now.epochs - 1)),
+            warmup_lr=warmup_lr,
+            min_lr=self.settings.min_lr,
             step_on_epochs=False,
-            updates_per_epoch=len(self.loader),
+            updates_per_epoch=self.steps,
         )
-        self.autocast = torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "none")
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.amp == "fp16")
+        if distribute and self.ranks.world > 1 and not self.settings.shard:
+            self.task.prepare_distributed(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def train_epoch(self, epoch: int, bar: tqdm) -> Row:
-        """One pass over the images, the same order and augmentation for each network with the same seed.
+    def at(self, epoch: int) -> tuple[int, int]:
+        """(stage, epoch within it)."""
+        for number, stage in enumerate(self.stages):
+            if epoch < stage.epochs:
+                return number, epoch
+            epoch -= stage.epochs
+        raise IndexError(f"{self.label} has no epoch {epoch}")
 
-        Returns the log's row: means of the loss and its parts, seconds of the whole pass with its data loading, and
-        of these the seconds spent in the distillation loss.
+    def train_epoch(self, epoch: int, bar: tqdm, start: int = 0) -> Iterator[int]:
+        """The steps of an epoch from `start` on; yields how many are done after each.
+
+        Order and augmentation are the same for each network with the same seed.
 
         Raises:
-            DivergedError: a loss that is not finite.
+            DivergedError: a loss that is not finite; on CPU before it reaches the weights.
+            DataError: more unreadable images than the settings allow.
         """
-        random_seed((self.seed * 100_003 + epoch) % 2**32)
+        self.epoch = epoch
+        stage, own_epoch = self.at(epoch)
+        if stage != self.stage:
+            self.begin(stage)
         self.task.train()
-        if self.scheduler is not None:
-            self.scheduler.step_update(epoch * len(self.loader))
-        sums: dict[str, Tensor] = {}
-        began = time.perf_counter()
-        for step, (images, targets) in enumerate(self.loader):
-            if self.mixup is not None:
-                images, targets = self.mixup(images, targets)
-            parts = self._step(images, targets)
-            for name, value in parts.items():
-                sums[name] = sums[name] + value if name in sums else value
-            if (step + 1) % CHECK_EVERY == 0:
-                self._check_finite(sums, epoch, step)
+        if hasattr(self.task, "set_epoch"):
+            self.task.set_epoch(own_epoch)
+        self.record.began = time.perf_counter()
+        batches = self.loader.epoch(epoch, start * self.settings.accumulate)
+        for step in range(start, self.steps):
+            group = list(islice(batches, self.settings.accumulate))
+            if not group:
+                raise DataError(f"the training images end at step {step + 1} of {self.steps} in epoch {epoch + 1}")
             if self.scheduler is not None:
-                self.scheduler.step_update(epoch * len(self.loader) + step + 1)
+                self.scheduler.step_update(own_epoch * self.steps + step)
+            self._step(epoch, step, group)
             bar.update()
-        means = self._check_finite(sums, epoch, step)
-        loss_seconds = self.clock.total() if self.clock is not None else 0.0
-        return {
+            if self.record.shown + SHOW_EVERY < time.perf_counter() and self.record.seen == self.record.steps:
+                self.record.show(bar, self)
+            yield step + 1
+        self._look(epoch, [])
+        self._check_images()
+
+    def row(self, epoch: int) -> Row:
+        """The log's row: means of the loss and its parts, top-1, seconds with data loading, those in the loss."""
+        record, own_epoch = self.record, self.at(epoch)[1]
+        if self.scheduler is not None:
+            self.scheduler.step_update((own_epoch + 1) * self.steps)
+        record.stop(self.clock)
+        row = {
             "network": self.label,
             "epoch": epoch + 1,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **{name: value / (step + 1) for name, value in means.items()},
-            "seconds": time.perf_counter() - began,
-            "loss_seconds": loss_seconds,
-            "steps": step + 1,
+            **{name: value / record.steps for name, value in record.sums.items()},
+            "seconds": record.seconds,
+            "loss_seconds": record.loss_seconds,
+            "steps": record.steps,
+        }
+        if self.ranks.world > 1:
+            distribute_bn(self.network, self.ranks.world, reduce=False)
+        row["top1"] = self.evaluate()
+        if self.ema is not None:
+            row["top1_ema"] = self.evaluate(self.ema.module)
+        self.record = Record(self.device, self.ranks)
+        return row
+
+    def evaluate(self, network: nn.Module | None = None) -> float:
+        """Top-1 on the validation images, in percent, over all ranks."""
+        network = self.network if network is None else network
+        loader_ranks = ALONE if self.settings.shard else self.ranks
+        return evaluate(network, self.val_loader, self.autocast, loader_ranks)
+
+    def state(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
+        """(weights by name, the rest): with these load_state goes on as if nothing had been."""
+        if self.stage < 0:
+            return {}, {"stage": -1}
+        if self.record.steps:  # else it waits for its turn
+            self._look(self.epoch, [])
+            self.record.stop(self.clock)
+        weights = {"weights": weights_of(self._trained())}
+        if self.ema is not None:
+            weights["ema"] = weights_of(self.ema.module)
+        return weights, {
+            "stage": self.stage,
+            "optimizer": optimizer_state(self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "record": self.record.state(),
         }
 
-    def _step(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        with self.autocast:
-            result = self.task(images, targets)
+    def load_state(self, weights: dict[str, Tensors], state: dict[str, Any]) -> None:
+        if state["stage"] < 0:
+            return
+        self.begin(state["stage"])
+        load_weights(self._trained(), weights["weights"])
+        if self.ema is not None:
+            load_weights(self.ema.module, weights["ema"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.record.load(state["record"])
+
+    def _trained(self) -> nn.Module:
+        """The network and what its task trains beside it."""
+        module: nn.Module = unwrap_model(self.task.get_trainable_module())
+        return module
+
+    def _step(self, epoch: int, step: int, group: list[Batch]) -> None:
+        seed_all(self.settings.seed, epoch, step, self.ranks.rank)
+        group = [self._mixed(images, targets) for images, targets in group]
         self.optimizer.zero_grad()
-        self.scaler.scale(result["loss"]).backward()
-        if self.clip_grad is not None:
+        for number, (images, targets) in enumerate(group):
+            known: dict[str, Tensor] = {}
+            if self.teacher_logits is not None:
+                known["teacher_logits"] = self.teacher_logits(epoch, step * self.settings.accumulate + number)
+            last = number + 1 == len(group)
+            with nullcontext() if last else self.task.no_sync():
+                with self.autocast:
+                    result = self.task(images, targets, **known)
+                self.scaler.scale(result["loss"] / len(group)).backward()
+            self.record.add(result, step, len(group))
+        if self.device.type == "cpu" or (step + 1) % LOOK_EVERY == 0:
+            self._look(epoch, group)
+        if self.settings.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.network.parameters(), self.clip_grad)
+            dispatch_clip_grad(self.task.get_clip_parameters(), self.settings.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return {name: value.detach() for name, value in result.items() if name != "output"}
+        if self.ema is not None:
+            self.ema.update(self.network, step=epoch * self.steps + step + 1)
 
-    def _check_finite(self, sums: dict[str, Tensor], epoch: int, step: int) -> dict[str, float]:
-        values = {name: float(value) for name, value in sums.items()}
-        if not all(math.isfinite(value) for value in values.values()):
-            parts = ", ".join(f"{name} {value:g}" for name, value in values.items())
-            raise DivergedError(
-                f"the loss of {self.label} is not finite by epoch {epoch + 1}, step {step + 1}: {parts}"
+    def _mixed(self, images: Tensor, targets: Tensor) -> Batch:
+        if self.settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.erasing is not None:
+            images = self.erasing(images)
+        return (images, targets) if self.mixup is None else self.mixup(images, targets)
+
+    def _look(self, epoch: int, group: list[Batch]) -> None:
+        """Brings the loss to the host; stops where it is not finite, and says where that began."""
+        found = self.record.look()
+        if found is None:
+            return
+        step, values = found
+        layer = self.ranks.found(self._diagnose(epoch, step, group))
+        parts = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        where = f"; first not finite: {layer}" if layer else "; all layers are finite, the loss itself is not"
+        raise DivergedError(
+            f"the loss of {self.label} is not finite in epoch {epoch + 1}, step {step + 1}: {parts}{where}"
+        )
+
+    @torch.no_grad()
+    def _diagnose(self, epoch: int, step: int, group: list[Batch]) -> str | None:
+        """The first layer whose weights, or else whose output on the step's own batch, are not finite."""
+        if (name := not_finite(self.network)) is not None:
+            return f"the weights {name}"
+        found: list[str] = []
+
+        def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                if isinstance(output, Tensor) and not found and not bool(torch.isfinite(output).all()):
+                    found.append(f"the output of {name}")
+
+            return hook
+
+        handles = [
+            module.register_forward_hook(watch(name))
+            for name, module in self.network.named_modules()
+            if name and not any(module.children())
+        ]
+        try:
+            seed_all(self.settings.seed, epoch, step, self.ranks.rank)
+            for images, _ in group:
+                with self.autocast:
+                    self.network(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else None
+
+    def _check_images(self) -> None:
+        parts = [loader.images for loader in (self.loader, self.val_loader) if isinstance(loader.images, Images)]
+        faults = [name for images in parts for name in images.faults()]
+        if len(faults) > self.settings.skip_images:
+            raise DataError(
+                f"{len(faults)} images cannot be read, more than --skip-images {self.settings.skip_images}: "
+                + ", ".join(faults[:10])
             )
-        return values
+        for name in (name for images in parts for name in images.untold()):
+            tqdm.write(f"skipped {name}, which cannot be read")
 
-    def evaluate(self) -> float:
-        """Top-1 on the validation images, in percent."""
-        return evaluate(self.network, self.val_loader, self.autocast)
+
+class Record:
+    """What an epoch adds up, on the device until looked at."""
+
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+        self.device, self.ranks = device, ranks
+        self.sums: dict[str, float] = {}
+        self.steps = 0  # done
+        self.seen = 0  # and brought to the host
+        self.seconds = self.loss_seconds = self.shown = 0.0
+        self.began = time.perf_counter()
+        self._pending: dict[int, Tensor] = {}  # step -> its loss and parts
+        self._names: list[str] = []
+
+    def add(self, result: dict[str, Any], step: int, parts: int) -> None:
+        """A forward pass, one of `parts` of the step."""
+        scalars = {name: x for name, x in result.items() if name != "output"}
+        self._names = list(scalars)
+        values = torch.stack([x.detach().float().reshape(()) for x in scalars.values()]) / parts
+        if step in self._pending:
+            self._pending[step] += values
+        else:
+            self._pending[step] = values
+            self.steps += 1
+
+    def look(self) -> tuple[int, dict[str, float]] | None:
+        """Brings what is pending to the host; (step, its parts) of the first that is not finite."""
+        if not self._pending:
+            return None
+        steps, table = list(self._pending), self.ranks.mean(torch.stack(list(self._pending.values())))
+        self._pending = {}
+        for step, values in zip(steps, table.tolist(), strict=True):
+            if not all(map(math.isfinite, values)):
+                return step, dict(zip(self._names, values, strict=True))
+            for name, value in zip(self._names, values, strict=True):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+        self.seen += len(steps)
+        return None
+
+    def show(self, bar: tqdm, trainee: Trainee) -> None:
+        self.stop(trainee.clock)
+        images = self.steps * trainee.settings.accumulate * trainee.settings.batch_size * self.ranks.world
+        parts = [f"{name} {value / self.steps:.4g}" for name, value in self.sums.items()]
+        share = [] if trainee.clock is None else [f"in loss {self.loss_seconds / self.seconds:.1%}"]
+        bar.set_postfix_str(", ".join([*parts, f"{images / self.seconds:.0f} images/s", *share]), refresh=False)
+        self.shown = time.perf_counter()
+
+    def stop(self, clock: LossClock | None) -> None:
+        """Adds up the time so far."""
+        now = time.perf_counter()
+        self.seconds += now - self.began
+        self.began = now
+        if clock is not None:
+            self.loss_seconds += clock.total()
+
+    def state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("sums", "steps", "seen", "seconds", "loss_seconds")}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def not_finite(network: nn.Module) -> str | None:
+    """The first parameter that holds NaN or infinity."""
+    for name, x in network.named_parameters():
+        if not bool(torch.isfinite(whole(x) if isinstance(x, DTensor) else x.detach()).all()):
+            return name
+    return None
+
+
+def shard(network: nn.Module, ranks: Ranks, device: torch.device) -> None:
+    """Spreads the network's weights over the ranks by FSDP2, a group for each of its blocks."""
+    mesh = init_device_mesh(device.type, (ranks.world,))
+    for name in capture.block_names(network):
+        fully_shard(network.get_submodule(name), mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def shard_beside(module: nn.Module, network: nn.Module) -> None:
+    """The same for what a task trains beside the network, in a group of its own."""
+    mesh = next(network.parameters()).device_mesh  # type: ignore[attr-defined]
+    for child in module.children():
+        if child is not network and any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh)
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, loader: Any, context: Any) -> float:
+def evaluate(network: nn.Module, loader: Any, context: Any, ranks: Ranks = ALONE) -> float:
     """Top-1 in percent over all images of the loader."""
     network.eval()
-    right, count = torch.zeros(()), 0
+    right, count = None, 0
     for images, targets in loader:
         with context:
             logits = network(images)
-        right = right.to(logits.device) + accuracy(logits, targets)[0] * len(targets)
+        rows = accuracy(logits.float(), targets)[0] * len(targets)
+        right = rows if right is None else right + rows
         count += len(targets)
-    return float(right) / count
+    # A rank may have had no image at all.
+    device = next(network.parameters()).device
+    totals = torch.tensor([0.0, count], dtype=torch.float64, device=device)
+    if right is not None:
+        totals[0] = right
+    hits, images_seen = ranks.sum(totals).tolist()
+    return hits / images_seen
 
 
-def criterion(mixup: bool, smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+def mixup(settings: Settings, num_classes: int) -> Mixup | None:
+    if settings.mixup <= 0 and settings.cutmix <= 0:
+        return None
+    return Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_classes)
+
+
+def criterion(mixed: bool, smoothing: float) -> nn.Module:
     """timm's cross-entropy for the targets that mixup makes or leaves."""
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-    if mixup:
+    if mixed:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

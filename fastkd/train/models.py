@@ -1,9 +1,9 @@
 """Teacher and student from timm's registry: creation, weights, matched layers; refuses what cannot work."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -13,10 +13,20 @@ from torch import nn
 
 from fastkd import capture
 
-from . import InputError
+from . import (
+    InputError,
+    mhca,  # noqa: F401  timm then knows its models
+)
 
-Counts = list[tuple[str, int]]  # layer, tokens
 MAX_LAYERS = 8  # the first four and the last four, as Hao et al.
+
+
+class Layer(NamedTuple):
+    """A layer's output without class tokens: as many tokens of that width."""
+
+    name: str
+    tokens: int
+    width: int
 
 
 def create_model(
@@ -51,84 +61,142 @@ def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     return cast(dict[str, Any], unwrap_model(model).pretrained_cfg)
 
 
+def input_size(model: nn.Module) -> int:
+    """Pixels of a side that the model takes: of its patch embedding, else of its pretrained weights.
+
+    Raises:
+        InputError: it tells neither.
+    """
+    size = getattr(getattr(unwrap_model(model), "patch_embed", None), "img_size", None)
+    if size is not None:
+        return int(size[0])
+    if not hasattr(unwrap_model(model), "pretrained_cfg"):
+        raise InputError(f"--img-size: {type(model).__name__} does not tell the size of its images; give it")
+    return int(pretrained_cfg(model)["input_size"][-1])
+
+
 def match_layers(
     student: nn.Module,
     teacher: nn.Module,
-    student_layers: Sequence[str] | None,
-    teacher_layers: Sequence[str] | None,
+    student_layers: Sequence[int | str] | None,
+    teacher_layers: Sequence[int | str] | None,
     img_size: int,
+    *,
+    interpolate: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Names of the layers to match: the given ones or the default ones, tried on one blank image.
 
     By default, of each network's blocks (a CNN's stages) with as many tokens as blocks of the other have: the first
-    four and the last four, fewer where either has fewer.
+    four and the last four, fewer where either has fewer. With `interpolate` grids may differ, and where no block has
+    as many tokens as one of the other network, all of them are taken for these rules.
 
     Raises:
         InputError: an unknown layer, layers that do not pair up, or token grids that differ.
     """
-    own = _token_counts("student", student, student_layers, img_size)
-    theirs = _token_counts("teacher", teacher, teacher_layers, img_size)
+    own = layers_of("student", student, student_layers, img_size)
+    theirs = layers_of("teacher", teacher, teacher_layers, img_size)
     if student_layers is None or teacher_layers is None:
-        own, theirs = _default_pairs(own, theirs, student_layers, teacher_layers)
+        own, theirs = _default_pairs(own, theirs, student_layers, teacher_layers, interpolate)
+    check_pairs(own, theirs)
+    if not interpolate:
+        check_grids(own, theirs, img_size)
+    return [layer.name for layer in own], [layer.name for layer in theirs]
+
+
+def check_pairs(own: Sequence[Layer], theirs: Sequence[Layer]) -> None:
     if len(own) != len(theirs):
         raise InputError(
             f"--student-layers and --teacher-layers must pair up, got {len(own)} and {len(theirs)}: "
             f"{_listed(own)} and {_listed(theirs)}"
         )
-    for (s, n_s), (t, n_t) in zip(own, theirs, strict=True):
-        if n_s != n_t:
-            raise _grids_differ(f"student layer {s} has {n_s} tokens, teacher layer {t} has {n_t}", img_size)
-    return [name for name, _ in own], [name for name, _ in theirs]
+
+
+def check_grids(own: Sequence[Layer], theirs: Sequence[Layer], img_size: int) -> None:
+    for s, t in zip(own, theirs, strict=True):
+        if s.tokens != t.tokens:
+            detail = f"student layer {s.name} has {s.tokens} tokens, teacher layer {t.name} has {t.tokens}"
+            raise _grids_differ(detail, img_size)
+
+
+def layers_of(role: str, model: nn.Module, names: Sequence[int | str] | None, img_size: int) -> list[Layer]:
+    """The layers named, all blocks for None, as one blank image passes them."""
+    captured = probe(role, model, capture.block_names(model) if names is None else names, img_size)
+    return [Layer(name, x.shape[1], x.shape[2]) for name, x in captured]
+
+
+def probe(
+    role: str,
+    model: nn.Module,
+    names: Sequence[int | str],
+    img_size: int,
+    watch: Callable[[nn.Module, Sequence[int | str]], Any] = capture.tokens,
+) -> list[tuple[str, Any]]:
+    """(name, what `watch` captures of it) for one blank image.
+
+    Raises:
+        InputError: an unknown layer, one that cannot be watched, a size that the model refuses.
+    """
+    modes = {module: module.training for module in model.modules()}
+    first = next(model.parameters())
+    try:
+        with torch.no_grad(), watch(model.eval(), names) as captured:
+            try:
+                model(torch.zeros(1, 3, img_size, img_size, device=first.device, dtype=first.dtype))
+            except Exception as error:  # each architecture words its own refusal
+                raise InputError(f"--img-size: the {role} refuses {img_size} px: {first_line(error)}") from error
+            return list(zip(captured.names, captured, strict=True))
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"--{role}-layers: {first_line(error)}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def alike(own: list[Layer], theirs: list[Layer], interpolate: bool) -> tuple[list[Layer], list[Layer]]:
+    """Of each network the layers with as many tokens as layers of the other have; of several such grids the one that
+    most layers share, the coarsest of those. All layers where there is none and `interpolate`.
+
+    Raises:
+        InputError: no such grid, without interpolate.
+    """
+    shared = {layer.tokens for layer in own} & {layer.tokens for layer in theirs}
+    if not shared:
+        if interpolate:
+            return own, theirs
+        raise _grids_differ(f"the student has {_listed(own)}, the teacher {_listed(theirs)}")
+
+    def of_grid(layers: list[Layer], n: int) -> list[Layer]:
+        return [layer for layer in layers if layer.tokens == n]
+
+    best = max(sorted(shared), key=lambda n: min(len(of_grid(own, n)), len(of_grid(theirs, n))))
+    return of_grid(own, best), of_grid(theirs, best)
 
 
 def _default_pairs(
-    own: Counts, theirs: Counts, student_layers: Sequence[str] | None, teacher_layers: Sequence[str] | None
-) -> tuple[Counts, Counts]:
-    def of_grid(counts: Counts, n: int) -> Counts:
-        return [(name, count) for name, count in counts if count == n]
-
-    shared = sorted({n for _, n in own} & {n for _, n in theirs})
-    if not shared:
-        raise _grids_differ(f"the student has {_listed(own)}, the teacher {_listed(theirs)}")
-    n = max(shared, key=lambda n: min(len(of_grid(own, n)), len(of_grid(theirs, n))))
-    if student_layers is None:
-        own = of_grid(own, n)
-    if teacher_layers is None:
-        theirs = of_grid(theirs, n)
+    own: list[Layer],
+    theirs: list[Layer],
+    student_layers: Sequence[int | str] | None,
+    teacher_layers: Sequence[int | str] | None,
+    interpolate: bool,
+) -> tuple[list[Layer], list[Layer]]:
+    own_alike, theirs_alike = alike(own, theirs, interpolate)
     given = student_layers or teacher_layers
-    count = len(given) if given else min(MAX_LAYERS, len(own), len(theirs))
-    return (_ends(own, count) if student_layers is None else own), (
-        _ends(theirs, count) if teacher_layers is None else theirs
+    count = len(given) if given else min(MAX_LAYERS, len(own_alike), len(theirs_alike))
+    return (
+        _ends(own_alike, count) if student_layers is None else own,
+        _ends(theirs_alike, count) if teacher_layers is None else theirs,
     )
 
 
-def _ends(counts: Counts, count: int) -> Counts:
+def _ends(layers: list[Layer], count: int) -> list[Layer]:
     """The first and the last `count` / 2, the odd one from the end."""
-    return counts if count >= len(counts) else counts[: count // 2] + counts[len(counts) - (count + 1) // 2 :]
+    return layers if count >= len(layers) else layers[: count // 2] + layers[len(layers) - (count + 1) // 2 :]
 
 
-def _token_counts(role: str, model: nn.Module, layers: Sequence[str] | None, img_size: int) -> Counts:
-    """(name, number of tokens) of the layers, of all blocks for None."""
-    names = capture.block_names(model) if layers is None else list(layers)
-    was_training = model.training
-    device = next(model.parameters()).device
-    try:
-        with torch.no_grad(), capture.tokens(model.eval(), names) as tokens:
-            try:
-                model(torch.zeros(1, 3, img_size, img_size, device=device))
-            except Exception as error:  # each architecture words its own refusal
-                raise InputError(f"--img-size: the {role} refuses {img_size} px: {first_line(error)}") from error
-            return [(name, x.shape[1]) for name, x in zip(names, tokens, strict=True)]
-    except InputError:
-        raise
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"--{role}-layers: {first_line(error)}") from error
-    finally:
-        model.train(was_training)
-
-
-def _listed(counts: Counts) -> str:
-    return ", ".join(f"{name} ({n} tokens)" for name, n in counts)
+def _listed(layers: Sequence[Layer]) -> str:
+    return ", ".join(f"{layer.name} ({layer.tokens} tokens)" for layer in layers)
 
 
 def _grids_differ(detail: str, img_size: int | None = None) -> InputError:

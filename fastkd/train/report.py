@@ -1,35 +1,21 @@
-"""What a run leaves: log, picture, weights, summary. One rule: a file is there whole or not at all."""
+"""What a run shows: log, picture, tables, a plan. One rule: a file is there whole or not at all."""
 
 import csv
+import itertools
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from safetensors.torch import save
-from torch import nn
+
+from . import InputError
+from .checkpoint import replacing
 
 Row = dict[str, Any]
-COLUMNS = (
-    "network", "epoch", "lr", "loss", "task_loss", "manifold_loss", "intra", "inter", "random", "top1",
-    "steps", "seconds", "loss_seconds",
-)  # fmt: skip
+FIRST, LAST = ("network", "epoch", "lr", "loss", "task_loss"), ("top1", "top1_ema", "steps", "seconds", "loss_seconds")
 COLOURS = {"teacher": "#7a7a7a", "student alone": "#d1783c", "student distilled": "#2563a8"}
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block ends well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+PART_COLOURS = ("#2563a8", "#5f9e6e", "#b3558c", "#d1783c", "#7a7a7a")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -37,18 +23,45 @@ def write_json(path: Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def parts_of(rows: list[Row]) -> list[str]:
+    """Names of the parts of the loss, as they appear."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name not in FIRST + LAST]
+
+
 def write_log(path: Path, rows: list[Row]) -> None:
+    names = {name for row in rows for name in row}
+    columns = [name for name in (*FIRST, *parts_of(rows), *LAST) if name in names]
     with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def write_weights(path: Path, model: nn.Module, name: str, args: dict[str, Any]) -> None:
-    """Weights that timm.create_model(name, checkpoint_path=path, **args) loads; name and args go into the metadata."""
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    with replacing(path) as partial:
-        partial.write_bytes(save(tensors, {"format": "pt", "architecture": name, "model_args": json.dumps(args)}))
+class TensorBoard:
+    """The same rows as TensorBoard events, steps being epochs."""
+
+    def __init__(self, folder: Path, rows: list[Row]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError(
+                "--tensorboard: needs the package tensorboard; install it with: pip install tensorboard"
+            ) from error
+        # Of a run that is taken up again what came after its checkpoint is left out.
+        epochs = {row["network"]: row["epoch"] for row in rows}
+        self._writers: dict[str, Any] = {}
+        self._make = lambda name: SummaryWriter(
+            str(folder / name.replace(" ", "_")), purge_step=epochs.get(name, 0) + 1, flush_secs=10
+        )
+
+    def add(self, row: Row) -> None:
+        name = row["network"]
+        writer = self._writers[name] = self._writers.get(name) or self._make(name)
+        for key, value in row.items():
+            if isinstance(value, float):
+                writer.add_scalar(key, value, row["epoch"])
+        writer.flush()
 
 
 def write_curve(path: Path, rows: list[Row], teacher_top1: float | None, title: str) -> None:
@@ -71,13 +84,18 @@ def write_curve(path: Path, rows: list[Row], teacher_top1: float | None, title: 
     top1.set(xlabel="epoch", ylabel="top-1 on validation images, %", ylim=(0, 102))
     top1.legend(loc="lower right", frameon=False)
     distilled = [row for row in rows if row["network"] == "student distilled"]
-    for name, colour in zip(("intra", "inter", "random"), ("#2563a8", "#5f9e6e", "#b3558c"), strict=True):
-        terms.plot([row["epoch"] for row in distilled], [row[name] for row in distilled], color=colour, label=name)
+    names = parts_of(distilled)
+    # A sum is left out where its terms are there.
+    names = [name for name in names if not name.endswith("_loss")] or names
+    for name, colour in zip(names, itertools.cycle(PART_COLOURS)):
+        own = [row for row in distilled if name in row]
+        terms.plot([row["epoch"] for row in own], [row[name] for row in own], color=colour, label=name)
     terms.set(xlabel="epoch", ylabel="terms of the loss, unweighted", yscale="log")
     terms.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     terms.yaxis.set_major_formatter("{x:g}")
     terms.yaxis.set_minor_formatter(NullFormatter())
-    terms.legend(frameon=False)
+    if names:
+        terms.legend(frameon=False)
     for axes in (top1, terms):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10), min_n_ticks=1))
         axes.spines[["top", "right"]].set_visible(False)

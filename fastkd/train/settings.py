@@ -1,23 +1,42 @@
-"""What a training run is told: one frozen dataclass and the values for the two kinds of data."""
+"""What a training run is told: frozen dataclasses, the values for two kinds of data, what a resume may change."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All options of `fastkd train`; the defaults are those for a folder of images.
+class Stage:
+    """A part of a run: so many epochs of one task. None: the run's own value."""
 
-    Weights and num_samples: the command in the README of Hao et al.'s official code. The optimiser's: DeiT's.
-    """
+    task: str  # of tasks.TASKS
+    epochs: int
+    options: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of the task
+    lr: float | None = None
+    weight_decay: float | None = None
+    opt: str | None = None
+    sched: str | None = None
+    warmup_epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options of `fastkd train`; the defaults are those for a folder of images. The optimiser's: DeiT's."""
 
     data: str = "digits"
+    data_root: str | None = None  # of a timm data set such as wds/NAME
+    train_split: str = "train"
+    val_split: str = "validation"
+    num_classes: int | None = None  # None: what the data says
     val_fraction: float = 0.2
+    train_fraction: float = 1.0  # of the training images, the same share of each class
     check: bool = True
+    skip_images: int = 0  # unreadable ones to leave out before it is an error
     img_size: int | None = None  # None: the student's own
     student: str = "deit_tiny_patch16_224"
     student_args: dict[str, Any] = field(default_factory=dict)
-    student_layers: tuple[str, ...] | None = None  # None: models.match_layers
+    student_layers: tuple[str, ...] | None = None  # None: the task's own choice
     teacher: str | None = None
     teacher_args: dict[str, Any] = field(default_factory=dict)
     teacher_layers: tuple[str, ...] | None = None
@@ -25,30 +44,47 @@ class Settings:
     teacher_pretrained: bool = False
     teacher_epochs: int = 30  # of training first, where it comes without weights
     teacher_lr: float = 1e-3
+    teacher_cache: str | None = None  # folder for its logits
+    recipe: str | None = None  # where the values come from; changes nothing by itself
+    task: str = "manifold"
+    task_args: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()  # empty: one of `task` for `epochs`
+    baseline: bool = True
     epochs: int = 300
     warmup_epochs: int = 5
-    batch_size: int = 64
+    warmup_lr: float | None = None  # None: a hundredth of lr
+    min_lr: float = 0.0
+    batch_size: int = 64  # images of a forward pass, per process
+    accumulate: int = 1  # forward passes per step
     lr: float = 5e-4
     weight_decay: float = 0.05
+    layer_decay: float | None = None
     opt: str = "adamw"
+    opt_args: dict[str, Any] = field(default_factory=dict)
     sched: str = "cosine"
     clip_grad: float | None = None
+    ema: float | None = None  # decay
     augment: bool = True
+    augment_args: dict[str, Any] = field(default_factory=dict)  # of timm's create_transform
+    erase: float = 0.0  # random erasing's probability
     mixup: float = 0.0
+    cutmix: float = 0.0
     smoothing: float = 0.0
-    weight: float = 1.0
-    intra: float = 4.0
-    inter: float = 0.1
-    random: float = 0.2
-    num_samples: int = 192
-    baseline: bool = True
     device: str = "auto"
     amp: str = "none"
+    channels_last: bool = False
+    compile: bool = False
+    shard: bool = False  # FSDP2 instead of DDP
     workers: int = 2
     seed: int = 0
+    checkpoint_every: int = 0  # steps; 0: at the end of each epoch only
+    tensorboard: bool = False
     out: str | None = None
     overwrite: bool = False
 
+
+# They change no number of a run, so a resume may give other ones.
+FREE = frozenset({"out", "overwrite", "workers", "checkpoint_every", "tensorboard", "check", "recipe"})
 
 # 64 px: a digit's pixel is one patch of the student and one cell of the teacher's map at stride 8.
 DIGITS = Settings(
@@ -67,3 +103,37 @@ DIGITS = Settings(
     workers=0,
 )
 FOLDER = Settings()
+
+
+def stages(settings: Settings) -> tuple[Stage, ...]:
+    """The run's stages with the run's values in place of None."""
+    given = settings.stages or (Stage(settings.task, settings.epochs, settings.task_args),)
+    own = ("lr", "weight_decay", "opt", "sched", "warmup_epochs")
+    return tuple(
+        dataclasses.replace(stage, **{name: getattr(settings, name) for name in own if getattr(stage, name) is None})
+        for stage in given
+    )
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    return dataclasses.asdict(settings)
+
+
+def from_json(values: Mapping[str, Any]) -> Settings:
+    """The inverse of as_json, through JSON: lists were tuples. Names that are not settings are passed over."""
+    names = {item.name for item in dataclasses.fields(Settings)}
+    own = {name: _tuples(value) for name, value in values.items() if name in names}
+    return Settings(**own | {"stages": tuple(Stage(**stage) for stage in own.get("stages", ()))})
+
+
+def differences(now: Settings, before: Settings) -> list[str]:
+    """What a resume would change: "lr: 0.1 (the run has 0.001)"."""
+    new, old = vars(now), vars(before)
+    changed = (name for name in new if name not in FREE and new[name] != old[name])
+    return [f"{name}: {new[name]} (the run has {old[name]})" for name in changed]
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_tuples(x) for x in value)
+    return {key: _tuples(x) for key, x in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,138 @@
+"""Where a run is, on disk. One rule: a checkpoint is a folder that is renamed into place whole, or is not there."""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+STATE = "state.pt"
+Tensors = dict[str, Tensor]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path`, through to the disk, when the block ends well."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write(root: Path, name: str, weights: Mapping[str, Tensors], state: dict[str, Any]) -> None:
+    """Puts root/name in place of the checkpoints before it; names sort as they follow. One that is there stays."""
+    if not (root / name).exists():
+        partial = root / f".{name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            for key, tensors in weights.items():
+                (partial / f"{key}.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            (partial / STATE).write_bytes(buffer.getbuffer())
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            partial.rename(root / name)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _sync(root)
+    for path in root.iterdir():
+        if path.name != name:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def latest(root: Path) -> Path | None:
+    """The last whole checkpoint."""
+    found = sorted(path for path in root.glob("[!.]*") if path.is_dir()) if root.is_dir() else []
+    return found[-1] if found else None
+
+
+def read(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """(weights, state) of a checkpoint; nothing in it is executed."""
+    weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    return weights, torch.load(path / STATE, map_location="cpu", weights_only=True)
+
+
+def write_weights(path: Path, model: nn.Module, name: str, args: dict[str, Any]) -> None:
+    """Weights that timm.create_model(name, checkpoint_path=path, **args) loads; name and args go into the metadata."""
+    write_tensors(path, weights_of(model), name, args)
+
+
+def write_tensors(path: Path, tensors: Tensors, name: str, args: dict[str, Any]) -> None:
+    content = save(tensors, {"format": "pt", "architecture": name, "model_args": json.dumps(args)})
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def weights_of(module: nn.Module) -> Tensors:
+    """Copies on the host of all that the module keeps; of sharded ones the whole, which every rank asks for."""
+    return {name: whole(x).clone(memory_format=torch.contiguous_format) for name, x in module.state_dict().items()}
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    own = module.state_dict()
+    if own.keys() != tensors.keys():
+        raise KeyError(f"the checkpoint's weights are others: {sorted(own.keys() ^ tensors.keys())[:8]}")
+    with torch.no_grad():
+        for name, x in own.items():
+            x.copy_(like(tensors[name], x))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state_dict, whole and on the host."""
+    return _mapped(optimizer.state_dict())
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    spread = {
+        index: {key: like(x, parameters[index]) if _shaped(x, parameters[index]) else x for key, x in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": spread})
+
+
+def whole(x: Tensor) -> Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
+
+
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """x spread over ranks as the other one is."""
+    return distribute_tensor(x, other.device_mesh, other.placements) if isinstance(other, DTensor) else x
+
+
+def _shaped(x: Any, parameter: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.shape == parameter.shape
+
+
+def _mapped(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return whole(value).clone()
+    if isinstance(value, dict):
+        return {key: _mapped(x) for key, x in value.items()}
+    return [_mapped(x) for x in value] if isinstance(value, list) else value
+
+
+def _sync(path: Path) -> None:
+    """To the disk: without it a power cut can leave the new name with nothing behind it."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

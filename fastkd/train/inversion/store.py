@@ -1,0 +1,217 @@
+"""Class folders of images, a manifest, a grid. One rule: a batch counts once its manifest line is whole.
+
+manifest.jsonl               a line that says how the images are made, then one per batch
+train/<class>/BBBBB-III.png  image III of batch BBBBB
+student-BBBBB.safetensors    the competing student after as many batches
+grid.png                     the first images side by side
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from .. import InputError
+from ..checkpoint import replacing
+
+MANIFEST, GRID, IMAGES = "manifest.jsonl", "grid.png", "train"
+COLUMNS, ROWS = 10, 8  # of the grid
+
+
+class ManifestError(InputError):
+    """A manifest that cannot be read, or does not fit its folder."""
+
+
+class Store:
+    """The images of one output folder, batch by batch.
+
+    batches: what the manifest holds of each finished one: number, terms of the loss, images.
+    """
+
+    def __init__(self, out: Path, header: dict[str, Any], batches: list[dict[str, Any]]) -> None:
+        self.out, self.header, self.batches = out, header, batches
+        self._pending: dict[str, Any] = {}
+
+    @classmethod
+    def create(cls, out: Path, header: dict[str, Any]) -> "Store":
+        """A new folder. The header must survive JSON as it is."""
+        (out / IMAGES).mkdir(parents=True, exist_ok=True)
+        with replacing(out / MANIFEST) as partial:
+            partial.write_text(_line(header))
+        return cls(out, header, [])
+
+    @classmethod
+    def open(cls, out: Path) -> "Store":
+        """What is there, without the traces of a batch that was interrupted.
+
+        Raises:
+            ManifestError: no manifest, one that cannot be read, or does not fit its folder.
+        """
+        header, batches, whole = _read(out)
+        _check(out, header, batches)
+        store = cls(out, header, batches)
+        for path in store._unfinished():
+            path.unlink()
+        os.truncate(out / MANIFEST, whole)
+        return store
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """One per finished image: file, label, probability, bytes."""
+        return [entry for batch in self.batches for entry in batch["images"]]
+
+    @property
+    def pending(self) -> list[dict[str, Any]]:
+        """Those of the batch that was added and is not counted yet."""
+        return self._pending["images"]
+
+    @property
+    def student(self) -> Path:
+        """The student's weights that belong to the finished batches."""
+        return self._student(len(self.batches))
+
+    def add(self, images: Tensor, labels: list[int], probabilities: list[float], terms: dict[str, float]) -> None:
+        """Writes the images (B, 3, H, W) uint8 of the next batch, which `commit` then counts.
+
+        Raises:
+            OSError: a full disk and the like; what was written of the batch is gone again.
+        """
+        number, entries = len(self.batches), []
+        with self._whole_or_not_at_all():
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                path = self.out / IMAGES / self.header["classes"][label] / f"{number:05}-{i:03}.png"
+                path.parent.mkdir(exist_ok=True)
+                content = _png(image)
+                with replacing(path) as partial:
+                    partial.write_bytes(content)
+                file = path.relative_to(self.out).as_posix()
+                entry = {"file": file, "label": label, "probability": round(probabilities[i], 4), "bytes": len(content)}
+                entries.append(entry)
+        self._pending = {"batch": number, "terms": {k: float(f"{v:.6g}") for k, v in terms.items()}, "images": entries}
+
+    def commit(self, save_student: Callable[[Path], object] | None = None) -> None:
+        """Counts the batch just added, with the student's weights after it if there is one, and draws the grid.
+
+        Raises:
+            OSError: as add.
+        """
+        manifest = self.out / MANIFEST
+        size = manifest.stat().st_size
+        with self._whole_or_not_at_all():
+            if save_student is not None:
+                save_student(self._student(len(self.batches) + 1))
+            try:
+                with manifest.open("a") as file:
+                    file.write(_line(self._pending))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(manifest, size)
+                raise
+        before = self.student
+        self.batches.append(self._pending)
+        before.unlink(missing_ok=True)
+        if len(self.entries) - len(self._pending["images"]) < COLUMNS * ROWS:
+            self._draw_grid()
+
+    def _student(self, batches: int) -> Path:
+        return self.out / f"student-{batches:05}.safetensors"
+
+    def _draw_grid(self) -> None:
+        paths = [self.out / entry["file"] for entry in self.entries[: COLUMNS * ROWS]]
+        images = [Image.open(path) for path in paths]
+        side = images[0].width
+        grid = Image.new("RGB", (COLUMNS * side, -(-len(images) // COLUMNS) * side), "white")
+        for i, image in enumerate(images):
+            grid.paste(image, (i % COLUMNS * side, i // COLUMNS * side))
+        with replacing(self.out / GRID) as partial:
+            grid.save(partial, format="png")
+
+    @contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            for path in self._unfinished():
+                path.unlink(missing_ok=True)
+            raise
+
+    def _unfinished(self) -> list[Path]:
+        """Files of the batch that no manifest line counts."""
+        name = f"{len(self.batches):05}-*.png"
+        return [
+            *(self.out / IMAGES).glob(f"*/{name}"),
+            *(self.out / IMAGES).glob(f"*/.{name}.*"),  # replacing's
+            *(path for name in (MANIFEST, GRID, "student-*") for path in self.out.glob(f".{name}.*")),
+            *(path for path in self.out.glob("student-*.safetensors") if path != self.student),
+        ]
+
+
+def check_folder(out: Path) -> dict[str, Any] | None:
+    """The header of a folder's manifest, after holding it against the folder; None where there is none.
+
+    Raises:
+        ManifestError: a manifest that cannot be read, or does not fit its folder.
+    """
+    if not (out / MANIFEST).is_file():
+        return None
+    header, batches, _ = _read(out)
+    _check(out, header, batches)
+    return header
+
+
+def _read(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Header, batches, and bytes up to the last whole line."""
+    path = out / MANIFEST
+    if not path.is_file():
+        raise ManifestError(f"{out} has no {MANIFEST}: nothing that fastkd invert could go on with")
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1  # what follows was being written when the process ended
+    try:
+        header, *batches = [json.loads(line) for line in content[:whole].splitlines()]
+        in_order = [batch["batch"] for batch in batches] == list(range(len(batches)))
+        if not isinstance(header["classes"], list) or not in_order:
+            raise ValueError("batches are not in order")
+        for batch in batches:
+            for entry in batch["images"]:
+                _ = Path(entry["file"]), int(entry["label"]), int(entry["bytes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{path} cannot be read as a manifest: {error}") from error
+    return header, batches, whole
+
+
+def _check(out: Path, header: dict[str, Any], batches: list[dict[str, Any]]) -> None:
+    listed = {entry["file"]: entry for batch in batches for entry in batch["images"]}
+    there = {path.relative_to(out).as_posix() for path in (out / IMAGES).glob("*/*") if path.is_file()}
+    current = re.compile(rf"{IMAGES}/[^/]+/\.?{len(batches):05}-\d+\.png")  # may be half there
+    if missing := sorted(set(listed) - there):
+        raise ManifestError(f"{out / MANIFEST} lists {missing[0]}, which is not there{_others(missing)}")
+    if extra := sorted(file for file in there - set(listed) if not current.match(file)):
+        raise ManifestError(f"{out / MANIFEST} does not list {extra[0]}, which is there{_others(extra)}")
+    for file, entry in listed.items():
+        label, size = entry["label"], (out / file).stat().st_size
+        if not 0 <= label < len(header["classes"]) or Path(file).parent.name != header["classes"][label]:
+            raise ManifestError(f"{out / MANIFEST} gives {file} the label {label}, which is another folder's")
+        if size != entry["bytes"]:
+            raise ManifestError(f"{out / MANIFEST} gives {file} {entry['bytes']} bytes, it has {size}")
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _png(image: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(content, separators=(",", ":")) + "\n"

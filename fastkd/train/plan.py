@@ -1,0 +1,155 @@
+"""`fastkd train --dry-run`: what a run would do, from its real networks, without training a step."""
+
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from .loop import Trainee
+from .prepare import Setup, prepare
+from .settings import Settings, stages
+
+MB = 1e6
+
+
+def plan(settings: Settings) -> str:
+    """Shapes, matched layers, parameter counts and a memory estimate, as text.
+
+    Raises:
+        InputError: as a run would.
+    """
+    setup = prepare(settings)
+    student, nets = setup.students[-1], setup.nets
+    counts = f"{len(setup.data.train):,} training, {len(setup.data.val):,} validation"  # type: ignore[arg-type]
+    size = f"({settings.batch_size}, 3, {nets.img_size}, {nets.img_size})"
+    images = f"{settings.accumulate} x {settings.batch_size} x {setup.ranks.world}"
+    lines = [
+        f"data        {settings.data}: {counts} images, {len(setup.data.classes)} classes",
+        f"input       {size}, {_normalisation(nets.student)}",
+        f"steps       {student.steps} an epoch of {images} images",
+        f"device      {setup.device}, amp {settings.amp}, {setup.ranks.world} process(es)",
+        f"student     {settings.student}, {_count(nets.student)}",
+    ]
+    if nets.teacher is not None:
+        source = "trained first" if settings.teacher_epochs else settings.teacher_checkpoint or "pretrained"
+        lines.append(f"teacher     {settings.teacher}, {_count(nets.teacher)}, {source}")
+        lines.append(f"            {_normalisation(nets.teacher)}")
+    lines += [f"skipped     {fault}" for fault in setup.skipped]
+    for number, (stage, task) in enumerate(zip(stages(settings), setup.tasks, strict=True), 1):
+        options = ", ".join(f"{key}={value!r}" for key, value in stage.options.items())
+        lines.append(
+            f"stage {number}     {stage.task}({options}), {stage.epochs} epochs, {stage.opt}, lr {stage.lr:g}, "
+            f"weight decay {stage.weight_decay:g}, {stage.sched}, {stage.warmup_epochs} to warm up"
+        )
+        module = unwrap_model(task.get_trainable_module())
+        beside = sum(p.numel() for p in module.parameters()) - sum(p.numel() for p in task.network.parameters())
+        if beside:
+            lines.append(f"            {beside / MB:.2f} M parameters beside the student, not exported")
+        if task.matched:
+            lines.append("            student layer            teacher layer")
+            lines += [f"            {s:<24} {t}" for s, t in shapes(setup, task.matched)]
+    memory = {name: size / MB for name, size in estimate(setup, student).items()}
+    parts = ", ".join(f"{name} {size:,.1f}" for name, size in memory.items())
+    lines.append(f"memory      about {sum(memory.values()):,.0f} MB per process: {parts}")
+    return "\n".join(lines)
+
+
+def shapes(setup: Setup, matched: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The matched layers with the shape of what comes out of each for one image."""
+    return [
+        (f"{s} {own}", f"{t} {theirs}")
+        for (s, t), own, theirs in zip(
+            matched,
+            _outputs(setup.nets.student, [s for s, _ in matched], setup),
+            _outputs(setup.nets.teacher, [t for _, t in matched], setup),
+            strict=True,
+        )
+    ]
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module | None, names: list[str], setup: Setup) -> list[tuple[int, ...] | str]:
+    assert model is not None
+    found: dict[str, tuple[int, ...]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                found[name] = tuple(output.shape)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in set(names)]
+    was_training = model.training
+    try:
+        model.eval()(_blank(setup, 1))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return [found.get(name, "") for name in names]
+
+
+def estimate(setup: Setup, trainee: Trainee) -> dict[str, float]:
+    """Bytes that one process holds in a step of its first stage: weights, gradients, optimiser, activations.
+
+    Activations are what autograd saves in real steps of two and of four images, drawn on to the batch. Not
+    in it: what the allocator keeps, the loader's batches, temporaries of a single layer.
+    """
+    settings, task = setup.settings, setup.tasks[0]
+    own, theirs = _bytes(task.get_trainable_module()), _bytes(setup.nets.teacher)
+    two, four = (_saved_bytes(setup, trainee, batch) for batch in (2, 4))
+    slope = (four - two) / 2
+    states = 2 if "adam" in settings.opt or "lamb" in settings.opt else 1
+    shards = setup.ranks.world if settings.shard else 1
+    copies = 1 + (settings.ema is not None) + settings.baseline
+    return {
+        "student": own * copies / shards,
+        "gradients": own / shards,
+        "optimiser": own * states * (1 + settings.baseline) / shards,
+        "teacher": theirs,
+        "activations": max(0.0, two + slope * (settings.batch_size - 2)),
+    }
+
+
+def _saved_bytes(setup: Setup, trainee: Trainee, batch: int) -> float:
+    """What autograd keeps for backward in a step of so many images, weights aside."""
+    task = setup.tasks[0]
+    weights = {p.untyped_storage().data_ptr() for p in task.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    targets = torch.arange(batch, device=setup.device) % len(setup.data.classes)
+    images, mixed = _blank(setup, batch), targets
+    if trainee.mixup is not None:
+        images, mixed = trainee.mixup(images, targets)
+    task.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), trainee.autocast:
+        loss = task(images, mixed)["loss"]
+    total = float(sum(seen.values()))
+    del loss
+    return total
+
+
+def _blank(setup: Setup, batch: int) -> Tensor:
+    return torch.zeros(batch, 3, setup.nets.img_size, setup.nets.img_size, device=setup.device)
+
+
+def _bytes(model: nn.Module | None) -> int:
+    return 0 if model is None else sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _count(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / MB:.2f} M parameters"
+
+
+def _normalisation(model: nn.Module) -> str:
+    config = resolve_model_data_config(model)
+    return f"normalised by mean {tuple(config['mean'])}, std {tuple(config['std'])}"

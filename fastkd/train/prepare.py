@@ -1,0 +1,281 @@
+"""Everything of a run before its first step: data, device, networks, tasks, each checked. Nothing is written."""
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from . import InputError, ranks
+from .clock import LossClock
+from .data import Data, create_loaders, find_unreadable, leave_out, open_data, seed_all, take_share
+from .loop import AMP_DTYPES, Trainee, criterion, shard
+from .models import create_model, load_weights, pretrained_cfg
+from .ranks import ALONE, Ranks
+from .settings import Settings, Stage, stages
+from .tasks import TASKS, create_task
+from .teacher_cache import TeacherCache
+
+
+class Networks(NamedTuple):
+    """Teacher and student on their device, and the arguments that make them again."""
+
+    teacher: nn.Module | None
+    teacher_args: dict[str, Any]
+    student: nn.Module
+    student_args: dict[str, Any]
+    img_size: int
+
+
+class Setup(NamedTuple):
+    """All that a run needs."""
+
+    settings: Settings
+    data: Data
+    device: torch.device
+    ranks: Ranks
+    nets: Networks
+    teacher: Trainee | None
+    students: list[Trainee]
+    tasks: list[TrainingTask]  # one per stage, on copies of the networks
+    cache: TeacherCache | None
+    skipped: list[str]  # images that cannot be read
+
+
+def prepare(settings: Settings) -> Setup:
+    """Opens, makes and checks.
+
+    Raises:
+        InputError: a setting that cannot work.
+    """
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    data = open_data(
+        settings.data,
+        settings.val_fraction,
+        root=settings.data_root,
+        splits=(settings.train_split, settings.val_split),
+        num_classes=settings.num_classes,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    check_settings(settings)
+    own, device = ranks.join(choose_device(settings))
+    check_processes(settings, own)
+    nets = create_networks(settings, len(data.classes), device)
+    skipped = own.first(lambda: find_unreadable(data)) if settings.check else []
+    leave_out(data, skipped, settings.skip_images)
+    take_share(data, settings.train_fraction, settings.seed)
+    cache = open_cache(settings, data, nets, device, own)
+    teacher, students = create_trainees(settings, data, nets, device, own, cache)
+    tasks = check_stages(students[-1])
+    if cache is not None and any(getattr(task, "matched", []) for task in tasks):
+        raise InputError("--teacher-cache: holds logits, but the task compares layers; it needs the teacher itself")
+    if settings.shard:
+        for trainee in students:
+            shard(trainee.network, own, device)
+    return Setup(settings, data, device, own, nets, teacher, students, tasks, cache, skipped)
+
+
+def check_settings(settings: Settings) -> None:
+    """What can be told without models."""
+    for stage in stages(settings):
+        if stage.task not in TASKS:
+            raise InputError(f"--task: needs one of {', '.join(TASKS)}, got {stage.task!r}")
+        if stage.epochs < 1:
+            raise InputError(f"--stage: {stage.task} needs an epoch at least, got {stage.epochs}")
+    if wants_teacher(settings):
+        if settings.teacher is None:
+            raise InputError("--teacher: a folder of images needs the name of a timm model to learn from")
+        if settings.teacher_epochs < 1 and not settings.teacher_pretrained and settings.teacher_checkpoint is None:
+            raise InputError(
+                "--teacher-epochs: 0 leaves the teacher untrained; give some, "
+                "--teacher-checkpoint or --teacher-pretrained"
+            )
+    if settings.amp not in AMP_DTYPES:
+        raise InputError(f"--amp: {settings.amp} is not one of {', '.join(AMP_DTYPES)}")
+    if (settings.mixup > 0 or settings.cutmix > 0) and settings.batch_size % 2:
+        raise InputError(f"--mixup: needs an even --batch-size, got {settings.batch_size}")
+    if settings.shard and (settings.ema is not None or settings.compile):
+        raise InputError("--shard: works neither with --ema nor with --compile")
+    if settings.teacher_cache is not None and (settings.augment or settings.mixup or settings.cutmix or settings.erase):
+        raise InputError(
+            "--teacher-cache: needs the same images in every epoch: --no-augment, without --mixup, --cutmix and --erase"
+        )
+
+
+def check_processes(settings: Settings, own: Ranks) -> None:
+    if settings.shard and own.world == 1:
+        raise InputError("--shard: spreads the student over processes; start several with torchrun")
+
+
+def wants_teacher(settings: Settings) -> bool:
+    return settings.teacher is not None or any(stage.task != "none" for stage in stages(settings))
+
+
+def choose_device(settings: Settings) -> torch.device:
+    name = settings.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device: {name} cannot be used: {' '.join(str(error).split())[:200]}") from error
+    return device
+
+
+def create_networks(settings: Settings, num_classes: int, device: torch.device) -> Networks:
+    """Both models, checked against each other, and the image size."""
+    seed_all(settings.seed)
+    student, student_args = create_model(
+        "student", settings.student, settings.student_args, num_classes=num_classes, img_size=settings.img_size
+    )
+    img_size = settings.img_size or pretrained_cfg(student)["input_size"][-1]
+    teacher, teacher_args = None, dict[str, Any]()
+    if settings.teacher is not None:
+        teacher, teacher_args = create_model(
+            "teacher", settings.teacher, settings.teacher_args, num_classes=num_classes, img_size=img_size,
+            pretrained=settings.teacher_pretrained,
+        )  # fmt: skip
+        check_teacher(settings, teacher, teacher_args["num_classes"], img_size)
+        if settings.teacher_checkpoint is not None:
+            load_weights("teacher", teacher, settings.teacher, settings.teacher_checkpoint)
+        teacher = teacher.to(device)
+    if settings.channels_last:
+        student = student.to(memory_format=torch.channels_last)
+        if teacher is not None:
+            teacher = teacher.to(memory_format=torch.channels_last)
+    return Networks(teacher, teacher_args, student.to(device), student_args, img_size)
+
+
+def check_teacher(settings: Settings, teacher: nn.Module, num_classes: int, img_size: int) -> None:
+    """Of a teacher with weights: that its size and its classes are those of the run, or that the user chose so."""
+    cfg = pretrained_cfg(teacher)
+    size, classes = cfg["input_size"][-1], cfg["num_classes"]
+    trained = settings.teacher_pretrained or settings.teacher_checkpoint is not None
+    if trained and settings.img_size is None and size != img_size:
+        raise InputError(
+            f"--img-size: the teacher {settings.teacher} was made for {size} px, the student for {img_size}; "
+            f"both see the same images: give --img-size {size}, or --img-size {img_size} to have the teacher there too"
+        )
+    new_head = settings.teacher_pretrained and settings.teacher_checkpoint is None and classes != num_classes
+    if new_head and settings.teacher_epochs < 1 and any(uses_logits(stage) for stage in stages(settings)):
+        raise InputError(
+            f"--teacher-pretrained: its {classes} classes are not the {num_classes} of the data, so its head is new, "
+            "and the task learns from its logits; give --teacher-epochs, or a --teacher-checkpoint with those classes"
+        )
+
+
+def uses_logits(stage: Stage) -> bool:
+    """Whether the task learns from the teacher's logits, by its options or its defaults."""
+    from .tasks import task_options
+
+    return {**task_options(stage.task), **stage.options}.get("logits") is not None
+
+
+def open_cache(settings: Settings, data: Data, nets: Networks, device: torch.device, own: Ranks) -> TeacherCache | None:
+    if settings.teacher_cache is None:
+        return None
+    if isinstance(data.train, IterableDataset):
+        raise InputError("--teacher-cache: needs data with random access, such as a folder or hfds/")
+    if nets.teacher is None:
+        raise InputError("--teacher-cache: needs a --teacher")
+    return TeacherCache(Path(settings.teacher_cache), own)
+
+
+def create_trainees(
+    settings: Settings, data: Data, nets: Networks, device: torch.device, own: Ranks, cache: TeacherCache | None
+) -> tuple[Trainee | None, list[Trainee]]:
+    """The teacher, and one or two copies of the student, each with what trains it."""
+    loading: dict[str, Any] = {
+        "img_size": nets.img_size, "batch_size": settings.batch_size, "augment": settings.augment,
+        "augmentation": settings.augment_args, "workers": settings.workers, "device": device, "ranks": own,
+        "seed": settings.seed,
+    }  # fmt: skip
+    loss = criterion(settings.mixup > 0 or settings.cutmix > 0, settings.smoothing)
+
+    def task_for(teacher: nn.Module | None, clock: LossClock | None) -> Callable[[nn.Module, Stage], TrainingTask]:
+        def create(network: nn.Module, stage: Stage) -> TrainingTask:
+            return create_task(
+                stage.task,
+                network,
+                teacher,
+                img_size=nets.img_size,
+                criterion=loss,
+                student_layers=settings.student_layers,
+                teacher_layers=settings.teacher_layers,
+                clock=clock,
+                device=device,
+                process_group=own.group,
+                options=stage.options,
+            )
+
+        return create
+
+    common: dict[str, Any] = {"num_classes": len(data.classes), "device": device, "ranks": own}
+    plain = task_for(None, None)
+    teacher = None
+    if nets.teacher is not None:
+        stage = Stage(
+            "none", settings.teacher_epochs, {}, settings.teacher_lr, settings.weight_decay, "adamw", "cosine", 1
+        )
+        loaders = create_loaders(data, nets.teacher, **loading)
+        unsharded = dataclasses.replace(settings, shard=False, layer_decay=None, opt_args={})
+        teacher = Trainee("teacher", nets.teacher, (stage,), plain, loaders, unsharded, **common)
+
+    if settings.shard:
+        loading["val_ranks"] = ALONE  # a sharded forward pass needs all ranks at it
+    loaders = create_loaders(data, nets.student, **loading)
+    plan = stages(settings)
+    students = []
+    if settings.baseline and any(stage.task != "none" for stage in plan):
+        # The same schedule without the teacher.
+        alone = tuple(dataclasses.replace(stage, task="none", options={}) for stage in plan)
+        copied = copy.deepcopy(nets.student)
+        students.append(Trainee("student alone", copied, alone, plain, loaders, settings, ema=settings.ema, **common))
+    logits: Callable[[int, int], Tensor] | None = None
+    if cache is not None:
+        batches = loaders[0].batches
+        assert batches is not None
+        logits = lambda epoch, number: cache.rows(batches.indices(epoch, number)).to(device)  # noqa: E731
+    clock = LossClock()
+    students.append(
+        Trainee(
+            "student distilled", nets.student, plan, task_for(nets.teacher, clock), loaders, settings,
+            ema=settings.ema, clock=clock, teacher_logits=logits, **common,
+        )
+    )  # fmt: skip
+    return teacher, students
+
+
+def check_stages(trainee: Trainee) -> list[TrainingTask]:
+    """The task of each stage, made with its optimiser and schedule on a copy of the network."""
+    network, tasks = trainee.network, []
+    for number, stage in enumerate(trainee.stages):
+        trainee.network = copy.deepcopy(network)
+        try:
+            trainee.begin(number, distribute=False)
+        except InputError:
+            raise
+        except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # timm's factories use them all
+            raise InputError(f"--opt {stage.opt} or --sched {stage.sched}: {error}") from error
+        tasks.append(trainee.task)
+    trainee.network, trainee.stage = network, -1
+    del trainee.task, trainee.optimizer, trainee.scheduler
+    return tasks
+
+
+def fingerprint(data: Data) -> dict[str, Any]:
+    """How many images, and a digest of their names and classes: the same data, the same fingerprint."""
+    digest = hashlib.sha256()
+    for part in (data.train, data.val):
+        samples = getattr(getattr(part, "reader", None), "samples", None) or getattr(part, "targets", [])
+        digest.update(repr([(Path(x[0]).name, x[1]) if isinstance(x, tuple) else x for x in samples]).encode())
+    counts = [len(part) for part in (data.train, data.val)]  # type: ignore[arg-type]
+    return {"train": counts[0], "validation": counts[1], "digest": digest.hexdigest()[:16]}

@@ -1,0 +1,260 @@
+"""Does distillation help? Every method and none, on shares of the training images, over several seeds.
+
+python -m fastkd.train.study                         the digits of `make study`
+python -m fastkd.train.study FOLDER --teacher NAME   any folder of images; options of `fastkd train` may follow
+
+All runs of a study take the same number of steps, so that shares of the images differ in images alone.
+"""
+
+import csv
+import dataclasses
+import itertools
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from matplotlib.figure import Figure
+
+from fastkd import backend
+
+from . import InputError, job, report
+from .checkpoint import replacing
+from .settings import DIGITS, Settings, Stage
+
+ALONE = "none"
+
+
+class Method(NamedTuple):
+    """A line of the study: stages by task and share of the epochs, and whether the teacher must be a transformer."""
+
+    stages: tuple[tuple[str, float], ...]
+    transformer: bool = False
+
+
+METHODS = {
+    ALONE: Method(((ALONE, 1.0),)),
+    "soft": Method((("soft", 1.0),)),
+    "dkd": Method((("dkd", 1.0),)),
+    "manifold": Method((("manifold", 1.0),)),
+    "vitkd": Method((("vitkd", 1.0),), transformer=True),
+    "dearkd": Method((("dearkd", 0.5), (ALONE, 0.5))),
+    "cikd": Method((("cikd", 0.5), ("dkd", 0.5)), transformer=True),
+}
+# The CNN of the demo. CIKD compares attention maps, ViTKD three layers of one grid: theirs is a transformer.
+TEACHERS = {
+    "cnn": DIGITS,
+    "vit": dataclasses.replace(
+        DIGITS,
+        teacher="vit_tiny_patch16_224",
+        teacher_args={"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
+        teacher_layers=None,
+        teacher_epochs=40,
+        teacher_lr=1e-3,
+    ),
+}
+
+
+def teach(base: Settings, out: Path) -> Settings:
+    """The settings with the teacher's weights in place, trained on all images where it has none yet."""
+    if base.teacher_checkpoint is not None or base.teacher_pretrained:
+        return base
+    if not (out / "summary.json").exists():
+        plain = dataclasses.replace(base, task=ALONE, task_args={}, stages=(), epochs=1, warmup_epochs=0)
+        job.train(dataclasses.replace(plain, baseline=False, out=str(out), overwrite=True))
+    return dataclasses.replace(base, teacher_checkpoint=str(out / "teacher.safetensors"), teacher_epochs=0)
+
+
+def run(base: Settings, method: str, fraction: float, seed: int, out: Path) -> dict[str, Any]:
+    """One student, trained or read from its finished folder: top-1, curve, seconds per step and in the loss."""
+    epochs = max(2, round(base.epochs / fraction))
+    stages = []
+    for task, share in METHODS[method].stages:
+        options = base.task_args if task == base.task else {}
+        stages.append(Stage(task, max(1, round(epochs * share)), options))
+    settings = dataclasses.replace(
+        base,
+        stages=tuple(stages),
+        train_fraction=fraction,
+        seed=seed,
+        # Layers that the data's own settings name are the manifold loss's; the others have their defaults.
+        student_layers=base.student_layers if method == "manifold" else None,
+        teacher_layers=base.teacher_layers if method == "manifold" else None,
+        baseline=False,
+        check=base.check and seed == 0 and fraction == 1,
+        out=str(out),
+        overwrite=True,
+    )
+    finished = out / "summary.json"
+    if not finished.exists():
+        job.train(settings)
+    summary = json.loads(finished.read_text())
+    student = summary["results"][-1]
+    return {
+        "method": method,
+        "fraction": fraction,
+        "seed": seed,
+        "images": summary["images"]["train"],
+        "top1": student["top1"],
+        "seconds_per_step": student["seconds_per_step"],
+        "loss_share": student["loss_share"] or 0.0,
+        "teacher_top1": summary["results"][0]["top1"],
+        "curve": curve(out / "log.csv", student["network"]),
+    }
+
+
+def curve(log: Path, network: str) -> list[dict[str, float]]:
+    """Loss and top-1 after each epoch of a network."""
+    with log.open(newline="") as file:
+        return [
+            {name: float(row[name]) for name in ("epoch", "loss", "top1")}
+            for row in csv.DictReader(file)
+            if row["network"] == network
+        ]
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread over seeds, one line a method and share of the images."""
+    lines = []
+    for method, fraction in dict.fromkeys((r["method"], r["fraction"]) for r in runs):
+        own = [r for r in runs if (r["method"], r["fraction"]) == (method, fraction)]
+        top1 = [r["top1"] for r in own]
+        lines.append(
+            {
+                "method": method,
+                "fraction": fraction,
+                "images": own[0]["images"],
+                "top1": statistics.mean(top1),
+                "spread": statistics.stdev(top1) if len(top1) > 1 else 0.0,
+                "seeds": len(top1),
+            }
+        )
+    return lines
+
+
+def table(lines: list[dict[str, Any]], costs: list[dict[str, Any]]) -> str:
+    """Markdown: a row per method; top-1 by share of the images, then the cost."""
+    cost = {run["method"]: run for run in costs}
+    fractions = sorted({line["fraction"] for line in lines})
+    head = ["method", *(f"top-1 with {fraction:.0%}" for fraction in fractions), "ms a step", "in the loss"]
+    rows = []
+    for method in dict.fromkeys(line["method"] for line in lines):
+        own = {line["fraction"]: line for line in lines if line["method"] == method}
+        rows.append(
+            [
+                method,
+                *(f"{own[f]['top1']:.1f} ± {own[f]['spread']:.1f}" if f in own else "" for f in fractions),
+                f"{cost[method]['seconds_per_step'] * 1e3:.1f}",
+                "" if method == ALONE else f"{cost[method]['loss_share']:.1%}",
+            ]
+        )
+    cells = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> dict[str, float]:
+    """Largest difference of two curves: of the loss, relative, and of top-1, in points."""
+    pairs = list(zip(a, b, strict=True))
+    return {
+        "loss": max(abs(x["loss"] - y["loss"]) / y["loss"] for x, y in pairs),
+        "top1": max(abs(x["top1"] - y["top1"]) for x, y in pairs),
+    }
+
+
+def draw(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Top-1 against the number of training images, a line per method, bars of one standard deviation."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(line["method"] for line in lines):
+        own = sorted((line for line in lines if line["method"] == method), key=lambda line: line["images"])
+        style: dict[str, Any] = {"color": "black", "linestyle": "--"} if method == ALONE else {}
+        axes.errorbar(
+            [line["images"] for line in own],
+            [line["top1"] for line in own],
+            [line["spread"] for line in own],
+            label=method,
+            marker="o",
+            capsize=2,
+            **style,
+        )
+    axes.set(xlabel="training images", ylabel="top-1 on validation images (%)", xscale="log")
+    axes.legend()
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:])
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def main(
+    context: typer.Context,
+    data: Annotated[str, typer.Argument(help="digits, or what `fastkd train --data` takes.")] = "digits",
+    out: Annotated[Path, typer.Option(help="Folder; a study in it is continued.")] = Path("runs/study"),
+    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = ",".join(METHODS),
+    fractions: Annotated[str, typer.Option(help="Shares of the training images.")] = "0.1,0.25,1",
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Trains students with each method and with none, and prints top-1, spread and cost."""
+    try:
+        study(data, out, methods.split(","), [float(x) for x in fractions.split(",")], seeds, context.args)
+    except (InputError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def study(data: str, out: Path, methods: list[str], fractions: list[float], seeds: int, options: list[str]) -> None:
+    """All runs, then study.json, study.png and the table; finished runs are not repeated."""
+    if unknown := set(methods) - METHODS.keys():
+        raise InputError(f"--methods: needs some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
+    bases = {
+        kind: dataclasses.replace(teach(base, out / f"teacher-{kind}"), epochs=base.epochs)
+        for kind, base in _bases(data, options).items()
+    }
+
+    def chosen(method: str) -> Settings:
+        return bases.get("vit" if METHODS[method].transformer else "cnn") or bases["given"]
+
+    runs = [
+        run(chosen(method), method, fraction, seed, out / f"{method}-{fraction:g}-{seed}")
+        for seed, fraction, method in itertools.product(range(seeds), fractions, methods)
+    ]
+    lines = summarise(runs)
+    # Time apart from the long runs, which may share the machine; measured anew each time.
+    costs = []
+    for method in methods:
+        folder = out / f"{method}-cost"
+        shutil.rmtree(folder, ignore_errors=True)
+        base = dataclasses.replace(chosen(method), epochs=2)
+        costs.append(run(base, method, max(fractions), 0, folder))
+    content: dict[str, Any] = {"lines": lines, "costs": costs, "runs": runs}
+    if "manifold" in methods:
+        # The same run on plain PyTorch: the curves differ by rounding alone, if fused and eager losses agree.
+        with backend("eager"):
+            eager = run(chosen("manifold"), "manifold", max(fractions), 0, out / "manifold-eager")
+        fused = next(r for r in runs if (r["method"], r["fraction"], r["seed"]) == ("manifold", max(fractions), 0))
+        content |= {"eager": eager, "eager_against_fused": difference(eager["curve"], fused["curve"])}
+    last = json.loads((out / f"{methods[0]}-{fractions[0]:g}-0" / "summary.json").read_text())
+    content |= {key: last[key] for key in ("machine", "versions", "date")}
+    report.write_json(out / "study.json", content)
+    draw(out / "study.png", lines)
+    print(f"\n{table(lines, costs)}\n\npicture  {out / 'study.png'}\nnumbers  {out / 'study.json'}")
+
+
+def _bases(data: str, options: list[str]) -> dict[str, Settings]:
+    """The settings that a study's runs vary, by the kind of teacher: for a folder there is the one that is named."""
+    from . import cli
+
+    if data == "digits" and not options:
+        return {kind: dataclasses.replace(base, epochs=10, warmup_epochs=1) for kind, base in TEACHERS.items()}
+    command: Any = typer.main.get_command(cli.app)
+    params = command.commands["train"].make_context("train", ["--data", data, *options]).params
+    given = {name.rstrip("_"): value for name, value in params.items() if value is not None}
+    for name in ("dry_run", "resume", "overwrite"):
+        given.pop(name, None)
+    return {"given": cli.settings_from(given)}
+
+
+if __name__ == "__main__":
+    app()

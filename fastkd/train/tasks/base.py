@@ -1,0 +1,350 @@
+"""What every task shares: the frozen teacher in its own normalisation, one trainable module, the losses' weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from timm.task import TrainingTask
+from timm.utils import ModelEmaV3, unwrap_model
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastkd import capture, distributed
+from fastkd.train import InputError
+from fastkd.train.clock import LossClock
+
+from .logits import LogitLoss
+
+Layers = Sequence[int | str]
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Parts = dict[str, Tensor]
+
+
+class FeatureLoss(nn.Module):
+    """A loss between layers of the two networks. Its parameters are trained and checkpointed, not exported.
+
+    name: of the loss among the parts of the step.
+    """
+
+    name: str
+
+    def __init__(self, student_layers: Sequence[str], teacher_layers: Sequence[str]) -> None:
+        super().__init__()
+        self.student_layers, self.teacher_layers = list(student_layers), list(teacher_layers)
+
+    def watch(self, model: nn.Module, layers: Layers) -> AbstractContextManager[Sequence[Any]]:
+        """Collects from the layers what forward takes."""
+        return capture.tokens(model, layers)
+
+    def forward(self, students: list[Any], teachers: list[Any]) -> tuple[Tensor, Parts]:
+        """The loss and its parts, by name, of what was collected from both networks."""
+        raise NotImplementedError
+
+
+class Trainable(nn.Module):
+    """The student and all of the step that has a gradient, as one forward pass.
+
+    DistributedDataParallel and FSDP see every trained parameter used inside it, and the ones that are not.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        features: FeatureLoss | None,
+        logits: LogitLoss | None,
+        criterion: Criterion,
+        weights: tuple[float, float, float],
+        clock: LossClock | None,
+    ) -> None:
+        super().__init__()
+        self.student, self.features, self.logits, self.criterion = student, features, logits, criterion
+        self.weights, self.clock = weights, clock
+        self.ramp = 1.0  # factor of the logit loss
+
+    def no_weight_decay(self) -> set[str]:
+        student: Any = self.student
+        names = student.no_weight_decay() if hasattr(student, "no_weight_decay") else ()
+        return {f"student.{name}" for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layers of timm's layer-wise learning rates: the student's; what is beside it counts with its last."""
+        student: Any = self.student
+        own = group_parameters(student, student.group_matcher(coarse=coarse), reverse=True)
+        last = max(own.values())
+        return lambda name: own.get(name.removeprefix("student."), last)
+
+    def forward(
+        self, images: Tensor, target: Tensor, teachers: list[Any], teacher_logits: Tensor | None
+    ) -> dict[str, Tensor]:
+        students: list[Any] = []
+        if self.features is None:
+            output = self.student(images)
+        else:
+            with self.features.watch(self.student, self.features.student_layers) as captured:
+                output = self.student(images)
+                students = list(captured)
+        # A distilled DeiT in training gives the logits of its class and of its distillation token.
+        logits, distilled = output if isinstance(output, tuple) else (output, output)
+        task_weight, weight, logit_weight = self.weights
+        with _training(task_weight):
+            task_loss = self.criterion(logits, target)
+        parts = {"task_loss": task_loss}
+        compared: list[Any] = [students, distilled if self.logits is not None else None]
+        if self.clock is not None and (self.features is not None or self.logits is not None):
+            compared = _clocked(self.clock, compared)
+        students, distilled = compared
+        losses = []
+        if self.features is not None:
+            with _training(weight):
+                loss, terms = self.features(students, teachers)
+            parts |= {f"{self.features.name}_loss": loss} | terms
+            losses += [weight * loss] if weight else []
+        if self.logits is not None and teacher_logits is not None:
+            with _training(logit_weight):
+                loss = self.logits(distilled, teacher_logits, target)
+            parts[f"{self.logits.name}_loss"] = loss
+            losses += [self.ramp * logit_weight * loss] if logit_weight else []
+        total = [task_weight * task_loss] if task_weight else []
+        if losses:
+            total.append(sum(losses[1:], losses[0]))
+            if self.clock is not None:
+                self.clock.stop(total[-1])
+        return {
+            "loss": sum(total[1:], total[0]),
+            "output": logits.detach(),
+            **{name: part.detach() for name, part in parts.items()},
+        }
+
+
+class DistillationTask(TrainingTask):
+    """A step of distillation: classification, a loss between layers, a loss between logits; any of them alone.
+
+        L = task_weight * criterion(logits, target) + weight * features + logit_weight * logit loss
+
+    The input is normalised for the student; the teacher gets it in its own normalisation, as in timm's tasks. The
+    teacher is frozen, stays in eval mode with fused attention on, and runs without gradients. A part of weight 0 is
+    still reported, but trains nothing.
+
+    Arguments that all tasks have:
+        student: the model to train, (B, 3, H, W) -> (B, classes).
+        teacher: of the same classes where logits are compared; None where nothing is.
+        criterion: loss of (logits, target); cross-entropy by default.
+        task_weight, weight, logit_weight: factors of the three parts.
+        logits: "soft", "hard", "dkd", "nkd" or None: the loss between logits, on the distillation token's where the
+            student has one.
+        logit_options: its arguments, as fastkd.losses has them.
+        logit_ramp_epochs: over which its weight rises from 0, in a loop that calls set_epoch.
+        student_layers, teacher_layers: what to compare, as in fastkd.capture; None for the task's own choice.
+        img_size: pixels of a side; None for the student's.
+        clock: measures the time spent in the losses between the networks.
+        process_group: relate the images of all its ranks where a loss spans images; None, those of this process.
+
+    Raises:
+        InputError: arguments that cannot work with these networks.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        features: FeatureLoss | None = None,
+        *,
+        criterion: Criterion | None = None,
+        task_weight: float = 1.0,
+        weight: float = 1.0,
+        logits: str | None = None,
+        logit_weight: float = 1.0,
+        logit_options: Mapping[str, Any] | None = None,
+        logit_ramp_epochs: int = 0,
+        clock: LossClock | None = None,
+        process_group: distributed.Group = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(
+            device=next(student.parameters()).device if device is None else device, dtype=dtype, verbose=verbose
+        )
+        logit_loss = None if logits is None else LogitLoss(logits, **(logit_options or {}))
+        if teacher is None and (features is not None or logit_loss is not None):
+            raise InputError(f"--teacher: {type(self).__name__} needs one to learn from")
+        own, theirs = (getattr(model, "num_classes", None) for model in (student, teacher))
+        if logit_loss is not None and own != theirs and None not in (own, theirs):
+            raise InputError(
+                f"--teacher: logits={logits!r} compares the classes of both networks, the student has {own}, the "
+                f"teacher {theirs}"
+            )
+        if not (task_weight or (features is not None and weight) or (logit_loss is not None and logit_weight)):
+            raise InputError("task_weight: all parts of the loss have weight 0, nothing would be trained")
+        distilled: Any = getattr(student, "set_distilled_training", None)
+        if distilled is not None:
+            distilled(logit_loss is not None)
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+            for module in teacher.modules():
+                if hasattr(module, "fused_attn"):
+                    setattr(module, "fused_attn", True)  # noqa: B010  no attribute that nn.Module declares
+        criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        weights = (float(task_weight), float(weight), float(logit_weight))
+        features = features if features is None else features.to(self.device)
+        self.trainable_module: nn.Module = Trainable(student, features, logit_loss, criterion, weights, clock)
+        self.teacher, self.logit_ramp_epochs, self.process_group = teacher, logit_ramp_epochs, process_group
+        scale, shift = renormalisation(student, teacher)
+        self.same_normalisation = bool((scale == 1).all() and (shift == 0).all())
+        self.register_buffer("scale", scale.to(self.device, self.dtype), persistent=False)
+        self.register_buffer("shift", shift.to(self.device, self.dtype), persistent=False)
+
+    @property
+    def trainable(self) -> Trainable:
+        """The trainable module out of DistributedDataParallel or torch.compile."""
+        module: Trainable = unwrap_model(self.trainable_module)
+        return module
+
+    @property
+    def network(self) -> nn.Module:
+        """The student alone, as it is evaluated and exported."""
+        return self.trainable.student
+
+    @property
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The student's, and those of the losses."""
+        return [p for p in self.trainable_module.parameters() if p.requires_grad]
+
+    @property
+    def matched(self) -> list[tuple[str, str]]:
+        """(student layer, teacher layer) that are compared."""
+        features = self.trainable.features
+        return [] if features is None else list(zip(features.student_layers, features.teacher_layers, strict=True))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the epoch of the stage, from 0, to what changes with it."""
+        self.trainable.ramp = min(epoch / self.logit_ramp_epochs, 1.0) if self.logit_ramp_epochs else 1.0
+
+    def train(self, mode: bool = True) -> "DistillationTask":
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "DistillationTask":
+        """Wraps what is trained in DistributedDataParallel; the teacher, being frozen, stays as it is."""
+        ddp_kwargs.setdefault("process_group", self.process_group)
+        # Without a loss on the logits the student's end gets no gradient; of weight 0, a loss's own parameters.
+        task_weight, weight, logit_weight = self.trainable.weights
+        to_the_end = task_weight or (self.trainable.logits is not None and logit_weight)
+        ddp_kwargs.setdefault("find_unused_parameters", not (to_the_end and weight))
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
+        return self
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compiles both networks in place, so that the names of their weights stay; the losses are kernels already.
+
+        Call it before either network runs: PyTorch takes no hooks into what it has compiled without them. For the same
+        reason all that was compiled before, for the hooks of another stage, is forgotten.
+        """
+        torch.compiler.reset()
+        self.network.compile(backend=backend, mode=mode, **compile_kwargs)
+        if self.teacher is not None:
+            self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
+        return self.network
+
+    def setup_ema(self, **kwargs: Any) -> nn.Module:
+        """An average of the student alone: what is beside it ends with the training."""
+        self.trainable_module_ema = ModelEmaV3(self.network, **kwargs)
+        return self.trainable_module_ema
+
+    def update_ema(self, step: int | None = None) -> None:
+        if self.has_ema():
+            self.trainable_module_ema.update(self.network, step=step)
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        if ema or module is not None:
+            return super().get_eval_model(module=module, ema=ema)
+        return self.network
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """exclude_head: leaves out the student's last two, as timm does."""
+        head = {id(p) for p in list(self.network.parameters())[-2:]} if exclude_head else set()
+        return [p for p in self.trainable_module.parameters() if id(p) not in head]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """The parameters of the loss between layers, if it has any."""
+        features = self.trainable.features
+        state = {} if ema or features is None else features.state_dict()
+        return {"features": state} if state else {}
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        features = self.trainable.features
+        if state and features is not None and not ema:
+            features.load_state_dict(state["features"], strict=strict)
+
+    def forward(  # timm's names
+        self,
+        input: Tensor,  # noqa: A002
+        target: Tensor,
+        *,
+        teacher_logits: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns loss and output (logits, detached), and for logging, detached, each part by its name.
+
+        Args:
+            input: (B, 3, H, W), in the student's normalisation.
+            target: (B,) classes or (B, C) mixed labels, as the criterion takes them.
+            teacher_logits: (B, C) known already, instead of running a teacher of which nothing else is needed.
+        """
+        teachers: list[Any] = []
+        features = self.trainable.features
+        if features is not None:
+            if teacher_logits is not None:
+                raise ValueError("teacher_logits replace the teacher only where no layers are compared")
+            with features.watch(self._frozen, features.teacher_layers) as captured:
+                teacher_logits = self._run_teacher(input)
+                teachers = list(captured)
+        elif self.trainable.logits is not None and teacher_logits is None:
+            teacher_logits = self._run_teacher(input)
+        result: dict[str, Tensor] = self.trainable_module(input, target, teachers, teacher_logits)
+        return result
+
+    @property
+    def _frozen(self) -> nn.Module:
+        assert self.teacher is not None
+        return self.teacher
+
+    @torch.no_grad()
+    def _run_teacher(self, images: Tensor) -> Tensor:
+        logits: Tensor = self._frozen(images if self.same_normalisation else images * self.scale + self.shift)
+        return logits
+
+
+def _training(weight: float) -> AbstractContextManager[object]:
+    """No graph for a part that is reported only."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0)
+
+
+def renormalisation(student: nn.Module, teacher: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (1, 3, 1, 1): x * scale + shift takes the student's normalisation to the teacher's.
+
+    A model without timm's pretrained_cfg takes what the other takes.
+    """
+    own, theirs = (getattr(unwrap_model(model), "pretrained_cfg", None) for model in (student, teacher))
+    if own is None or theirs is None:
+        return torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    mean_s, std_s, mean_t, std_t = (
+        torch.tensor(cfg[key], dtype=torch.float64).view(1, -1, 1, 1)
+        for cfg in (own, theirs)
+        for key in ("mean", "std")
+    )
+    return std_s / std_t, (mean_s - mean_t) / std_t
+
+
+def _clocked(clock: LossClock, inputs: list[Any]) -> list[Any]:
+    """The inputs with the clock's views in place of their tensors."""
+    views = iter(clock.start([x for x in tree_leaves(inputs) if isinstance(x, Tensor)]))
+    clocked: list[Any] = tree_map_only(Tensor, lambda _: next(views), inputs)
+    return clocked

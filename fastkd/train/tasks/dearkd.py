@@ -1,0 +1,76 @@
+"""DearKD's first stage: early transformer blocks imitate early CNN maps; the CNN's decisions teach the logits."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastkd import capture
+from fastkd.losses import EarlyDistillationLoss
+from fastkd.train.models import check_pairs, input_size, layers_of
+
+from .base import DistillationTask, FeatureLoss, Layers, Parts
+from .grids import as_map, check_square
+
+
+class _DearKDFeatures(FeatureLoss):
+    name = "dearkd"
+
+    def __init__(self, student_layers: list[str], teacher_layers: list[str], loss: EarlyDistillationLoss) -> None:
+        super().__init__(student_layers, teacher_layers)
+        self.loss = loss
+
+    def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[Tensor, Parts]:
+        return self.loss(students, [as_map(t) for t in teachers]), {}
+
+
+class DearKDTask(DistillationTask):
+    """First stage of Chen et al. 2022 (arXiv:2204.12997); the second is plain training, the task "none".
+
+        L = 0.5 criterion(class logits, target) + 0.5 CE(distillation logits, argmax teacher) + weight * early
+
+    Established are the two stages, early features of a CNN through an aligner, and the CNN's classification as a
+    target. No code was released: the aligner (fastkd.losses.EarlyDistillationLoss), the layers, the weights and the
+    stages' lengths are our reading, the halves DeiT's. The aligner resizes to the CNN's map, whatever its grid.
+
+    Args:
+        student_layers: our reading: as many of the first blocks as there are teacher layers.
+        teacher_layers: our reading: the first two stages after the stem (of a transformer, the first two blocks).
+        common: as DistillationTask; by default logits="hard", task_weight=0.5, logit_weight=0.5.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        student_layers: Layers | None = None,
+        teacher_layers: Layers | None = None,
+        img_size: int | None = None,
+        logits: str | None = "hard",
+        task_weight: float = 0.5,
+        logit_weight: float = 0.5,
+        **common: Any,
+    ) -> None:
+        size = input_size(student) if img_size is None else img_size
+        if teacher_layers is None:
+            teacher_layers = _early(teacher)[: 2 if student_layers is None else len(student_layers)]
+        if student_layers is None:
+            student_layers = capture.block_names(student)[: len(teacher_layers)]
+        own = layers_of("student", student, student_layers, size)
+        theirs = layers_of("teacher", teacher, teacher_layers, size)
+        check_pairs(own, theirs)
+        for role, layers in (("student", own), ("teacher", theirs)):
+            for layer in layers:
+                check_square(f"--{role}-layers: {layer.name}", layer.tokens)
+        loss = EarlyDistillationLoss([layer.width for layer in own], [layer.width for layer in theirs])
+        features = _DearKDFeatures([layer.name for layer in own], [layer.name for layer in theirs], loss)
+        super().__init__(
+            student, teacher, features, logits=logits, task_weight=task_weight, logit_weight=logit_weight, **common
+        )
+
+
+def _early(model: Any) -> list[str]:
+    """The model's blocks, without a stem that halves the image once."""
+    info = getattr(model, "feature_info", None)
+    stems = {entry["module"] for entry in info or [] if isinstance(entry, dict) and entry.get("reduction", 4) < 4}
+    return [name for name in capture.block_names(model) if name not in stems]

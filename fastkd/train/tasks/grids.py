@@ -1,0 +1,34 @@
+"""Square grids of tokens and their sizes."""
+
+import math
+
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from fastkd.train import InputError
+
+
+def check_square(name: str, count: int) -> int:
+    """The side of a square grid of so many tokens.
+
+    Raises:
+        InputError: there is none.
+    """
+    side = math.isqrt(count)
+    if side * side != count:
+        raise InputError(f"{name} needs a square grid of tokens, got {count} tokens")
+    return side
+
+
+def as_map(tokens: Tensor) -> Tensor:
+    """(B, N, D) -> (B, D, h, h), a view."""
+    side = check_square("a map", tokens.shape[1])
+    return tokens.mT.unflatten(2, (side, side))
+
+
+def resize_tokens(tokens: Tensor, count: int) -> Tensor:
+    """(B, N, D) -> (B, count, D): the grid interpolated bilinearly, without aliasing where it shrinks."""
+    if tokens.shape[1] == count:
+        return tokens
+    side = check_square("interpolation", count)
+    return interpolate(as_map(tokens).float(), (side, side), mode="bilinear", antialias=True).flatten(2).mT

@@ -1,0 +1,61 @@
+"""Fine-grained manifold distillation: relations between patches, images and random tokens of matched layers."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastkd.losses import ManifoldLoss
+from fastkd.train.models import input_size, match_layers
+
+from .base import DistillationTask, FeatureLoss, Layers, Parts
+from .grids import resize_tokens
+
+
+class _ManifoldFeatures(FeatureLoss):
+    name = "manifold"
+
+    def __init__(
+        self, student_layers: list[str], teacher_layers: list[str], loss: ManifoldLoss, interpolate: bool
+    ) -> None:
+        super().__init__(student_layers, teacher_layers)
+        self.loss, self.interpolate = loss, interpolate
+
+    def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[Tensor, Parts]:
+        if self.interpolate:
+            teachers = [resize_tokens(t, s.shape[1]) for s, t in zip(students, teachers, strict=True)]
+        loss, terms = self.loss(students, teachers, return_terms=True)
+        return loss, dict(zip(("intra", "inter", "random"), terms, strict=True))
+
+
+class ManifoldTask(DistillationTask):
+    """Hao et al. 2022 (arXiv:2107.01378): similarities between patches of an image, between images at a patch, and
+    between random tokens, of the first four and the last four blocks.
+
+    Class tokens are left out in both networks (the official code keeps them where both have one).
+
+    Args:
+        intra, inter, random, num_samples: as fastkd.losses.ManifoldLoss.
+        interpolate: resize the teacher's token grid to the student's where they differ, which is else an error.
+        common: as DistillationTask.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        student_layers: Layers | None = None,
+        teacher_layers: Layers | None = None,
+        intra: float = 4.0,
+        inter: float = 0.1,
+        random: float = 0.2,
+        num_samples: int = 192,
+        interpolate: bool = False,
+        img_size: int | None = None,
+        **common: Any,
+    ) -> None:
+        size = input_size(student) if img_size is None else img_size
+        layers = match_layers(student, teacher, student_layers, teacher_layers, size, interpolate=interpolate)
+        group = common.get("process_group")
+        loss = ManifoldLoss(intra=intra, inter=inter, random=random, num_samples=num_samples, process_group=group)
+        super().__init__(student, teacher, _ManifoldFeatures(*layers, loss, interpolate), **common)

@@ -1,0 +1,92 @@
+"""ViTKD: mimic the first two blocks, generate the last one from masked tokens."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.losses import ViTKDLoss
+from fastkd.train import InputError
+from fastkd.train.models import Layer, alike, check_grids, input_size, layers_of
+
+from .base import DistillationTask, FeatureLoss, Layers, Parts
+from .grids import resize_tokens
+
+
+class _ViTKDFeatures(FeatureLoss):
+    name = "vitkd"
+
+    def __init__(
+        self, student_layers: list[str], teacher_layers: list[str], loss: ViTKDLoss, interpolate: bool
+    ) -> None:
+        super().__init__(student_layers, teacher_layers)
+        self.loss, self.interpolate = loss, interpolate
+
+    def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[Tensor, Parts]:
+        if self.interpolate:
+            teachers = [resize_tokens(t, s.shape[1]) for s, t in zip(students, teachers, strict=True)]
+        low_s, low_t = torch.stack(students[:2], 1), torch.stack(teachers[:2], 1)
+        loss, terms = self.loss(low_s, low_t, students[2], teachers[2], return_terms=True)
+        return loss, dict(zip(("mimicking", "generation"), terms, strict=True))
+
+
+class ViTKDTask(DistillationTask):
+    """Yang et al. 2022 (arXiv:2209.02432): the first two blocks and the last one after the final norm.
+
+    The projectors, mask token and generator are trained beside the student and not exported. In a network of several
+    stages (Swin, a CNN), which the paper has not, the layers are by default the first two and the last block of the
+    stage whose grid the other network shares.
+
+    Args:
+        student_layers, teacher_layers: two low layers and a high one, of one grid and width in each network.
+        alpha, beta, mask_ratio: as fastkd.losses.ViTKDLoss.
+        interpolate: resize the teacher's token grid to the student's where they differ, which is else an error.
+        common: as DistillationTask.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        student_layers: Layers | None = None,
+        teacher_layers: Layers | None = None,
+        alpha: float = 3e-5,
+        beta: float = 3e-6,
+        mask_ratio: float = 0.5,
+        interpolate: bool = False,
+        img_size: int | None = None,
+        **common: Any,
+    ) -> None:
+        size = input_size(student) if img_size is None else img_size
+        own = layers_of("student", student, student_layers, size)
+        theirs = layers_of("teacher", teacher, teacher_layers, size)
+        if student_layers is None or teacher_layers is None:
+            own_alike, theirs_alike = alike(own, theirs, interpolate)
+            own = _default("student", student, own, own_alike, size) if student_layers is None else own
+            theirs = _default("teacher", teacher, theirs, theirs_alike, size) if teacher_layers is None else theirs
+        _check_three("student", own)
+        _check_three("teacher", theirs)
+        if not interpolate:
+            check_grids(own, theirs, size)
+        loss = ViTKDLoss(own[0].width, theirs[0].width, alpha=alpha, beta=beta, mask_ratio=mask_ratio)
+        names = [layer.name for layer in own], [layer.name for layer in theirs]
+        super().__init__(student, teacher, _ViTKDFeatures(*names, loss, interpolate), **common)
+
+
+def _default(role: str, model: nn.Module, blocks: list[Layer], alike: list[Layer], size: int) -> list[Layer]:
+    """The first two blocks and the last, that one after the final norm unless it is of another grid or width."""
+    width = Counter(layer.width for layer in alike).most_common(1)[0][0]
+    usable = [layer for layer in alike if layer.width == width]
+    if usable == blocks and hasattr(model, "norm"):
+        return [*blocks[:2], *layers_of(role, model, ["norm"], size)]
+    return usable if len(usable) < 3 else [*usable[:2], usable[-1]]
+
+
+def _check_three(role: str, layers: list[Layer]) -> None:
+    if len(layers) != 3 or len({(layer.tokens, layer.width) for layer in layers}) > 1:
+        got = ", ".join(f"{layer.name} ({layer.tokens} tokens of {layer.width})" for layer in layers)
+        raise InputError(
+            f"--{role}-layers: ViTKD needs two low layers and a high one, of one grid and one width, got {got}"
+        )

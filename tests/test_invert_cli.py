@@ -1,0 +1,275 @@
+"""`fastkd invert`: whole runs, killed and resumed ones, what it says to input that cannot work; the data-free demo."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+timm = pytest.importorskip("timm")
+pytest.importorskip("timm.task")
+testing = pytest.importorskip("typer.testing")
+Image = pytest.importorskip("PIL.Image")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from fastkd.train.checkpoint import write_weights  # noqa: E402
+from fastkd.train.cli import app  # noqa: E402
+from fastkd.train.inversion import demo  # noqa: E402
+from fastkd.train.inversion.presets import Phase  # noqa: E402
+from fastkd.train.inversion.store import GRID, MANIFEST, Store, check_folder  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+CNN = {"num_classes": 4, "channels": (8, 8, 8, 8), "stem_width": 8}
+SMALL = ["--device=cpu", "--img-size=32", "--batch-size=6", "--phases=2/2/2,2/1/4", "--images=15"]
+RIVAL = ["--competition=1", "--student=resnet18", "--student-steps=2"]
+RIVAL += [f"--student-arg={pair}" for pair in ("channels=(8,8,8,8)", "stem_width=8")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with teachers, and with what cannot be used."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("inversion")
+    teacher = timm.create_model("resnet18", **CNN)
+    write_weights(root / "teacher.safetensors", teacher, "resnet18", CNN)
+    torch.save(teacher.state_dict(), root / "plain.pth")
+    with torch.no_grad():
+        teacher.layer2[1].conv1.weight.fill_(torch.nan)
+    write_weights(root / "nan.safetensors", teacher, "resnet18", CNN)
+    args = {"num_classes": 4, "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", **args)
+    write_weights(root / "vit.safetensors", vit, "vit_tiny_patch16_224", args)
+    (root / "full").mkdir()
+    (root / "full" / "mine.txt").write_text("text")
+    (root / "file").write_text("text")
+    return root
+
+
+def invert(*arguments: str) -> "testing.Result":
+    return testing.CliRunner().invoke(app, ["invert", *SMALL, *arguments])
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """All files but a student's: safetensors writes metadata in any order."""
+    paths = (path for path in out.rglob("*") if path.is_file() and not path.name.startswith("student"))
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
+
+
+def assert_same(out: Path, other: Path) -> None:
+    assert files(out) == files(other)
+    own, theirs = (load_file(folder / "student-00003.safetensors") for folder in (out, other))
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:
+    """The images of a run that nothing stopped, with a student in training."""
+    out = place / "whole"
+    result = invert("--teacher-checkpoint", str(place / "teacher.safetensors"), "--out", str(out), *RIVAL)
+    assert result.exit_code == 0, result.output
+    assert f"15 in 3 batches, {out}/train" in result.output
+    return out
+
+
+def test_what_a_run_leaves(whole):
+    assert {path.name for path in whole.iterdir()} == {"train", GRID, MANIFEST, "student-00003.safetensors"}
+    header, store = check_folder(whole), Store.open(whole)
+    assert header["teacher"] == "resnet18"
+    assert header["preset"]["phases"] == [dataclasses.asdict(p) for p in (Phase(2, 2, 2), Phase(2, 1, 4))]
+    assert [entry["label"] for entry in store.entries] == [i % 4 for i in range(15)]
+    assert set(store.batches[0]["terms"]) == {"total", "bn", "cross_entropy", "prior", "competition"}
+    assert Image.open(whole / GRID).size == (320, 64)
+    assert Image.open(whole / store.entries[3]["file"]).size == (32, 32)
+
+
+def test_the_student_trains(whole, place):
+    """Its weights move with each batch, and the competition with them."""
+    again = place / "untrained"
+    steps = [flag for flag in RIVAL if "steps" not in flag]
+    teacher = ["--teacher-checkpoint", str(place / "teacher.safetensors")]
+    assert invert(*teacher, "--out", str(again), *steps, "--student-steps=0").exit_code == 0
+    trained, untrained = (load_file(out / "student-00003.safetensors") for out in (whole, again))
+    assert not torch.equal(trained["conv1.weight"], untrained["conv1.weight"])
+    first, then = ([batch["terms"]["competition"] for batch in Store.open(out).batches] for out in (whole, again))
+    assert first[0] == then[0]
+    assert first[1] != then[1]
+
+
+def test_training_takes_the_folder(whole, place):
+    teacher = place / "teacher.safetensors"
+    arguments = f"--data {whole} --out {place / 'run'} --device cpu --img-size 32 --batch-size 4 --epochs 1 --workers 0"
+    arguments += " --no-augment --no-baseline --val-fraction 0.4 --teacher-layers layer2,layer2"
+    arguments += f" --teacher resnet18 --teacher-checkpoint {teacher} --student vit_tiny_patch16_224"
+    arguments += "".join(f" --teacher-arg {pair}" for pair in ("channels=(8,8,8,8)", "stem_width=8"))
+    arguments += "".join(f" --student-arg {p}" for p in ("patch_size=8", "embed_dim=16", "depth=2", "num_heads=2"))
+    arguments += " --student-layers blocks.0,blocks.1"
+    result = testing.CliRunner().invoke(app, ["train", *arguments.split()])
+    assert result.exit_code == 0, result.output
+    assert json.loads((place / "run/summary.json").read_text())["images"] == {"train": 9, "validation": 6}
+
+
+def test_kill_and_resume(whole, place):
+    """SIGKILL once a batch is finished; then the same files as without, to the byte."""
+    out = place / "killed"
+    arguments = [*SMALL, "--teacher-checkpoint", str(place / "teacher.safetensors"), "--out", str(out), *RIVAL]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    # Steps that take long enough to be killed in.
+    code = (
+        "import sys, time; from fastkd.train.inversion import synthesis as s; plain = s.Inverter._terms\n"
+        "def slow(*a): time.sleep(0.3); return plain(*a)\n"
+        "s.Inverter._terms = slow; import fastkd.__main__ as m; m.main()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, "invert", *arguments], env=environment) as process:
+        manifest, deadline = out / MANIFEST, time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            if manifest.exists() and manifest.read_text().count("\n") >= 2:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    finished = files(out / "train")
+    assert 6 <= len(finished) < 15
+    threads = torch.get_num_threads()
+    try:
+        result = invert(*arguments, "--resume")
+    finally:
+        torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    assert files(out / "train").items() >= finished.items()
+    assert len(files(out / "train")) == 15
+    assert {k: v for k, v in files(out / "train").items() if "/00000-" in k}.items() <= finished.items()
+    if threads == 1:  # sums are cut by threads
+        assert_same(out, whole)
+
+
+def test_more_images_go_on(whole, place):
+    out = place / "more"
+    teacher = ["--teacher-checkpoint", str(place / "teacher.safetensors"), "--out", str(out), *RIVAL]
+    assert invert(*teacher, "--images=12").exit_code == 0
+    assert len(Store.open(out).entries) == 12
+    result = invert(*teacher, "--resume")
+    assert result.exit_code == 0, result.output
+    assert_same(out, whole)
+    done = files(out)
+    assert invert(*teacher, "--resume").exit_code == 0
+    assert files(out) == done
+
+
+def test_full_disk(place, monkeypatch):
+    """The disk fills up within the second batch; with room again the run goes on, as if nothing had been."""
+    teacher = ["--teacher-checkpoint", str(place / "teacher.safetensors")]
+    assert invert(*teacher, "--out", str(place / "roomy")).exit_code == 0
+    out, count, write = place / "tight", [0], Path.write_bytes
+
+    def write_bytes(path: Path, content: bytes) -> int:
+        count[0] += path.name.startswith(".0")
+        if count[0] > 9:
+            write(path, content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    result = invert(*teacher, "--out", str(out))
+    assert result.exit_code == 1
+    words = ["fastkd invert:", str(out), "No space left on device", "1 finished batches stay", "--resume"]
+    assert all(word in result.output for word in words), result.output
+    assert len(Store.open(out).entries) == 6
+    monkeypatch.undo()
+    assert invert(*teacher, "--out", str(out), "--resume").exit_code == 0
+    assert files(out) == files(place / "roomy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", ["--teacher-checkpoint", "--teacher-pretrained"]),
+        ("--teacher-checkpoint nowhere", ["--teacher"]),
+        ("--teacher resnet18 --teacher-checkpoint nowhere", ["--teacher-checkpoint", "nowhere is not a file"]),
+        ("--teacher-checkpoint plain.pth", ["--teacher", "does not tell"]),
+        ("--teacher resnet18 --teacher-checkpoint plain.pth", ["--teacher-checkpoint", "does not fit resnet18"]),
+        ("--teacher resnet1x --teacher-checkpoint plain.pth", ["--teacher", "resnet1x"]),
+        ("--teacher-checkpoint vit.safetensors", ["--teacher", "no batch norm", "use one that has"]),
+        ("--teacher-checkpoint teacher.safetensors --out full", ["--out", "full", "not empty", "--resume"]),
+        ("--teacher-checkpoint teacher.safetensors --out full --resume", ["full", "has no manifest.jsonl"]),
+        ("--teacher-checkpoint teacher.safetensors --out file", ["--out", "is a file"]),
+        ("--teacher-checkpoint teacher.safetensors --out file/below", ["--out", "cannot be written"]),
+        ("--teacher-checkpoint teacher.safetensors --preset imagenet", ["--preset", "imagenet-0"]),
+        ("--teacher-checkpoint teacher.safetensors --phases 2/x", ["--phases", "STEPS"]),
+        ("--teacher-checkpoint teacher.safetensors --phases 2/3", ["32 px cannot be divided by pool 3"]),
+        ("--teacher-checkpoint teacher.safetensors --labels 1,4", ["--labels", "0 to 3", "got 4"]),
+        ("--teacher-checkpoint teacher.safetensors --labels one", ["--labels", "numbers"]),
+        ("--teacher-checkpoint teacher.safetensors --competition 1", ["--student", "competition"]),
+        ("--teacher-checkpoint teacher.safetensors --intra 1 --batch-size 1", ["--intra", "--batch-size"]),
+        ("--teacher-checkpoint teacher.safetensors --amp int8", ["--amp", "int8"]),
+        ("--teacher-checkpoint teacher.safetensors --device tpu9", ["--device", "tpu9"]),
+        ("--teacher-checkpoint teacher.safetensors --teacher-arg colour", ["--teacher-arg", "KEY=VALUE"]),
+    ],
+)
+def test_bad_input(place, monkeypatch, arguments, words):
+    monkeypatch.chdir(place)
+    before = files(place)
+    result = invert(*arguments.split())
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith("fastkd invert: ")
+    assert len(result.output.splitlines()) == 1
+    assert all(word in result.output for word in words), result.output
+    assert files(place) == before
+
+
+def test_not_finite(place):
+    out = place / "nan"
+    result = invert("--teacher-checkpoint", str(place / "nan.safetensors"), "--out", str(out))
+    assert result.exit_code == 1
+    assert "what enters layer2.1.bn1 is the first that is not" in result.output
+    assert len(result.output.splitlines()) == 1
+    assert not Store.open(out).entries
+
+
+def test_resume_with_other_settings(whole, place):
+    before = files(whole)
+    teacher = ["--teacher-checkpoint", str(place / "teacher.safetensors"), "--out", str(whole), "--resume"]
+    result = invert(*teacher, *RIVAL, "--seed=3")
+    assert result.exit_code == 2
+    assert "made with other settings: seed 0, not 3" in result.output
+    assert files(whole) == before
+    (whole / "train/1/00000-001.png").rename(place / "aside.png")
+    result = invert(*teacher, *RIVAL)
+    (place / "aside.png").rename(whole / "train/1/00000-001.png")
+    assert result.exit_code == 2
+    assert "lists train/1/00000-001.png, which is not there" in result.output
+    assert files(whole) == before
+
+
+def test_demo_runs(tmp_path, monkeypatch):
+    """All of it, on one seed and with hardly any steps."""
+    short = {
+        name: dataclasses.replace(preset, batch_size=20, phases=preset.phases and (Phase(2),))
+        for name, preset in demo.RUNGS.items()
+    }
+    monkeypatch.setattr(demo, "RUNGS", short)
+    monkeypatch.setattr(demo, "STUDENT", dataclasses.replace(demo.STUDENT, epochs=1, warmup_epochs=0))
+    monkeypatch.setattr(demo, "DIGITS", dataclasses.replace(demo.DIGITS, teacher_epochs=1))
+    summary = demo.main(tmp_path, seeds=1, images=20, workers=0)
+    assert summary == json.loads((tmp_path / "demo-datafree.json").read_text())
+    assert [row["images"] for row in summary["results"]] == list(demo.RUNGS)
+    assert all(5 < row["mean"] == row["top1"][0] < 60 and row["spread"] == 0 for row in summary["results"])
+    grids = [(tmp_path / "seed0" / name.replace(" ", "") / GRID).read_bytes() for name in demo.RUNGS]
+    assert len(set(grids)) == 4
+    lines = demo.table(summary).splitlines()
+    assert len(lines) == 2 + 4 + 1
+    assert f"{summary['results'][2]['mean']:.1f} ± 0.0" in lines[4]
+
+
+def test_demo_spread():
+    values = [1.0, 2.0, 3.0]
+    assert demo.spread(values) == {"top1": values, "mean": 2.0, "spread": 1.0}

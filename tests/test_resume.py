@@ -1,0 +1,246 @@
+"""Exact resume: runs killed at random moments, alone and in pairs, end with the bits of one that was not."""
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+timm = pytest.importorskip("timm")
+pytest.importorskip("timm.task")
+pytest.importorskip("typer")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from fastkd.train import InputError, InterruptedRun, checkpoint, job, ranks  # noqa: E402
+from fastkd.train.loop import Trainee  # noqa: E402
+from fastkd.train.settings import Settings, Stage  # noqa: E402
+
+VIT = "vit_tiny_patch16_224"
+SIZES = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Two classes of 16 noisy 32 px images."""
+    image = pytest.importorskip("PIL.Image")
+    root, generator = tmp_path_factory.mktemp("noise"), torch.Generator().manual_seed(0)
+    for target in range(2):
+        (root / f"class{target}").mkdir()
+        for number in range(16):
+            pixels = torch.randint(0, 128, (32, 32, 3), generator=generator, dtype=torch.uint8) + 100 * target
+            image.fromarray(pixels.numpy()).save(root / f"class{target}" / f"{number}.png")
+    return root
+
+
+def small(folder: Path, out: Path, **changes) -> Settings:
+    """Two stages, the second with parameters beside the student; everything that keeps a state is on."""
+    settings = {
+        "data": str(folder), "out": str(out), "img_size": 32, "batch_size": 4, "workers": 0, "device": "cpu",
+        "student": VIT, "student_args": SIZES | {"drop_path_rate": 0.2}, "teacher": VIT, "teacher_args": SIZES,
+        "teacher_epochs": 1, "warmup_epochs": 0, "lr": 3e-3, "check": False, "checkpoint_every": 1, "ema": 0.9,
+        "augment_args": {"auto_augment": "rand-m5"}, "erase": 0.3, "mixup": 0.2, "clip_grad": 1.0,
+        "stages": (Stage("manifold", 1), Stage("vitkd", 1, {"logits": "soft"}, lr=1e-3, opt="sgd")),
+    }  # fmt: skip
+    return Settings(**(settings | changes))
+
+
+def work(settings: Settings, resume: bool, rank: int, world: int, port: int) -> None:
+    """A process of a run, as torchrun would start it."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    job.train(settings, resume=resume)
+    ranks.leave()
+
+
+def start(settings: Settings, resume: bool, world: int) -> list[multiprocessing.Process]:
+    """Real processes, forked from one that has imported the libraries already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastkd.train.job"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=work, args=(settings, resume, rank, world, port)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(settings: Settings, resume: bool = False, world: int = 1) -> None:
+    processes = start(settings, resume, world)
+    for process in processes:
+        process.join(500)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def places(out: Path) -> str:
+    found = checkpoint.latest(out / job.CHECKPOINTS)
+    return found.name if found else ""
+
+
+def run_with_kills(settings: Settings, world: int, kills: int, draw: random.Random) -> list[str]:
+    """Kills the run `kills` times at random moments, the start-up included, and lets it finish. Returns where."""
+    out, where = Path(settings.out), []
+    for _ in range(kills):
+        processes = start(settings, (out / "config.json").exists(), world)
+        # Until there is something new, and then a moment more: between two steps, or within the writing of a file.
+        before, deadline = places(out), time.monotonic() + 120
+        while places(out) == before and any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.3))
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        where.append(places(out))
+        if (out / "summary.json").exists():
+            break
+    else:
+        finish(settings, True, world)
+    return where
+
+
+def same(a: Path, b: Path) -> None:
+    names = {path.name for path in a.glob("*.safetensors")}
+    assert names == {path.name for path in b.glob("*.safetensors")}
+    assert {"student.safetensors", "student_ema.safetensors", "student_alone.safetensors"} <= names
+    for name in names:
+        one, two = load_file(a / name), load_file(b / name)
+        assert one.keys() == two.keys()
+        assert all(one[key].numpy().tobytes() == two[key].numpy().tobytes() for key in one), name
+    rows = []
+    for out in (a, b):
+        lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+        timed = [i for i, name in enumerate(lines[0]) if "seconds" in name]
+        rows.append([[cell for i, cell in enumerate(line) if i not in timed] for line in lines])
+    assert rows[0] == rows[1]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> Path:
+    """The run that nothing happened to, with other checkpoints."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finish(small(folder, out, checkpoint_every=0))
+    return out
+
+
+def test_killed_at_random_moments(folder, whole, tmp_path):
+    where = run_with_kills(small(folder, tmp_path / "run"), 1, 4, random.Random(time.time_ns()))
+    assert any(where), "no run was killed after a checkpoint"
+    same(whole, tmp_path / "run")
+
+
+def test_pair_killed_at_random_moments(folder, tmp_path):
+    finish(small(folder, tmp_path / "whole"), world=2)
+    where = run_with_kills(small(folder, tmp_path / "run"), 2, 2, random.Random(time.time_ns()))
+    assert any(where), "no run was killed after a checkpoint"
+    same(tmp_path / "whole", tmp_path / "run")
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 11, 18, 26])
+def test_stopped_at_each_part_of_the_plan(folder, whole, tmp_path, monkeypatch, stop_after):
+    """6 steps each: the teacher, then in turn alone and distilled, two epochs of both."""
+    step, count = Trainee._step, 0
+
+    def counted(*args):
+        nonlocal count
+        if count == stop_after:
+            raise StoppedError
+        count += 1
+        step(*args)
+
+    monkeypatch.setattr(Trainee, "_step", counted)
+    settings = small(folder, tmp_path / "stopped", checkpoint_every=4)
+    with pytest.raises(StoppedError):
+        job.train(settings)
+    monkeypatch.setattr(Trainee, "_step", step)
+    job.train(settings, resume=(tmp_path / "stopped" / "config.json").exists())
+    same(whole, tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / job.CHECKPOINTS).exists()
+
+
+def test_interrupt_finishes_the_step_and_resumes(folder, whole, tmp_path, monkeypatch):
+    step, count = Trainee._step, 0
+
+    def interrupted(*args):
+        nonlocal count
+        count += 1
+        if count == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(*args)
+
+    monkeypatch.setattr(Trainee, "_step", interrupted)
+    settings = small(folder, tmp_path / "run", checkpoint_every=0)
+    with pytest.raises(InterruptedRun, match="--resume") as caught:
+        job.train(settings)
+    assert caught.value.code == 130
+    assert count == 9
+    assert places(tmp_path / "run") == "000001-000000003"  # of the six steps after the teacher's
+    job.train(settings, resume=True)
+    same(whole, tmp_path / "run")
+
+
+def test_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
+    root, weights = tmp_path / "checkpoints", {"a": {"x": torch.arange(4.0)}}
+    checkpoint.write(root, "000001", weights, {"step": 1})
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write(root, "000002", weights, {"step": 2})
+    monkeypatch.undo()
+    assert [path.name for path in root.iterdir()] == ["000001"]
+    (root / ".000003").mkdir()  # what a kill while writing leaves
+    (root / ".000003" / "state.pt").write_text("half")
+    assert checkpoint.latest(root) == root / "000001"
+    checkpoint.write(root, "000004", weights, {"step": 4})
+    assert [path.name for path in root.iterdir()] == ["000004"]
+    tensors, state = checkpoint.read(checkpoint.latest(root))
+    assert state == {"step": 4} and torch.equal(tensors["a"]["x"], torch.arange(4.0))
+
+
+def test_resume_refuses_what_would_change_the_run(folder, tmp_path):
+    settings = small(folder, tmp_path / "run", teacher_epochs=1)
+    before = job.saved_settings
+    with pytest.raises(InputError, match=r"--resume: .*holds no run"):
+        before(str(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"lr: 0.1 \(the run has 0.003\); seed: 1 \(the run has 0\)"):
+        job.check_resume(small(folder, tmp_path / "run", lr=0.1, seed=1), settings)
+    job.check_resume(small(folder, tmp_path / "elsewhere", workers=3, checkpoint_every=7), settings)
+
+
+def test_pair_of_processes_is_one_with_the_batches_of_both(folder, tmp_path):
+    """The losses span the ranks, so two with half the batch each learn what one learns; drawn noise is off."""
+    plain = {
+        "augment": False, "erase": 0.0, "mixup": 0.0, "student_args": SIZES, "baseline": False, "ema": None,
+        "stages": (Stage("manifold", 1),), "teacher_args": SIZES | {"depth": 3}, "checkpoint_every": 0,
+    }  # fmt: skip
+    finish(small(folder, tmp_path / "two", batch_size=4, **plain), world=2)
+    finish(small(folder, tmp_path / "one", batch_size=8, **plain))
+    one, two = (load_file(tmp_path / name / "student.safetensors") for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-4)
+    start = timm.create_model(VIT, num_classes=2, img_size=32, **SIZES).state_dict()
+    assert any((one[key] - start[key]).abs().max() > 1e-2 for key in one)
+
+
+def test_sharded_run(folder, tmp_path):
+    """FSDP2 spreads what DDP copies; the numbers are the same up to the order of sums."""
+    plain = {"baseline": False, "ema": None, "checkpoint_every": 0, "erase": 0.0}
+    finish(small(folder, tmp_path / "copied", **plain), world=2)
+    finish(small(folder, tmp_path / "spread", shard=True, **plain), world=2)
+    copied, spread = (load_file(tmp_path / name / "student.safetensors") for name in ("copied", "spread"))
+    assert copied.keys() == spread.keys()
+    for key in copied:
+        torch.testing.assert_close(copied[key], spread[key], rtol=1e-3, atol=2e-4)
