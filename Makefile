@@ -14,7 +14,7 @@ GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 4")' 2> /dev/nul
 GPU_OUT ?= gpu
 verdict = && echo "$@: pass" || { echo "$@: fail"; exit 1; }
 
-.PHONY: install demo demo-datafree test lint types bench docs dist clean
+.PHONY: install demo demo-datafree study test lint types bench docs dist clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-report
 
 $(ENV): pyproject.toml setup.py MANIFEST.in $(wildcard csrc/* csrc/*/*)
@@ -32,6 +32,9 @@ demo: $(ENV)
 
 demo-datafree: $(ENV)
 	$(BIN)/python -m fastkd.train.inversion.demo
+
+study: $(ENV)
+	$(BIN)/python -m fastkd.train.study
 
 test: $(ENV)
 	TRITON_INTERPRET=1 $(PYTEST) -m triton

@@ -137,6 +137,39 @@ HEADLINE = (
 )
 
 
+def study() -> str:
+    """Every method and none on shares of the digits."""
+    path = RESULTS / "study.json"
+    if not path.exists():
+        return NONE
+    from fastkd.train.study import table as lines
+
+    found = json.loads(path.read_text())
+    cell = {(run["method"], run["fraction"]): run for run in found["lines"]}
+    whole = max(fraction for _, fraction in cell)
+    parts = [lines(found["lines"], found["costs"]) + "\n"]
+    for fraction in sorted({fraction for _, fraction in cell}):
+        none = cell["none", fraction]
+        won, lost, even = [], [], []
+        for method in dict.fromkeys(method for method, _ in cell if method != "none"):
+            own = cell[method, fraction]
+            gain, noise = own["top1"] - none["top1"], own["spread"] + none["spread"]
+            (even if abs(gain) <= noise else won if gain > 0 else lost).append(f"{method} ({gain:+.1f})")
+        told = [("better than none", won), ("worse", lost), ("within the spread", even)]
+        text = "; ".join(f"{what}: {', '.join(names)}" for what, names in told if names)
+        parts.append(f"- With {none['images']} images ({fraction:.0%}), {text}.")
+    apart = found["eager_against_fused"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    parts += [
+        f"\nThe first manifold run on {whole:.0%} of the images once more with the eager losses: "
+        f"{found['eager_top1']:.1f}% against {found['fused_top1']:.1f}%. Epoch by epoch the losses differ by at most "
+        f"{apart['loss']:.1e} of their value, top-1 by at most {apart['top1']:.1f} points.\n",
+        "![Top-1 against the number of training images](pictures/study.svg)\n",
+        f"Measured on {found['machine']} ({versions}), {found['date']}.\n",
+    ]
+    return "\n".join(parts)
+
+
 def headline() -> str:
     """A case of each kind: milliseconds and extra memory of the official form, compiled, and fastkd."""
     parts = []
@@ -259,7 +292,7 @@ def aot() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     section.__name__: section
-    for section in (demo, demo_datafree, headline, cases, bars, scaling, profiles, rooflines, aot)
+    for section in (demo, demo_datafree, study, headline, cases, bars, scaling, profiles, rooflines, aot)
 }
 
 
@@ -296,6 +329,11 @@ def pictures() -> Iterator[tuple[str, Any, Callable[[Any, Any], None], tuple[flo
             for r in rows
         ]
         yield f"roofline-{name}", {**limits, "cases": points}, plots.roofline, (6, 4)
+    path = RESULTS / "study.json"
+    if path.exists():
+        from fastkd.train.study import draw
+
+        yield "study", json.loads(path.read_text())["lines"], draw, (6, 4)
     for found in results("sweeps"):
         for variable in dict.fromkeys(row["variable"] for row in found["sweeps"]):
             rows = [row for row in found["sweeps"] if row["variable"] == variable]

@@ -163,9 +163,8 @@ def difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> dict[str
     }
 
 
-def draw(path: Path, lines: list[dict[str, Any]]) -> None:
+def draw(figure: Any, lines: list[dict[str, Any]]) -> None:
     """Top-1 against the number of training images, a line per method, bars of one standard deviation."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for method in dict.fromkeys(line["method"] for line in lines):
         own = sorted((line for line in lines if line["method"] == method), key=lambda line: line["images"])
@@ -181,8 +180,6 @@ def draw(path: Path, lines: list[dict[str, Any]]) -> None:
         )
     axes.set(xlabel="training images", ylabel="top-1 on validation images (%)", xscale="log")
     axes.legend()
-    with replacing(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:])
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -229,16 +226,23 @@ def study(data: str, out: Path, methods: list[str], fractions: list[float], seed
         base = dataclasses.replace(chosen(method), epochs=2)
         costs.append(run(base, method, max(fractions), 0, folder))
     content: dict[str, Any] = {"lines": lines, "costs": costs, "runs": runs}
+    content["teachers"] = {kind: base.teacher for kind, base in bases.items()}
     if "manifold" in methods:
         # The same run on plain PyTorch: the curves differ by rounding alone, if fused and eager losses agree.
         with backend("eager"):
             eager = run(chosen("manifold"), "manifold", max(fractions), 0, out / "manifold-eager")
         fused = next(r for r in runs if (r["method"], r["fraction"], r["seed"]) == ("manifold", max(fractions), 0))
-        content |= {"eager": eager, "eager_against_fused": difference(eager["curve"], fused["curve"])}
+        content |= {"eager_against_fused": difference(eager["curve"], fused["curve"]), "eager_top1": eager["top1"]}
+        content["fused_top1"] = fused["top1"]
     last = json.loads((out / f"{methods[0]}-{fractions[0]:g}-0" / "summary.json").read_text())
     content |= {key: last[key] for key in ("machine", "versions", "date")}
+    for each in [*runs, *costs]:
+        del each["curve"]  # log.csv has them
     report.write_json(out / "study.json", content)
-    draw(out / "study.png", lines)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    draw(figure, lines)
+    with replacing(out / "study.png") as partial:
+        figure.savefig(partial, format="png")
     print(f"\n{table(lines, costs)}\n\npicture  {out / 'study.png'}\nnumbers  {out / 'study.json'}")
 
 
