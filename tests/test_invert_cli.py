@@ -273,3 +273,11 @@ def test_demo_runs(tmp_path, monkeypatch):
 def test_demo_spread():
     values = [1.0, 2.0, 3.0]
     assert demo.spread(values) == {"top1": values, "mean": 2.0, "spread": 1.0}
+
+
+def test_committed_demo_is_above_its_lower_rungs():
+    summary = json.loads((ROOT / "benchmarks/results/demo-datafree.json").read_text())
+    mean = {row["images"]: row["mean"] for row in summary["results"]}
+    assert all(len(row["top1"]) == 3 for row in summary["results"])
+    upper = [mean["DeepInversion"], mean["DeepInversion + intra-divergence"]]
+    assert min(upper) > max(mean["noise"], mean["cross-entropy"])
