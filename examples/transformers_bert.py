@@ -77,9 +77,8 @@ def word_pieces(lines: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.train_from_iterator(lines, trainers.WordPieceTrainer(vocab_size=600, special_tokens=special))
-    tokenizer.post_processor = processors.BertProcessing(
-        *((token, tokenizer.token_to_id(token)) for token in ("[SEP]", "[CLS]"))
-    )
+    ids = tokenizer.get_vocab()
+    tokenizer.post_processor = processors.BertProcessing(*((token, ids[token]) for token in ("[SEP]", "[CLS]")))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
