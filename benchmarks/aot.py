@@ -213,7 +213,7 @@ def inspect(variant: Any, compiled: Any, target: str) -> Kernel:
         found = _amd(asm["amdgcn"])
     threads = meta.num_warps * UNITS[target].lanes
     # The tensors of the formula are called by a letter; what else there is, is float32 on the way.
-    types = sorted({t[1:] for name, t in variant.signature.items() if re.fullmatch(r"[a-z](_[st])?_ptr", name)})
+    types = variant.pointers(r"[a-z](_[st])?_ptr")
     shown = {**variant.constants, **variant.options}
     return Kernel(
         stem=variant.kernel.fn.__module__.rpartition(".")[2],

@@ -465,7 +465,7 @@ def _spanning(
             n = 2 * max(sizes) if scope == "inter" else sum(sizes) * s.shape[1]
             chosen = pick_algorithm(n, s, t, rectify, agreed.fast_float64)
         if scope == "inter" and chosen == "tile":
-            together.setdefault((s.device, resolve(backend, "relation_fwd", s)), []).append(i)
+            together.setdefault((s.device, resolve(backend, "relation_fwd", s, t)), []).append(i)
         else:
             rows = _Rows(normalize, eps, accumulator(s, t))
             losses[i] = _Relation.apply(s, t, ranks, sizes, scope, rectify, chosen, rows, wants_grad(s))
@@ -581,7 +581,7 @@ def relation_loss(
         elif scope == "inter" and algorithm == "gram":
             resolve_plain(backend, "relation_loss of scope 'inter' by Grams over a process group")
         else:
-            resolve(backend, "relation_fwd", student)
+            resolve(backend, "relation_fwd", student, teacher)
         about: About = {"function": "relation_loss", "student": _layout(student), "teacher": _layout(teacher)}
         about["scope"] = scope
         about["index"] = None if index is None else tuple(index.shape)
@@ -622,7 +622,7 @@ def manifold_layers(
         about |= weights
         for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
             index = None if indices is None else indices[i]
-            resolve(backend, "relation_fwd", s)
+            resolve(backend, "relation_fwd", s, t)
             if len(s) != len(students[0]):
                 raise ValueError(f"student must hold the same images in every layer, got {len(s)} in layer {i}")
             layer = f" of layer {i}" if len(students) > 1 else ""

@@ -60,6 +60,11 @@ def architecture(device: torch.device) -> str:
     return {9: "9.0", 10: "10.x"}.get(major, "8.x")
 
 
+def stored_gradient(x: Tensor) -> torch.dtype:
+    """float16 gradients wait in float32: the incoming gradient (GradScaler's scale) must come before the rounding."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 def float32_products() -> str:
     """Precision of float32 products: full unless PyTorch's own are allowed tf32."""
     allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -8,23 +8,26 @@ two terms, high and low, where that has 16 bits. One would do far from a match; 
 difference of large terms and then 3 times as wrong as its own rounding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, float32_products, multiprocessors
+from ._common import architecture, float32_products, multiprocessors, stored_gradient
 
 STRIP_BYTES = 12 << 20  # of W, beside as many bytes as the student has
 UNSPECIALIZED = (  # that a count is 1 or a multiple of 16, or so an offset's pointer, is not worth a compilation
     "partial_ptr", "loss_ptr", "total", "n", "run", "first_group", "first_tile", "first_row", "tiles", "row_tiles",
-    "columns", "strips", "count",
+    "columns", "strips", "count", "G", "K", "N",
 )  # fmt: skip
 GRAM_CHUNK = 1 << 20  # elements of student and teacher taken to float64 at a time
 SUM_BLOCK = 1024
+LAYERS = 16  # of equal shapes, that share their launches at most: each is an argument of the kernels
+SCATTER_BLOCK = (32, 128)  # drawn rows, columns
 NORM_BLOCK = (16, 128)  # rows, columns
 
 
@@ -119,6 +122,24 @@ def _rows(x: Tensor, scope: str) -> Rows:
 
 
 @triton.jit
+def _of_layer(ptrs, layer):
+    """One of a tuple of pointers."""
+    ptr = ptrs[0]
+    for k in tl.static_range(1, len(ptrs)):
+        ptr = tl.where(layer == k, ptrs[k], ptr)
+    return ptr
+
+
+@triton.jit
+def _drawn(index_ptr, layer, i, n, HAS_INDEX: tl.constexpr):
+    """Which row of a layer is the i-th of its group."""
+    row = i
+    if HAS_INDEX:
+        row = tl.load(index_ptr + layer * n + i, mask=i < n, other=0)
+    return row
+
+
+@triton.jit
 def _row_pointers(ptr, group, i, run, stride_g, stride_o, stride_i):
     i = i.to(tl.int64)
     return ptr + group * stride_g + i // run * stride_o + i % run * stride_i
@@ -173,10 +194,10 @@ def _store_terms(ptr, term, w, TERMS: tl.constexpr):
 
 
 @triton.jit
-def _row_norms(x_ptr, out_ptr, row, total, n, run, D, stride_g, stride_o, stride_i, stride_d, eps, INVERT: tl.constexpr,
+def _row_norms(x_ptr, out_ptr, row, i, G, n, run, D, stride_g, stride_o, stride_i, stride_d, eps, INVERT: tl.constexpr,
                BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    mask = row < total
-    rows = _row_pointers(x_ptr, row // n, row % n, run, stride_g, stride_o, stride_i)
+    mask = row < G.to(tl.int64) * n
+    rows = _row_pointers(x_ptr, row // n, i, run, stride_g, stride_o, stride_i)
     squares = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for k0 in range(0, D, BLOCK_K):
         x = _load(rows, mask, k0 + tl.arange(0, BLOCK_K), D, stride_d).to(tl.float32)
@@ -190,55 +211,65 @@ def _row_norms(x_ptr, out_ptr, row, total, n, run, D, stride_g, stride_o, stride
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_norms_kernel(
-    s_ptr,  # (B, N, Ds)
-    t_ptr,  # (B, N, Dt)
-    norms_ptr,  # (2, G, n): of s, of t; their inverses if INVERT
+    s_ptr,  # layers of (B, N, Ds)
+    t_ptr,  # layers of (B, N, Dt)
+    index_ptr,  # (layers, n); unused unless HAS_INDEX
+    norms_ptr,  # (2, layers, G, n): of s, of t; their inverses if INVERT
     stride_sg, stride_so, stride_si, stride_sd,
     stride_tg, stride_to, stride_ti, stride_td,
-    total, n, run, Ds, Dt, eps,
+    total, n, G, run, Ds, Dt, eps,
+    HAS_INDEX: tl.constexpr,
     INVERT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK_R rows of student or teacher."""
+    """One program per BLOCK_R rows of a layer's student or teacher."""
+    layer = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    i = _drawn(index_ptr, layer, row % n, n, HAS_INDEX)
+    out = norms_ptr + layer * G * n
     if tl.program_id(1) == 0:
-        _row_norms(s_ptr, norms_ptr, row, total, n, run, Ds, stride_sg, stride_so, stride_si, stride_sd, eps,
+        _row_norms(_of_layer(s_ptr, layer), out, row, i, G, n, run, Ds, stride_sg, stride_so, stride_si, stride_sd, eps,
                    INVERT, BLOCK_R, BLOCK_K)  # fmt: skip
     else:
-        _row_norms(t_ptr, norms_ptr + total, row, total, n, run, Dt, stride_tg, stride_to, stride_ti, stride_td, eps,
-                   INVERT, BLOCK_R, BLOCK_K)  # fmt: skip
+        _row_norms(_of_layer(t_ptr, layer), out + total, row, i, G, n, run, Dt, stride_tg, stride_to, stride_ti,
+                   stride_td, eps, INVERT, BLOCK_R, BLOCK_K)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_sum_kernel(
-    partial_ptr,  # (count,)
-    loss_ptr,  # ()
+    partial_ptr,  # (layers, count)
+    loss_ptr,  # (layers,)
     count,
+    stride_l,
     scale,
     BLOCK: tl.constexpr,
 ):
-    """One program: the partial losses' sum in float64, in a fixed order."""
+    """One program per layer: the partial losses' sum in float64, in a fixed order."""
+    layer = tl.program_id(0).to(tl.int64)
+    partial_ptr += layer * count
     total = tl.zeros((BLOCK,), tl.float64)
     for i0 in range(0, count, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         total += tl.load(partial_ptr + i, mask=i < count, other=0.0).to(tl.float64)
-    tl.store(loss_ptr, (tl.sum(total, 0) * scale).to(tl.float32))
+    tl.store(loss_ptr + layer * stride_l, (tl.sum(total, 0) * scale).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_map_kernel(
-    s_ptr,  # (B, N, Ds)
-    t_ptr,  # (B, N, Dt)
-    norms_ptr,  # (2, G, n), inverse; unused unless NORMALIZE
-    scale_ptr,  # (G,), of a float16 W; unused unless HAS_SCALE
+    s_ptr,  # layers of (B, N, Ds)
+    t_ptr,  # layers of (B, N, Dt)
+    index_ptr,  # (layers, n); unused unless HAS_INDEX
+    norms_ptr,  # (2, layers, G, n), inverse; unused unless NORMALIZE
+    scale_ptr,  # (layers, G), of a float16 W; unused unless HAS_SCALE
     partial_ptr,  # (groups * tiles,)
     w_ptr,  # (TERMS, groups, rows, pitch)
     along_ptr,  # (groups, column tiles, n): Σ_j W_ij <s_i, s_j> of a tile
     stride_sg, stride_so, stride_si, stride_sd,
     stride_tg, stride_to, stride_ti, stride_td,
-    total, n, run, Ds, Dt,
+    total, n, G, run, Ds, Dt,
     first_group, first_tile, tiles, pitch, stride_wg, term,
+    HAS_INDEX: tl.constexpr,
     IS_TRIANGLE: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -271,10 +302,13 @@ def _relation_map_kernel(
 
     # Rows past the last are loaded as zeros: they relate as 0 on both sides.
     zero = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    s_i = _row_pointers(s_ptr, group, i, run, stride_sg, stride_so, stride_si)
-    s_j = _row_pointers(s_ptr, group, j, run, stride_sg, stride_so, stride_si)
-    t_i = _row_pointers(t_ptr, group, i, run, stride_tg, stride_to, stride_ti)
-    t_j = _row_pointers(t_ptr, group, j, run, stride_tg, stride_to, stride_ti)
+    layer, g = group // G, group % G
+    s, t = _of_layer(s_ptr, layer), _of_layer(t_ptr, layer)
+    row_i, row_j = _drawn(index_ptr, layer, i, n, HAS_INDEX), _drawn(index_ptr, layer, j, n, HAS_INDEX)
+    s_i = _row_pointers(s, g, row_i, run, stride_sg, stride_so, stride_si)
+    s_j = _row_pointers(s, g, row_j, run, stride_sg, stride_so, stride_si)
+    t_i = _row_pointers(t, g, row_i, run, stride_tg, stride_to, stride_ti)
+    t_j = _row_pointers(t, g, row_j, run, stride_tg, stride_to, stride_ti)
     # The teacher first, scaled at once: its norms' registers are free again when the student's products are summed.
     map_t = _products(t_i, in_i, t_j, in_j, Dt, stride_td, zero, BLOCK_K, PRECISION)
     r, q = norms_ptr + group * n, norms_ptr + total + group * n
@@ -325,14 +359,16 @@ def _store_gradient(u, along, rows, out, mask, d, D, stride_d, stride_dd, r_i, f
 def _relation_apply_kernel(
     w_ptr,  # (TERMS, groups, rows, pitch)
     along_ptr,  # (groups, column tiles, n)
-    s_ptr,  # (B, N, Ds)
-    norms_ptr,  # (2, G, n), inverse; unused unless NORMALIZE
-    scale_ptr,  # (G,); unused unless HAS_SCALE
-    ds_ptr,  # (B, N, Ds)
+    s_ptr,  # layers of (B, N, Ds)
+    index_ptr,  # (layers, n); unused unless HAS_INDEX
+    norms_ptr,  # (2, layers, G, n), inverse; unused unless NORMALIZE
+    scale_ptr,  # (layers, G); unused unless HAS_SCALE
+    ds_ptr,  # layers of (B, N, Ds), or of (1, n, Ds) of drawn rows
     stride_sg, stride_so, stride_si, stride_sd,
     stride_dg, stride_do, stride_di, stride_dd,
-    n, run, Ds,
+    n, G, run, Ds,
     first_group, first_row, row_tiles, columns, pitch, stride_wg, term, factor,
+    HAS_INDEX: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     IS_ADDED: tl.constexpr,
@@ -349,10 +385,13 @@ def _relation_apply_kernel(
     i = first_row + i_w
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     u = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    layer, g = group // G, group % G
+    s = _of_layer(s_ptr, layer)
     w_rows = w_ptr + local * stride_wg + i_w.to(tl.int64)[:, None] * pitch
     for j0 in range(0, n, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
-        s_j = _load(_row_pointers(s_ptr, group, j, run, stride_sg, stride_so, stride_si), j < n, d, Ds, stride_sd)
+        row_j = _drawn(index_ptr, layer, j, n, HAS_INDEX)
+        s_j = _load(_row_pointers(s, g, row_j, run, stride_sg, stride_so, stride_si), j < n, d, Ds, stride_sd)
         u = tl.dot(tl.load(w_rows + j[None, :]), s_j, u, input_precision=PRECISION)
         if TERMS == 2:
             u = tl.dot(tl.load(w_rows + term + j[None, :]), s_j, u, input_precision=PRECISION)
@@ -367,8 +406,9 @@ def _relation_apply_kernel(
             along += tl.load(along_ptr + (local * columns + tile) * n + i, mask=mask, other=0.0)
         if HAS_SCALE:
             along = along * tl.load(scale_ptr + group)
-    s_i = _row_pointers(s_ptr, group, i, run, stride_sg, stride_so, stride_si)
-    out = _row_pointers(ds_ptr, group, i, run, stride_dg, stride_do, stride_di)
+    row_i = _drawn(index_ptr, layer, i, n, HAS_INDEX)
+    s_i = _row_pointers(s, g, row_i, run, stride_sg, stride_so, stride_si)
+    out = _row_pointers(_of_layer(ds_ptr, layer), g, i, run, stride_dg, stride_do, stride_di)
     _store_gradient(u, along, s_i, out, mask, d, Ds, stride_sd, stride_dd, r_i, factor, True, NORMALIZE, IS_ADDED)
 
 
@@ -394,16 +434,18 @@ def _along(along, u, rows, mask, d, D, stride_d, IS_USED: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_fused_kernel(
-    s_ptr,  # (B, N, Ds)
-    t_ptr,  # (B, N, Dt)
-    norms_ptr,  # (2, G, n), inverse; unused unless NORMALIZE
-    scale_ptr,  # (G,); unused unless HAS_SCALE
-    partial_ptr,  # (G * strips,)
-    ds_ptr,  # (B, N, Ds)
+    s_ptr,  # layers of (B, N, Ds)
+    t_ptr,  # layers of (B, N, Dt)
+    index_ptr,  # (layers, n); unused unless HAS_INDEX
+    norms_ptr,  # (2, layers, G, n), inverse; unused unless NORMALIZE
+    scale_ptr,  # (layers, G); unused unless HAS_SCALE
+    partial_ptr,  # (layers * G * strips,)
+    ds_ptr,  # layers of (B, N, Ds), or of (1, n, Ds) of drawn rows
     stride_sg, stride_so, stride_si, stride_sd,
     stride_tg, stride_to, stride_ti, stride_td,
     stride_dg, stride_do, stride_di, stride_dd,
-    total, n, run, Ds, Dt, strips, factor,
+    total, n, G, run, Ds, Dt, strips, factor,
+    HAS_INDEX: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RECTIFY_S: tl.constexpr,
@@ -421,8 +463,11 @@ def _relation_fused_kernel(
     group = (tl.program_id(0) // strips).to(tl.int64)
     i = tl.program_id(0) % strips * BLOCK_M + tl.arange(0, BLOCK_M)
     in_i = i < n
-    s_i = _row_pointers(s_ptr, group, i, run, stride_sg, stride_so, stride_si)
-    t_i = _row_pointers(t_ptr, group, i, run, stride_tg, stride_to, stride_ti)
+    layer, g = group // G, group % G
+    s, t = _of_layer(s_ptr, layer), _of_layer(t_ptr, layer)
+    row_i = _drawn(index_ptr, layer, i, n, HAS_INDEX)
+    s_i = _row_pointers(s, g, row_i, run, stride_sg, stride_so, stride_si)
+    t_i = _row_pointers(t, g, row_i, run, stride_tg, stride_to, stride_ti)
     r, q = norms_ptr + group * n, norms_ptr + total + group * n
     r_i, q_i = _inverse_norms(r, i, in_i, NORMALIZE), _inverse_norms(q, i, in_i, NORMALIZE)
     scale = tl.load(scale_ptr + group) if HAS_SCALE else 1.0
@@ -434,8 +479,9 @@ def _relation_fused_kernel(
     for j0 in range(0, n, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         in_j = j < n
-        s_j = _row_pointers(s_ptr, group, j, run, stride_sg, stride_so, stride_si)
-        t_j = _row_pointers(t_ptr, group, j, run, stride_tg, stride_to, stride_ti)
+        row_j = _drawn(index_ptr, layer, j, n, HAS_INDEX)
+        s_j = _row_pointers(s, g, row_j, run, stride_sg, stride_so, stride_si)
+        t_j = _row_pointers(t, g, row_j, run, stride_tg, stride_to, stride_ti)
         zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         map_t = _products(t_i, in_i, t_j, in_j, Dt, stride_td, zero, BLOCK_K, PRECISION)
         if NORMALIZE:
@@ -445,8 +491,8 @@ def _relation_fused_kernel(
         e, e_grad = _difference(dot_s, map_t, r_i, r_j, NORMALIZE, RECTIFY_S, RECTIFY_T)
         square += tl.sum(e * e, 1)
         w = e_grad * (r_j * scale)[None, :]
-        high = w.to(s_ptr.dtype.element_ty)
-        low = (w - high.to(tl.float32)).to(s_ptr.dtype.element_ty)
+        high = w.to(s.dtype.element_ty)
+        low = (w - high.to(tl.float32)).to(s.dtype.element_ty)
         u0 = _add_products(u0, high, low, s_j, in_j, d + 0 * BLOCK_D, Ds, stride_sd, CHUNKS > 0, TERMS, PRECISION)
         u1 = _add_products(u1, high, low, s_j, in_j, d + 1 * BLOCK_D, Ds, stride_sd, CHUNKS > 1, TERMS, PRECISION)
         u2 = _add_products(u2, high, low, s_j, in_j, d + 2 * BLOCK_D, Ds, stride_sd, CHUNKS > 2, TERMS, PRECISION)
@@ -460,7 +506,7 @@ def _relation_fused_kernel(
         along = _along(along, u1, s_i, in_i, d + 1 * BLOCK_D, Ds, stride_sd, CHUNKS > 1)
         along = _along(along, u2, s_i, in_i, d + 2 * BLOCK_D, Ds, stride_sd, CHUNKS > 2)
         along = _along(along, u3, s_i, in_i, d + 3 * BLOCK_D, Ds, stride_sd, CHUNKS > 3)
-    out = _row_pointers(ds_ptr, group, i, run, stride_dg, stride_do, stride_di)
+    out = _row_pointers(_of_layer(ds_ptr, layer), g, i, run, stride_dg, stride_do, stride_di)
     _store_gradient(u0, along, s_i, out, in_i, d + 0 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
                     CHUNKS > 0, NORMALIZE, IS_ADDED)  # fmt: skip
     _store_gradient(u1, along, s_i, out, in_i, d + 1 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
@@ -469,6 +515,34 @@ def _relation_fused_kernel(
                     CHUNKS > 2, NORMALIZE, IS_ADDED)  # fmt: skip
     _store_gradient(u3, along, s_i, out, in_i, d + 3 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
                     CHUNKS > 3, NORMALIZE, IS_ADDED)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _relation_scatter_kernel(
+    d_ptr,  # (layers, K, D)
+    index_ptr,  # (layers, K)
+    out_ptr,  # layers of (B, N, D), contiguous
+    K, D,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per drawn row and piece of its width: adds all draws of that row, by the first of them."""
+    k, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    index = index_ptr + layer * K
+    row = tl.load(index + k)
+    others = tl.arange(0, BLOCK_K)
+    earlier = 0
+    for k0 in range(0, k, BLOCK_K):
+        earlier += tl.sum((tl.load(index + k0 + others, mask=k0 + others < k, other=-1) == row).to(tl.int32))
+    if earlier == 0:
+        d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for k0 in range(k, K, BLOCK_K):
+            same = tl.load(index + k0 + others, mask=k0 + others < K, other=-1) == row
+            at = (layer * K + k0 + others)[:, None] * D + d[None, :]
+            total += tl.sum(tl.load(d_ptr + at, mask=same[:, None] & (d < D)[None, :], other=0.0), 0)
+        out = _of_layer(out_ptr, layer) + row * D + d
+        tl.store(out, tl.load(out, mask=d < D, other=0.0) + total, mask=d < D)
 
 
 def _largest(norms: Tensor, normalize: bool) -> Tensor:
@@ -490,82 +564,93 @@ def _fill(
 
 
 def _tile(
-    student: Tensor,
-    teacher: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
     loss: Tensor,
-    dstudent: Tensor | None,
+    dstudents: Sequence[Tensor] | None,
     scope: str,
     normalize: bool,
     rectify: str,
     eps: float,
     weight: float = 1.0,
     is_added: bool = False,
+    index: Tensor | None = None,
 ) -> None:
-    """Write the loss; write the gradient of weight times it, or add that to what dstudent holds."""
+    """Write the losses (layers,) of tensors of one shape, dtype and strides; write the gradients of weight times them,
+    or add those to what dstudents hold. With index (layers, K) the groups are those rows of a batch, and so are
+    dstudents (1, K, Ds)."""
+    student, layers = students[0], len(students)
     B, N, Ds = student.shape
-    Dt = teacher.shape[2]
+    Dt = teachers[0].shape[2]
     G, n, run = {"intra": (B, N, N), "inter": (N, B, B), "batch": (1, B * N, N)}[scope]
-    s_rows, t_rows = _rows(student, scope), _rows(teacher, scope)
-    config = CONFIGS[architecture(student.device), max(student.itemsize, teacher.itemsize)]
+    n = n if index is None else index.shape[1]
+    every, total = layers * G, layers * G * n
+    s_rows, t_rows = _rows(student, scope), _rows(teachers[0], scope)
+    config = CONFIGS[architecture(student.device), max(student.itemsize, teachers[0].itemsize)]
     # float16 would lose a W that is too large or small; bfloat16 has float32's range.
-    has_scale = dstudent is not None and student.dtype == torch.float16
+    has_scale = dstudents is not None and student.dtype == torch.float16
 
+    s, t = tuple(students), tuple(teachers)
     norms = scale = student  # stand-ins for what is not read
+    drawn = student if index is None else index
     if normalize or has_scale:
-        norms = student.new_empty((2, G, n), dtype=torch.float32)
+        norms = student.new_empty((2, every, n), dtype=torch.float32)
         BLOCK_R, BLOCK_K = NORM_BLOCK
-        _relation_norms_kernel[(triton.cdiv(G * n, BLOCK_R), 2)](
-            student, teacher, norms, *s_rows, *t_rows, G * n, n, run, Ds, Dt, eps,
-            INVERT=normalize, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K,
+        _relation_norms_kernel[(triton.cdiv(G * n, BLOCK_R), 2, layers)](
+            s, t, drawn, norms, *s_rows, *t_rows, total, n, G, run, Ds, Dt, eps,
+            HAS_INDEX=index is not None, INVERT=normalize, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K,
         )  # fmt: skip
     if has_scale:
         scale = 2.0**14 / _largest(norms, normalize).clamp_min_(torch.finfo(torch.float32).tiny * 2.0**15)
 
     factor = 4 * weight / (G * n * n)
     flags = {"NORMALIZE": normalize, "TERMS": 2 if student.itemsize == 2 else 1, "PRECISION": float32_products()}
+    flags["HAS_INDEX"] = index is not None
     clamps = {"RECTIFY_S": rectify == "both", "RECTIFY_T": rectify != "none"}
     BLOCK_M = config.map.BLOCK_M
     columns = triton.cdiv(n, BLOCK_M)
     pitch = columns * BLOCK_M  # W is stored in whole tiles, so that its rows are aligned and need no mask
-    budget = (STRIP_BYTES + student.numel() * student.itemsize) // (4 * pitch)  # rows of W
+    budget = (STRIP_BYTES + layers * student.numel() * student.itemsize) // (4 * pitch)  # rows of W
     triangle = columns * (columns + 1) // 2
 
-    if dstudent is None:
-        partial = student.new_empty(G * triangle, dtype=torch.float32)
-        _relation_map_kernel[(G * triangle,)](
-            student, teacher, norms, scale, partial, student, student, *s_rows, *t_rows, G * n, n, run, Ds, Dt,
+    # Drawn rows lie one after another: run of them take up run times a row.
+    d_rows = s_rows if dstudents is None else _rows(dstudents[0], scope) if index is None else Rows(0, run * Ds, Ds, 1)
+    if dstudents is None:
+        partial = student.new_empty(every * triangle, dtype=torch.float32)
+        _relation_map_kernel[(every * triangle,)](
+            s, t, drawn, norms, scale, partial, student, student, *s_rows, *t_rows, total, n, G, run, Ds, Dt,
             0, 0, triangle, 0, 0, 0, IS_TRIANGLE=True, HAS_GRAD=False, HAS_SCALE=False, **flags, **clamps,
             **config.map._asdict(),
         )  # fmt: skip
     elif budget < pitch and Ds <= max(config.fused):
         fused = config.fused[min(width for width in config.fused if width >= Ds)]
         strips = triton.cdiv(n, fused.BLOCK_M)
-        partial = student.new_empty(G * strips, dtype=torch.float32)
-        _relation_fused_kernel[(G * strips,)](
-            student, teacher, norms, scale, partial, dstudent, *s_rows, *t_rows, *_rows(dstudent, scope),
-            G * n, n, run, Ds, Dt, strips, factor,
+        partial = student.new_empty(every * strips, dtype=torch.float32)
+        _relation_fused_kernel[(every * strips,)](
+            s, t, drawn, norms, scale, partial, tuple(dstudents), *s_rows, *t_rows, *d_rows,
+            total, n, G, run, Ds, Dt, strips, factor,
             HAS_SCALE=has_scale, IS_ADDED=is_added, CHUNKS=triton.cdiv(Ds, fused.BLOCK_D),
             **flags, **clamps, **fused._asdict(),
         )  # fmt: skip
     else:
         # Whole maps, several groups at a time, where they fit; else strips of one map's rows.
         is_triangle = budget >= pitch
-        groups = min(max(budget // pitch, 1), G)
-        groups = triton.cdiv(G, triton.cdiv(G, groups))
+        groups = min(max(budget // pitch, 1), every)
+        groups = triton.cdiv(every, triton.cdiv(every, groups))
         row_tiles = columns if is_triangle else min(max(budget // BLOCK_M, 1), columns)
         row_tiles = triton.cdiv(columns, triton.cdiv(columns, row_tiles))
         terms = flags["TERMS"]
         w = student.new_empty((terms, groups, row_tiles * BLOCK_M, pitch))
         along = student.new_empty((groups, columns, n), dtype=torch.float32)
-        partial = student.new_empty(G * (triangle if is_triangle else columns * columns), dtype=torch.float32)
+        partial = student.new_empty(every * (triangle if is_triangle else columns * columns), dtype=torch.float32)
         done = 0
-        for g in range(0, G, groups):
+        for g in range(0, every, groups):
             for first_tile in range(0, columns, row_tiles):
-                here, tall = min(groups, G - g), min(row_tiles, columns - first_tile)
+                here, tall = min(groups, every - g), min(row_tiles, columns - first_tile)
                 tiles = triangle if is_triangle else tall * columns
                 _relation_map_kernel[(here * tiles,)](
-                    student, teacher, norms, scale, partial[done:], w, along, *s_rows, *t_rows,
-                    G * n, n, run, Ds, Dt, g, first_tile, tiles, pitch, w.stride(1), w.stride(0),
+                    s, t, drawn, norms, scale, partial[done:], w, along, *s_rows, *t_rows,
+                    total, n, G, run, Ds, Dt, g, first_tile, tiles, pitch, w.stride(1), w.stride(0),
                     IS_TRIANGLE=is_triangle, HAS_GRAD=True, HAS_SCALE=has_scale, **flags, **clamps,
                     **config.map._asdict(),
                 )  # fmt: skip
@@ -573,12 +658,13 @@ def _tile(
                 rows = min(tall * BLOCK_M, n - first_tile * BLOCK_M)
                 grid, apply = _fill(config.apply, here, rows, Ds, student.device)
                 _relation_apply_kernel[grid](
-                    w, along, student, norms, scale, dstudent, *s_rows, *_rows(dstudent, scope), n, run, Ds,
+                    w, along, s, drawn, norms, scale, tuple(dstudents), *s_rows, *d_rows, n, G, run, Ds,
                     g, first_tile * BLOCK_M, grid[0] // here, columns, pitch, w.stride(1), w.stride(0), factor,
                     HAS_SCALE=has_scale, IS_ADDED=is_added, **flags, **apply._asdict(),
                 )  # fmt: skip
 
-    _relation_sum_kernel[(1,)](partial, loss, partial.numel(), 1 / (G * n * n), BLOCK=SUM_BLOCK)
+    count = partial.numel() // layers
+    _relation_sum_kernel[(layers,)](partial, loss, count, loss.stride(0), 1 / (G * n * n), BLOCK=SUM_BLOCK)
 
 
 def _gram(student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str, normalize: bool, eps: float) -> Tensor:
@@ -632,10 +718,6 @@ def _gram(student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str,
     return (total.clamp_min(0) * scale).float()  # rounding alone can take a zero below 0
 
 
-def _stored_gradient(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
-
-
 def relation_fwd(
     student: Tensor,
     teacher: Tensor,
@@ -646,14 +728,23 @@ def relation_fwd(
     algorithm: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=_stored_gradient(student))
+    dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=stored_gradient(student))
     ds = dstudent if with_grad else None
     if algorithm == "gram":
         with torch.autocast(student.device.type, enabled=False):
             return _gram(student, teacher, ds, scope, normalize, eps), dstudent
-    loss = student.new_empty((), dtype=torch.float32)
-    _tile(student, teacher, loss, ds, scope, normalize, rectify, eps)
-    return loss, dstudent
+    loss = student.new_empty(1, dtype=torch.float32)
+    _tile([student], [teacher], loss, None if ds is None else [ds], scope, normalize, rectify, eps)
+    return loss.view(()), dstudent
+
+
+def _alike(students: list[Tensor], teachers: list[Tensor], indices: list[Tensor]) -> list[list[int]]:
+    """Layers that share their launches: of one shape, dtype and strides."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for layer, tensors in enumerate(zip(students, teachers, indices, strict=True)):
+        key = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
+        groups.setdefault(key, []).append(layer)
+    return [members[i : i + LAYERS] for members in groups.values() for i in range(0, len(members), LAYERS)]
 
 
 def manifold_fwd(
@@ -665,20 +756,29 @@ def manifold_fwd(
     random: float,
     with_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    terms = students[0].new_empty((len(students), 3), dtype=torch.float32)
-    dstudents = []
-    for loss, s, t, index in zip(terms, students, teachers, indices, strict=True):
-        options = {"normalize": True, "rectify": "none", "eps": 1e-12}
-        total = s.new_empty(s.shape, dtype=torch.float32) if with_grad else None
-        _tile(s, t, loss[0], total, "intra", **options, weight=intra)
-        _tile(s, t, loss[1], total, "inter", **options, weight=inter, is_added=True)
-        at = (index // s.shape[1], index % s.shape[1])
-        s_k, t_k = s[at][None], t[at][None]
-        d = s.new_empty(s_k.shape, dtype=torch.float32) if with_grad else None
-        _tile(s_k, t_k, loss[2], d, "intra", **options, weight=random)
+    terms: dict[int, Tensor] = {}
+    dstudents = [s.new_empty(s.shape if with_grad else (0,), dtype=stored_gradient(s)) for s in students]
+    options = {"normalize": True, "rectify": "none", "eps": 1e-12}
+    for layers in _alike(students, teachers, indices):
+        s, t = [students[i] for i in layers], [teachers[i] for i in layers]
+        index = torch.stack([indices[i] for i in layers])
+        sums = drawn = None
         if with_grad:
-            total.index_put_(at, d[0], accumulate=True)
-            dstudents.append(total.to(_stored_gradient(s)))
-        else:
-            dstudents.append(s.new_empty((0,), dtype=_stored_gradient(s)))
-    return terms, dstudents
+            # In float32 until the three terms are added up.
+            sums = [d if d.dtype == torch.float32 else torch.empty_like(d, dtype=torch.float32)
+                    for d in (dstudents[i] for i in layers)]  # fmt: skip
+            drawn = s[0].new_empty((len(layers), 1, index.shape[1], s[0].shape[2]), dtype=torch.float32)
+        loss = s[0].new_empty((3, len(layers)), dtype=torch.float32)
+        _tile(s, t, loss[0], sums, "intra", **options, weight=intra)
+        _tile(s, t, loss[1], sums, "inter", **options, weight=inter, is_added=True)
+        _tile(s, t, loss[2], None if drawn is None else list(drawn), "batch", **options, weight=random, index=index)
+        terms |= zip(layers, loss.unbind(1), strict=True)
+        if sums is None or drawn is None:
+            continue
+        (K, D), (BLOCK_K, BLOCK_D) = drawn.shape[2:], SCATTER_BLOCK
+        _relation_scatter_kernel[(K, len(layers), triton.cdiv(D, BLOCK_D))](
+            drawn, index, tuple(sums), K, D, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D
+        )
+        if sums[0].dtype != dstudents[layers[0]].dtype:
+            torch._foreach_copy_([dstudents[i] for i in layers], sums)
+    return torch.stack([terms[i] for i in range(len(students))]), dstudents

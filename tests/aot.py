@@ -1,12 +1,13 @@
 """Every Triton kernel in every configuration, as it is compiled ahead of time: no GPU is needed for that."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import triton
-from fastkd_kernels import moments, prior, relation
+from fastkd_kernels import attention, moments, prior, relation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -28,20 +29,29 @@ class Variant:
     taken to be multiples of 16 (vector loads depend on it) and the targets whose tables hold it."""
 
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]  # several types: a tuple of arguments
     constants: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
     aligned: frozenset[str] = frozenset()
     targets: tuple[str, ...] = tuple(TARGETS)
 
+    def pointers(self, names: str = ".*") -> list[str]:
+        """What arguments of such names point to."""
+        every = [[t] if isinstance(t, str) else t for name, t in self.signature.items() if re.fullmatch(names, name)]
+        return sorted({t[1:] for types in every for t in types if t.startswith("*")})
+
     def __str__(self) -> str:
-        types = "-".join(sorted({t[1:] for t in self.signature.values() if t.startswith("*")}))
-        return f"{self.kernel.fn.__name__}-{types}-" + "-".join(f"{k}={v}" for k, v in self.constants.items())
+        constants = (f"{k}={v}" for k, v in self.constants.items())
+        return "-".join((self.kernel.fn.__name__, *self.pointers(), *constants))
 
     def compile(self, target: str) -> CompiledKernel:
         signature = self.signature | dict.fromkeys(self.constants, "constexpr")
         ordered = {name: signature[name] for name in self.kernel.arg_names}
-        attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(ordered) if name in self.aligned}
+        attrs = {}
+        for i, (name, types) in enumerate(ordered.items()):
+            if name in self.aligned:
+                paths = [(i,)] if isinstance(types, str) else [(i, k) for k in range(len(types))]
+                attrs |= {path: [["tt.divisibility", 16]] for path in paths}
         source = ASTSource(self.kernel, ordered, constexprs=self.constants, attrs=attrs)
         return triton.compile(source, target=TARGETS[target], options=self.options)
 
@@ -85,8 +95,9 @@ def _relation_variant(
 ) -> Variant:
     """As launched on contiguous rows: stride 1 along D, widths and other strides multiples of 16."""
     pointers = dict.fromkeys(("norms_ptr", "scale_ptr", "partial_ptr", "along_ptr", "loss_ptr"), "fp32")
-    pointers |= {"s_ptr": student, "t_ptr": teacher, "w_ptr": student}
-    pointers["ds_ptr"] = "fp32"  # of float16, and where terms are added up
+    pointers |= {"w_ptr": student, "index_ptr": "i64", "d_ptr": "fp32"}
+    # ds: float32 of float16, and where terms are added up
+    layers = {"s_ptr": student, "t_ptr": teacher, "ds_ptr": "fp32", "out_ptr": "fp32"}
     blocks = config._asdict() if config else {}
     options = {k: blocks.pop(k) for k in ("num_warps", "num_stages") if k in blocks}
     constants |= blocks | dict.fromkeys(("stride_sd", "stride_td", "stride_dd"), 1)
@@ -96,9 +107,11 @@ def _relation_variant(
         "TERMS": 1 if student == "fp32" else 2,
         "PRECISION": "ieee",
         "IS_ADDED": True,
+        "HAS_INDEX": True,
     }
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     signature = _signature(kernel, pointers, constants)
+    signature |= {k: (f"*{dtype}",) * 2 for k, dtype in layers.items() if k in signature}
     signature |= {k: "fp32" for k in ("eps", "scale", "factor") if k in signature}
     aligned = {p.name for p in kernel.params if p.name not in constants and not p.do_not_specialize} - {
         "eps",
@@ -125,6 +138,8 @@ def _relation() -> Iterator[Variant]:
             yield variant(relation._relation_norms_kernel, INVERT=True, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
             yield variant(relation._relation_map_kernel, config.map, IS_TRIANGLE=True, HAS_GRAD=False, **clamps)
             yield variant(relation._relation_map_kernel, config.map, IS_TRIANGLE=False, HAS_GRAD=True, **clamps)
+            BLOCK_K, BLOCK_D = relation.SCATTER_BLOCK
+            yield variant(relation._relation_scatter_kernel, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D)
         yield variant(relation._relation_map_kernel, config.map, IS_TRIANGLE=True, HAS_GRAD=True, **clamps)
         for apply in config.apply:
             yield variant(relation._relation_apply_kernel, apply)
@@ -132,10 +147,68 @@ def _relation() -> Iterator[Variant]:
             yield variant(relation._relation_fused_kernel, fused, CHUNKS=chunks, **clamps)
     yield Variant(
         relation._relation_sum_kernel,
-        {"partial_ptr": "*fp32", "loss_ptr": "*fp32", "count": "i32", "scale": "fp32"},
+        {"partial_ptr": "*fp32", "loss_ptr": "*fp32", "count": "i32", "stride_l": "i32", "scale": "fp32"},
         {"BLOCK": relation.SUM_BLOCK},
     )
 
 
+FLOAT_ARGUMENTS = ("scale", "bias_scale", "dq_scale", "dk_scale", "dbias_scale", "factor", "inv_keys", "inv_H")
+
+
+def _attention_variant(kernel: Any, target: str, dtype: str, width: int, tile: Any, **constants: Any) -> Variant:
+    """As launched on contiguous heads of one width, with a bias, a mask and weights where `constants` does not say."""
+    names = kernel.arg_names
+    pointers = {n: "fp32" for n in names if n.endswith("_ptr")}
+    pointers |= {n: dtype for n in names if n.startswith(("q", "k", "bias")) and n in pointers}
+    pointers |= {n: "fp32" if dtype == "fp16" else dtype for n in ("dq_ptr", "dk_ptr") if n in pointers}
+    pointers |= {"mask_ptr": "u8"} if "mask_ptr" in pointers else {}
+    blocks = tile._asdict() if tile else {}
+    options = {k: blocks.pop(k) for k in ("num_warps", "num_stages") if k in blocks}
+    constants = blocks | dict.fromkeys((n for n in names if n.startswith("BLOCK_D")), width) | constants
+    for n in names:
+        if n.startswith("HAS_") or n == "IS_ADDED":
+            constants.setdefault(n, True)
+        elif n.startswith("IS_CENTRED"):
+            constants.setdefault(n, dtype == "fp32")
+        elif n.startswith(("IS_", "SUM_")):
+            constants.setdefault(n, False)
+        elif n.startswith("stride_") and n.endswith(("d", "k", "mn", "wn")):
+            constants[n] = 1
+    constants |= {"PRECISION": "ieee"} | ({"DIVERGENCE": constants.get("DIVERGENCE", "js")})
+    constants = {k: v for k, v in constants.items() if k in names}
+    signature = _signature(kernel, pointers, constants)
+    floats = {n for n in signature if n in FLOAT_ARGUMENTS or n.startswith("scale_")}
+    aligned = {p.name for p in kernel.params if p.name not in constants and not p.do_not_specialize}
+    return Variant(
+        kernel, signature | dict.fromkeys(floats, "fp32"), constants, options, frozenset(aligned - floats), (target,)
+    )
+
+
+def _attention() -> Iterator[Variant]:
+    """Kernels with a bias, a mask and weights, under the divergence of most registers; a kernel of one network and the
+    widths that only change loads on one architecture alone."""
+    for target, dtype in product(TARGETS, ("bf16", "fp32")):
+        table = attention.CONFIGS[ARCHITECTURES[target], 4 if dtype == "fp32" else 2]
+
+        def variant(kernel: Any, tile: Any, width: int = 64, on: Any = (target, dtype), **constants: Any) -> Variant:
+            return _attention_variant(kernel, *on, width, tile, **constants)
+
+        yield variant(attention._attention_rows_kernel, table[64].rows)
+        yield variant(attention._attention_keys_kernel, table[64].keys)
+        if dtype == "bf16":
+            yield variant(attention._attention_fused_kernel, table[64].fused[-1])
+        if target != "sm_90":
+            continue
+        yield variant(attention._attention_centre_kernel, None, BLOCK_N=attention.CENTRE_BLOCK)
+        yield variant(attention._attention_bias_kernel, table[64].bias, SUM_B=True)
+        yield variant(attention._attention_mean_kernel, table[64].mean)
+        yield variant(attention._attention_stats_kernel, table[64].rows)
+        yield variant(attention._attention_head_kernel, table[64].rows)
+        yield variant(attention._attention_keys_kernel, table[64].keys, IS_MEAN=True)
+        for is_wide in (False, True):
+            yield variant(attention._attention_rows_kernel, table[128].rows, 128, IS_WIDE=is_wide)
+            yield variant(attention._attention_keys_kernel, table[128].keys, 128, IS_WIDE=is_wide)
+
+
 def variants() -> list[Variant]:
-    return [*_moments(), *_prior(), *_relation()]
+    return [*_moments(), *_prior(), *_relation(), *_attention()]

@@ -185,12 +185,27 @@ def test_a_stride_beyond_32_bits(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_teacher_of_another_dtype(backend: str) -> None:
-    student, teacher = features(2, 33, 24, 40)
-    same = loss_and_gradients(
-        lambda s: fastkd.relation_loss(s, teacher.half().float(), backend=backend), [student.half()]
+    student, teacher = (x.half() for x in features(2, 33, 24, 40))
+    if backend == "triton":  # its 16-bit products are other instructions, rounded otherwise
+        check(student, teacher.float(), 33, backend=backend)
+        return
+    same, mixed = (
+        loss_and_gradients(lambda s: fastkd.relation_loss(s, t, backend=backend), [student])  # noqa: B023
+        for t in (teacher, teacher.float())
     )
-    mixed = loss_and_gradients(lambda s: fastkd.relation_loss(s, teacher.half(), backend=backend), [student.half()])
     assert all(torch.equal(a, b) for a, b in zip(same, mixed, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_float64_teacher(backend: str) -> None:
+    """Left to itself, a call whose teacher has the dtype that Triton lacks runs elsewhere."""
+    student, teacher = features(2, 9, 24, 40)
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match="float64"):
+            fastkd.relation_loss(student, teacher.double(), backend=backend)
+        return
+    actual = fastkd.relation_loss(student, teacher.double(), backend=backend)
+    assert relative_difference(actual, reference.relation_loss(student.double(), teacher.double())) < 1e-5
 
 
 @pytest.mark.parametrize("algorithm", ["tile", "gram"])
@@ -383,10 +398,10 @@ def test_float16_with_a_grad_scaler(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("backend", backends("manifold_fwd"))
 def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
-    """Two layers of different widths and strides, the fused weighted sum and each term by itself."""
+    """Layers of two widths and strides, two of them alike: the fused weighted sum and each term by itself."""
     B, N = (3, 9) if INTERPRETED else (5, 33)
-    layers = [features(B, N, 48, 80, dtype), features(B, N, 24, 40, dtype)]
-    students = [strided(layers[0][0], "permuted"), strided(layers[1][0], "sliced")]
+    layers = [features(B, N, 24, 40, dtype), features(B, N, 48, 80, dtype), features(B, N, 24, 40, dtype)]
+    students = [strided(s, layout) for (s, _), layout in zip(layers, ("sliced", "permuted", "sliced"), strict=True)]
     teachers = [t for _, t in layers]
     indices = [torch.randint(0, B * N, (B * N // 2,), device=DEVICE) for _ in layers]  # with repeats
     module = losses.ManifoldLoss(backend=backend)
@@ -401,7 +416,7 @@ def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
         actual = loss_and_gradients(lambda *s: module(s, teachers, indices=indices), students, 3.0)
     eager = loss_and_gradients(lambda *s: expected(*s, dtype=dtype), students, 3.0)
     oracle = loss_and_gradients(lambda *s: expected(*s, dtype=torch.float64), [s.double() for s in students], 3.0)
-    for name, a, e, o in zip(("loss", "dstudent 0", "dstudent 1"), actual, eager, oracle, strict=True):
+    for name, a, e, o in zip(("loss", "first", "second", "third"), actual, eager, oracle, strict=True):
         assert_matches_oracle(a, e, o, N * 48, name)
 
     for i, scope in enumerate(("intra", "inter", "batch")):
@@ -419,6 +434,31 @@ def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
         )
         limit = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
         assert all(relative_difference(a, b) < limit for a, b in zip(own, alone, strict=True)), scope
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_alike_layers_share_their_launches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("fastkd_kernels.relation")
+    launches: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launches.append(self.name)
+            return self.kernel[grid]
+
+    def count(layers: int) -> list[str]:
+        launches.clear()
+        students, teachers = zip(*(features(2, 5, 24, 40) for _ in range(layers)), strict=True)
+        indices = [torch.arange(4, device=DEVICE)] * layers
+        loss_and_gradients(lambda *s: losses.ManifoldLoss(backend=backend)(s, teachers, indices=indices), students)
+        return list(launches)
+
+    for name in [name for name in vars(kernels) if name.startswith("_relation") and name.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, Counted(name))
+    assert count(1) == count(3) and len(launches) < 20
 
 
 @pytest.mark.parametrize("algorithm", ["tile", "gram"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _extension
+from fastkd._precision import accumulator
 from fastkd.ops import _schemas
 
 Backend = Literal["auto", "eager", "native", "triton"]
@@ -75,18 +76,19 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def resolve(name: str, op: str, x: Tensor) -> Backend:
-    """Name the implementation of op for tensors like x. "auto": native, then triton on GPUs, then eager."""
+def resolve(name: str, op: str, x: Tensor, *others: Tensor | None) -> Backend:
+    """Name the implementation of op for these inputs. "auto": native, then triton on GPUs, then eager."""
+    device, dtype = x.device.type, accumulator(x, *(other for other in others if other is not None))
     name = _named(name, "backend")
     if name == "auto":
         name = _default
     if name == "auto":
-        candidates = ("native", "triton") if x.device.type == "cuda" else ("native",)
+        candidates = ("native", "triton") if device == "cuda" else ("native",)
         for candidate in candidates:
-            if why_not(op, candidate, x.device.type, x.dtype) is None:
+            if why_not(op, candidate, device, dtype) is None:
                 return cast(Backend, candidate)
         return "eager"
-    reason = why_not(op, name, x.device.type, x.dtype)
+    reason = why_not(op, name, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
     return cast(Backend, name)

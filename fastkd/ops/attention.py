@@ -273,7 +273,7 @@ def attention_loss(
     scale_teacher = d_t**-0.5 if scale_teacher is None else scale_teacher
     scales = (scale_student / temperature, scale_teacher / temperature, 1 / temperature)
     options = (divergence, heads, *scales, bool(is_causal), rows.start, rows.step)
-    impl = resolve(backend, "attention_fwd", q_student)
+    impl = resolve(backend, "attention_fwd", q_student, k_student, q_teacher, k_teacher, bias_s, bias_t)
     algorithm = "tile"
     if divergence == "score_mse" and reduction != "none" and bias_s is None and bias_t is None and not is_causal:
         algorithm = pick_algorithm(q_student.shape[2], N_k, d_s, d_t, q_student.device)

@@ -195,7 +195,7 @@ def relation_loss(
     if algorithm == "auto":
         n = {"intra": N, "inter": B, "batch": B * N}[scope]
         algorithm = pick_algorithm(n, Ds, teacher.shape[-1], rectify, student.device)
-    impl = resolve(backend, "relation_fwd", student)
+    impl = resolve(backend, "relation_fwd", student, teacher)
     return _Relation.apply(
         student, teacher, impl, wants_grad(student), scope, normalize, rectify, float(eps), algorithm
     )
@@ -303,7 +303,7 @@ def manifold_layers(
         separate |= any(pick_algorithm(n, Ds, t.shape[-1], "none", s.device) == "gram" for n in (N, B))
     if not separate:
         indices = [_checked_index(index, s) for index, s in zip(indices, students, strict=True)]
-        impl = resolve(backend, "manifold_fwd", students[0])
+        impl = resolve(backend, "manifold_fwd", *students, *teachers)
         loss, *terms = _Manifold.apply(
             impl, (intra, inter, random), len(students), wants_grad(*students), *students, *teachers, *indices
         )
