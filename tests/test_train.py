@@ -325,7 +325,7 @@ def test_step_accumulates_the_gradient_of_its_batches(folder, tmp_path):
     job.train(small(folder, tmp_path / "a", accumulate=2, **options))
     job.train(small(folder, tmp_path / "b", batch_size=16, **options))
     a, b = (load_file(tmp_path / name / "student.safetensors") for name in "ab")
-    for key in a:
+    for key in a:  # whole runs in float32: only the order of sums differs
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
 
 
