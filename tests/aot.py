@@ -185,8 +185,8 @@ def _attention_variant(kernel: Any, target: str, dtype: str, width: int, tile: A
 
 
 def _attention() -> Iterator[Variant]:
-    """Kernels with a bias, a mask and weights, under the divergence of most registers; a kernel of one network and the
-    widths that only change loads on one architecture alone."""
+    """Kernels with a bias, a mask and weights, under the divergence of most registers; heads taken in pieces, which only
+    changes loads, on one architecture alone."""
     for target, dtype in product(TARGETS, ("bf16", "fp32")):
         table = attention.CONFIGS[ARCHITECTURES[target], 4 if dtype == "fp32" else 2]
 
@@ -197,15 +197,13 @@ def _attention() -> Iterator[Variant]:
         yield variant(attention._attention_keys_kernel, table[64].keys)
         if dtype == "bf16":
             yield variant(attention._attention_fused_kernel, table[64].fused[-1])
-        if target != "sm_90":
-            continue
         yield variant(attention._attention_centre_kernel, None, BLOCK_N=attention.CENTRE_BLOCK)
         yield variant(attention._attention_bias_kernel, table[64].bias, SUM_B=True)
         yield variant(attention._attention_mean_kernel, table[64].mean)
         yield variant(attention._attention_stats_kernel, table[64].rows)
         yield variant(attention._attention_head_kernel, table[64].rows)
         yield variant(attention._attention_keys_kernel, table[64].keys, IS_MEAN=True)
-        for is_wide in (False, True):
+        for is_wide in (False, True) if target == "sm_90" else (False,):
             yield variant(attention._attention_rows_kernel, table[128].rows, 128, IS_WIDE=is_wide)
             yield variant(attention._attention_keys_kernel, table[128].keys, 128, IS_WIDE=is_wide)
 
