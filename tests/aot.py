@@ -185,8 +185,8 @@ def _attention_variant(kernel: Any, target: str, dtype: str, width: int, tile: A
 
 
 def _attention() -> Iterator[Variant]:
-    """Kernels with a bias, a mask and weights, under the divergence of most registers; heads taken in pieces, which only
-    changes loads, on one architecture alone."""
+    """Kernels with a bias, a mask and weights, under the divergence of most registers; heads taken in pieces, which
+    only changes loads, on one architecture alone."""
     for target, dtype in product(TARGETS, ("bf16", "fp32")):
         table = attention.CONFIGS[ARCHITECTURES[target], 4 if dtype == "fp32" else 2]
 
