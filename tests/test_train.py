@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -529,6 +530,31 @@ def test_webdataset_shards(folder, tmp_path, monkeypatch):
         job.train(small(folder, tmp_path / "none", **options | {"workers": 0}))
     with pytest.raises(InputError, match="--num-classes"):
         job.train(small(folder, tmp_path / "none", **options | {"num_classes": None}))
+
+
+def test_hugging_face_data(folder, tmp_path):
+    """With random access the same run as from the folder; in order it trains as well; refusals are one line."""
+    pytest.importorskip("datasets")
+    images = tmp_path / "images"
+    for part, path in itertools.product(("train", "validation"), folder.rglob("*.png")):
+        copy = images / part / path.parent.name / f"{int(path.stem):02}.png"  # one order by name and by number
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    options = {"data_root": str(tmp_path / "cache"), "batch_size": 4, "baseline": False}
+
+    weights = {}
+    for data in (str(images), f"hfds/{images}"):
+        out = tmp_path / data.partition("/")[0]
+        job.train(small(folder, out, data=data, **options))
+        weights[data] = load_file(out / "student.safetensors")
+    expected, found = weights.values()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+    in_order = {"data": f"hfids/{images}", "num_classes": 3} | options
+    correct = job.train(small(folder, tmp_path / "in_order", workers=1, **in_order))["results"][-1]["top1"] * 48 / 100
+    assert correct == pytest.approx(round(correct))  # of 48 images
+    with pytest.raises(DataError, match=r"^--data: .* 1 shard[^\n]*$"):
+        job.train(small(folder, tmp_path / "more", workers=2, **in_order))
 
 
 def test_tensorboard(folder, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,12 +123,12 @@ def _timm_data(
     except (Exception, SystemExit) as error:  # each reader's own, down to a missing package
         raise InputError(f"--data: timm cannot open {name}: {' '.join(str(error).split())[:300]}") from error
     known = getattr(getattr(train, "reader", train), "class_to_idx", None) or {}
-    count = num_classes or len(known)
-    if count < 2:
+    classes = num_classes or len(known)
+    if classes < 2:
         raise InputError(f"--num-classes: {name} does not say how many it has; give it")
-    if known and count != len(known):
-        raise InputError(f"--num-classes: {name} has {len(known)}, got {count}")
-    return Data(list(map(str, known)) or [str(i) for i in range(count)], train, val, {})
+    if known and classes != len(known):
+        raise InputError(f"--num-classes: {name} has {len(known)}, got {classes}")
+    return Data(list(map(str, known)) or [str(i) for i in range(classes)], train, val, {})
 
 
 def find_unreadable(data: Data) -> list[str]:
@@ -255,7 +255,14 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         worker = get_worker_info()
-        for number, (image, target) in enumerate(self.source):
+        samples = iter(self.source)
+        for number in count():
+            try:
+                image, target = next(samples)
+            except StopIteration:
+                return
+            except Exception as error:  # each reader's own, such as more workers than shards
+                raise DataError(f"--data: {error}") from error
             seed_all(self.seed, self.epoch, self.rank, worker.id if worker else 0, number)
             yield self.transform(image.convert("RGB")), int(target)
 
@@ -346,12 +353,18 @@ class Loader:
         """The batches of that epoch from `start` on; without random access those before are read and dropped."""
         if self.batches is not None:
             self.batches.epoch, self.batches.start = epoch, start
-            return iter(self._loader)
+            return self._load(0)
         assert isinstance(self.images, Stream)
         self.images.epoch = epoch
         self.images.source.set_epoch(epoch)
         seed_all(self.seed, epoch, self.rank)  # the workers' seeds come from here
-        return islice(self._loader, start, None)
+        return self._load(start)
+
+    def _load(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        try:
+            yield from islice(self._loader, start, None)
+        except DataError as error:  # a worker's comes with its traceback
+            raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.epoch(0)
