@@ -303,10 +303,13 @@ def test_students_start_alike_and_checkpoints_go_on(folder, tmp_path):
 
 def test_stages_follow_each_other(folder, tmp_path):
     """Each stage has its own task, optimiser and schedule; the student without a teacher has the same schedule."""
-    two = (Stage("vitkd", 1, {"logits": "hard"}, lr=1e-3), Stage("dkd", 2, lr=2e-3, opt="sgd", warmup_epochs=0))
+    two = (
+        Stage("vitkd", 1, {"logits": "hard"}, lr=1e-3),
+        Stage("dkd", 2, lr=2e-3, opt="sgd", warmup_epochs=0, layer_decay=0.5),
+    )
     settings = small(folder, tmp_path / "run", stages=two, min_lr=1e-5)
-    assert [(stage.lr, stage.opt, stage.warmup_epochs) for stage in stages(settings)] == [
-        (1e-3, "adamw", 0), (2e-3, "sgd", 0),
+    assert [(s.lr, s.opt, s.warmup_epochs, s.min_lr, s.layer_decay) for s in stages(settings)] == [
+        (1e-3, "adamw", 0, 1e-5, None), (2e-3, "sgd", 0, 1e-5, 0.5),
     ]  # fmt: skip
     assert from_json(json.loads(json.dumps(as_json(settings)))) == settings
     job.train(settings)
@@ -347,8 +350,26 @@ def test_ranks_share_each_batch():
     for number in range(6):
         assert one.indices(7, number) == both[0].indices(7, number) + both[1].indices(7, number)
     assert one.indices(7, 0) != one.indices(8, 0)
-    seen = [index for rank in range(3) for batch in Batches(50, 4, Ranks(rank, 3), None) for _, index in batch]
+    seen = [index for rank in range(3) for batch in Batches(50, 4, Ranks(rank, 3), None) for _, index, _ in batch]
     assert sorted(seen) == list(range(50))
+
+
+def test_repeated_augmentation(folder):
+    """Three copies of an image on three ranks, one after the other on one; as many steps as without, other crops."""
+    ranks = [list(Batches(50, 4, Ranks(rank, 3), 5, repeats=3)) for rank in range(3)]
+    assert [len(batches) for batches in ranks] == [4, 4, 4]
+    for one, two, three in zip(*(itertools.chain.from_iterable(batches) for batches in ranks), strict=True):
+        assert [one, two, three] == [(*one[:2], copy) for copy in range(3)]
+    assert len({index for _, index, _ in itertools.chain.from_iterable(ranks[0])}) == 16
+
+    data = open_data(str(folder), 0.25)
+    options = {"img_size": 32, "batch_size": 6, "augment": True, "workers": 0, "device": torch.device("cpu")}
+    loader, _ = create_loaders(data, vit(16), repeats=3, **options)
+    batches = list(loader)
+    assert len(batches) == 36 // 6
+    images, targets = batches[0]
+    assert targets[0] == targets[1] == targets[2] and targets[3] == targets[4] == targets[5]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(images, 2))
 
 
 def test_unreadable_images_are_named_counted_and_left_out(folder, tmp_path, capfd):

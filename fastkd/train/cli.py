@@ -11,7 +11,7 @@ import typer
 
 from . import DataError, DivergedError, InputError, InterruptedRun
 from .inversion.cli import invert
-from .settings import DIGITS, FOLDER, Settings, Stage
+from .settings import DIGITS, FOLDER, STAGE_FIELDS, Settings, Stage
 
 app = typer.Typer(
     help="Distil vision transformers with fused losses.",
@@ -20,7 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-STAGE_FIELDS = ("lr", "weight_decay", "opt", "sched", "warmup_epochs")
 MAPPINGS = ("student", "teacher", "task", "opt", "augment")  # --NAME-arg KEY=VALUE
 
 
@@ -90,6 +89,9 @@ def train(
     ema: Annotated[Number, _option("Also keep an average of the weights; its decay.", min=0, max=1)] = None,
     augment: Annotated[Flag, _option("timm's crops, flips, colours (digits: crops).", shown="augment")] = None,
     augment_arg: Annotated[Many, _option("KEY=VALUE for timm's create_transform; repeat for more.")] = None,
+    aug_repeats: Annotated[
+        Whole, _option("Copies of an image in an epoch, each another crop.", shown="aug_repeats", min=1)
+    ] = None,
     erase: Annotated[Number, _option("Random erasing's probability.", shown="erase", min=0, max=1)] = None,
     mixup: Annotated[Number, _option("Mixup's alpha.", shown="mixup", min=0)] = None,
     cutmix: Annotated[Number, _option("CutMix's alpha.", shown="cutmix", min=0)] = None,

@@ -205,10 +205,10 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Any, int]:
+        epoch, index, copy = key
         image, target = self._load(index)
-        seed_all(self.seed, epoch, index)
+        seed_all(self.seed, epoch, index, *([copy] if copy else []))
         return self.transform(image), target
 
     def faults(self) -> list[str]:
@@ -267,11 +267,17 @@ class Stream(IterableDataset):
             yield self.transform(image.convert("RGB")), int(target)
 
 
-class Batches(Sampler[list[tuple[int, int]]]):
-    """Keys (epoch, index) of one rank's batches. Batch k of all ranks together is a slice of the epoch's order."""
+class Batches(Sampler[list[tuple[int, int, int]]]):
+    """Keys (epoch, index, copy) of one rank's batches. Batch k of all ranks together is a slice of the epoch's order.
 
-    def __init__(self, size: int, batch_size: int, ranks: Ranks, seed: int | None) -> None:
+    Args:
+        repeats: an image follows itself so many times, each copy with its own augmentation and, where there are as
+            many, on its own rank; an epoch stays as long and has the fewer images (DeiT's repeated augmentation).
+    """
+
+    def __init__(self, size: int, batch_size: int, ranks: Ranks, seed: int | None, repeats: int = 1) -> None:
         self.size, self.batch_size, self.ranks, self.seed = size, batch_size, ranks, seed  # no seed: in order, all
+        self.repeats = repeats
         self.epoch, self.start = 0, 0
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -279,14 +285,23 @@ class Batches(Sampler[list[tuple[int, int]]]):
         whole = self.batch_size * self.ranks.world
         return self.size // whole if self.seed is not None else -(-self.size // whole)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for number in range(self.start, len(self)):
+            copies = [position % self.repeats for position in self._positions(number)]
             if indices := self.indices(self.epoch, number):
-                yield [(self.epoch, index) for index in indices]
+                yield [(self.epoch, index, copy) for index, copy in zip(indices, copies, strict=True)]
 
     def indices(self, epoch: int, number: int) -> list[int]:
-        first = (number * self.ranks.world + self.ranks.rank) * self.batch_size
-        return list(self._ordered(epoch)[first : first + self.batch_size])
+        ordered = self._ordered(epoch)
+        return [ordered[position // self.repeats] for position in self._positions(number)]
+
+    def _positions(self, number: int) -> range:
+        """Of the batch's images, with their copies, in the epoch's order."""
+        first = number * self.ranks.world * self.batch_size
+        if self.repeats > 1:
+            return range(first + self.ranks.rank, first + self.ranks.world * self.batch_size, self.ranks.world)
+        first += self.ranks.rank * self.batch_size
+        return range(min(first, self.size), min(first + self.batch_size, self.size))
 
     def _ordered(self, epoch: int) -> Sequence[int]:
         if self.seed is None:
@@ -312,6 +327,7 @@ class Loader:
         ranks: Ranks,
         seed: int,
         shuffle: bool,
+        repeats: int = 1,
     ) -> None:
         self.batches: Batches | None = None
         self.images: Images | Stream
@@ -334,6 +350,8 @@ class Loader:
             "collate_fn": fast_collate,
         }
         if isinstance(source, IterableDataset):
+            if repeats > 1:
+                raise InputError("--aug-repeats: needs data with random access, such as a folder or hfds/")
             if workers < 1:
                 raise InputError("--workers: data that is read in order needs 1 at least; without, its order goes on")
             self.images = Stream(source, transform, seed, ranks.rank)
@@ -341,7 +359,7 @@ class Loader:
             loader = DataLoader(self.images, batch_size=batch_size, drop_last=shuffle, **common)
         else:
             self.images = Images(source, transform, seed)
-            self.batches = Batches(len(source), batch_size, ranks, seed if shuffle else None)
+            self.batches = Batches(len(source), batch_size, ranks, seed if shuffle else None, repeats)
             loader = DataLoader(self.images, batch_sampler=self.batches, **common)
         self.seed, self.rank = seed, ranks.rank
         self._loader = PrefetchLoader(loader, mean=config["mean"], std=config["std"], device=device)
@@ -387,6 +405,7 @@ def create_loaders(
     ranks: Ranks = ALONE,
     val_ranks: Ranks | None = None,
     seed: int = 0,
+    repeats: int = 1,
 ) -> tuple[Loader, Loader]:
     """Loaders for training and validation, normalised as the model's pretrained_cfg says; `val_ranks` share the
     validation images."""
@@ -405,7 +424,7 @@ def create_loaders(
     crop_pct = 1.0 if isinstance(data.val, Digits) else config["crop_pct"]
     common: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": device, "seed": seed}
     return (
-        Loader(data.train, training, config, ranks=ranks, shuffle=True, **common),
+        Loader(data.train, training, config, ranks=ranks, shuffle=True, repeats=repeats, **common),
         Loader(
             data.val,
             create_transform(crop_pct=crop_pct, **options),

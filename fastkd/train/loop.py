@@ -93,9 +93,9 @@ class Trainee:
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             self.task.compile()
         module = self.task.get_trainable_module()
-        options = {"layer_decay": self.settings.layer_decay, **self.settings.opt_args}
+        options = {"layer_decay": now.layer_decay, **self.settings.opt_args}
         self.optimizer = create_optimizer_v2(module, opt=now.opt, lr=now.lr, weight_decay=now.weight_decay, **options)
-        assert now.lr is not None and now.warmup_epochs is not None
+        assert now.lr is not None and now.warmup_epochs is not None and now.min_lr is not None
         warmup_lr = now.lr / 100 if self.settings.warmup_lr is None else self.settings.warmup_lr
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -103,7 +103,7 @@ class Trainee:
             num_epochs=max(now.epochs, 1),
             warmup_epochs=max(0, min(now.warmup_epochs, now.epochs - 1)),
             warmup_lr=warmup_lr,
-            min_lr=self.settings.min_lr,
+            min_lr=now.min_lr,
             step_on_epochs=False,
             updates_per_epoch=self.steps,
         )

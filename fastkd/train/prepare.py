@@ -223,15 +223,23 @@ def create_trainees(
     teacher = None
     if nets.teacher is not None:
         stage = Stage(
-            "none", settings.teacher_epochs, {}, settings.teacher_lr, settings.weight_decay, "adamw", "cosine", 1
+            "none",
+            settings.teacher_epochs,
+            {},
+            settings.teacher_lr,
+            settings.weight_decay,
+            "adamw",
+            "cosine",
+            1,
+            settings.min_lr,
         )
         loaders = create_loaders(data, nets.teacher, **loading)
-        unsharded = dataclasses.replace(settings, shard=False, layer_decay=None, opt_args={})
+        unsharded = dataclasses.replace(settings, shard=False, opt_args={})
         teacher = Trainee("teacher", nets.teacher, (stage,), plain, loaders, unsharded, **common)
 
     if settings.shard:
         loading["val_ranks"] = ALONE  # a sharded forward pass needs all ranks at it
-    loaders = create_loaders(data, nets.student, **loading)
+    loaders = create_loaders(data, nets.student, repeats=settings.aug_repeats, **loading)
     plan = stages(settings)
     students = []
     if settings.baseline and any(stage.task != "none" for stage in plan):

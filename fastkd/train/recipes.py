@@ -44,6 +44,7 @@ class Recipe:
     clip_grad: float | None = None
     ema: float | None = None
     augment_args: dict[str, Any] = field(default_factory=dict)
+    aug_repeats: int = 1
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -118,9 +119,6 @@ def _recipe(
     return Recipe(name=name, source=source, stages=own_stages, sources=sources, differences=differences, **values)
 
 
-REPEATED = "repeated augmentation (DeiT's sampler shows each image three times an epoch) is not done"
-
-
 def _deit(where: str) -> dict[str, Sourced]:
     """DeiT's augmentation, which all that train DeiT students share."""
     return {
@@ -176,8 +174,8 @@ def _manifold(size: str) -> Recipe:
         warmup_lr=(1e-6, code),
         min_lr=(1e-5, code),
         amp=("fp16", code),
+        aug_repeats=(3, code),
         differences=(
-            REPEATED,
             "the code keeps an average of the weights that it does not evaluate",
             "class tokens are left out also where teacher and student both have one (CaiT's blocks have none)",
         ),
@@ -216,8 +214,8 @@ def _manifold_swin() -> Recipe:
         teacher=("swin_small_patch4_window7_224.ms_in1k", f"paper; its weights {OURS}"),
         teacher_pretrained=(True, "paper"),
         img_size=(224, "paper"),
+        aug_repeats=(3, ours),
         differences=(
-            REPEATED,
             "the layers are the task's choice, those of the third stage (14 x 14 tokens); the paper's are not known",
             "tokens are not merged into larger patches, which the first stages would need",
         ),
@@ -266,10 +264,7 @@ def _vitkd(size: str, teacher: str, *, nkd: bool) -> Recipe:
         warmup_lr=(1e-6, OURS),
         min_lr=(1e-5, configs),
         clip_grad=(5.0, configs),
-        differences=(
-            REPEATED,
-            "the projectors, mask token and generator learn with the student's settings",
-        ),
+        differences=("the projectors, mask token and generator learn with the student's settings",),
         **own,
         **_deit(configs),
     )
@@ -311,8 +306,8 @@ def _dearkd(size: str, *, mhca: bool = False) -> Recipe:
         warmup_lr=(1e-6, deit),
         min_lr=(1e-5, deit),
         amp=("fp16", deit),
+        aug_repeats=(3, deit),
         differences=(
-            REPEATED,
             "how the stages share the learning rate's schedule is not known; here each has its own, warm-up included",
             *(() if mhca else ("the paper's students have MHCA layers, as dearkd-mhca-deit-tiny in our reading",)),
         ),
@@ -340,6 +335,8 @@ def _cikd() -> Recipe:
             "logit_ramp_epochs": (5, code),
         },
         warmup_epochs=(15, readme),
+        min_lr=(1e-6, code),
+        layer_decay=(0.75, code),
     )
     return _recipe(
         "cikd-vit-tiny",
@@ -371,8 +368,8 @@ def _cikd() -> Recipe:
             "the student's blocks between have 12 heads as well, the code's 6",
             "drop-path grows with depth to 0.1 in the last block; the code has 0.1 in all but the first and the last",
             "in the first stage the code shows the teacher the images without colour jitter",
-            "the second stage of the code has batches of 512, crops down to 0.08, TrivialAugmentWide, a layer-wise "
-            "learning rate of 0.75 and ends at 1e-6; here both stages share what the first has",
+            "the second stage of the code has batches of 512, crops down to 0.08 and TrivialAugmentWide; here it has "
+            "the batches and images of the first",
         ),
     )
 

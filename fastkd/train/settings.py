@@ -18,6 +18,11 @@ class Stage:
     opt: str | None = None
     sched: str | None = None
     warmup_epochs: int | None = None
+    min_lr: float | None = None
+    layer_decay: float | None = None
+
+
+STAGE_FIELDS = tuple(item.name for item in dataclasses.fields(Stage))[3:]  # what falls back on the run's
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Settings:
     ema: float | None = None  # decay
     augment: bool = True
     augment_args: dict[str, Any] = field(default_factory=dict)  # of timm's create_transform
+    aug_repeats: int = 1  # copies of an image in an epoch of the student, each with its own augmentation
     erase: float = 0.0  # random erasing's probability
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -108,9 +114,10 @@ FOLDER = Settings()
 def stages(settings: Settings) -> tuple[Stage, ...]:
     """The run's stages with the run's values in place of None."""
     given = settings.stages or (Stage(settings.task, settings.epochs, settings.task_args),)
-    own = ("lr", "weight_decay", "opt", "sched", "warmup_epochs")
     return tuple(
-        dataclasses.replace(stage, **{name: getattr(settings, name) for name in own if getattr(stage, name) is None})
+        dataclasses.replace(
+            stage, **{name: getattr(settings, name) for name in STAGE_FIELDS if getattr(stage, name) is None}
+        )
         for stage in given
     )
 
