@@ -1,10 +1,13 @@
 """Per-channel moments, alone or beside a batch norm: one program per tile of groups and split of their items.
 
-A group is a channel (or a channel of an image), its items the elements averaged. BLOCK_G > 1 lays neighbouring lanes
-over channels (channels-last), BLOCK_G = 1 over positions (planes). Layers are launched one after the other.
+A group is a channel (or a channel of an image), its items the elements averaged: positions, of one image or several.
+A block is BLOCK_G groups x BLOCK_N images x BLOCK_P positions, so that no lane divides to find its element. Neighbour
+lanes are neighbours in memory: positions in planes, channels in channels-last. Layers are launched one after the other.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,19 +16,35 @@ from torch import Tensor
 
 from ._common import Planes, fold_planes, merge_moments, multiprocessors
 
-# (BLOCK_G, BLOCK_I, num_warps), the same on every architecture: the kernel only streams memory. 64 x 64 columns spill.
-PLANES = (1, 2048, 4)
-COLUMNS = (32, 32, 4)
+# The same on every architecture: the kernel only streams memory. 64 x 64 columns spill.
+PLANES = 2048  # elements of a block where lanes lie along positions
+COLUMNS = (32, 32)  # (BLOCK_G, BLOCK_P) where they lie along channels
+WARPS = 4
 DISTANCE_BLOCK = 1024
 
 
 @triton.jit
-def _offsets(group, item, C, HW, W, stride_b, stride_c, stride_h, stride_w, PER_IMAGE: tl.constexpr):
-    if PER_IMAGE:
-        n, c, position = group // C, group % C, item
-    else:
-        n, c, position = item // HW, group, item % HW
-    return n * stride_b + c * stride_c + position // W * stride_h + position % W * stride_w
+def _group_offsets(group, C, stride_b, stride_c, PER_IMAGE: tl.constexpr):
+    return group // C * stride_b + group % C * stride_c if PER_IMAGE else group * stride_c
+
+
+@triton.jit
+def _item_offsets(n, p, W, stride_b, stride_h, stride_w, HAS_ROWS: tl.constexpr):
+    if HAS_ROWS:
+        return n * stride_b + (p // W).to(tl.int64) * stride_h + (p % W).to(tl.int64) * stride_w
+    return n * stride_b + p.to(tl.int64) * stride_w
+
+
+@triton.jit
+def _items(tile, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Images and positions of a block, where there are such, and how many."""
+    along = tl.cdiv(P, BLOCK_P)
+    n0 = tile // along * BLOCK_N
+    p0 = tile % along * BLOCK_P
+    i = tl.arange(0, BLOCK_N * BLOCK_P)
+    n, p = n0 + i // BLOCK_P, p0 + i % BLOCK_P
+    count = tl.minimum(N - n0, BLOCK_N) * tl.minimum(P - p0, BLOCK_P)
+    return n.to(tl.int64), p, (n < N) & (p < P), count
 
 
 @triton.jit
@@ -44,21 +63,23 @@ def _moments_partial_kernel(
     stride_yh,
     stride_yw,
     C,
-    HW,
     W,
     groups,
-    items,
+    N,
+    P,
+    tiles,
     split,
     PER_IMAGE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    k = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(1)
     group = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
     in_group = group < groups
-    begin = k * split
-    end = tl.minimum(begin + split, items)
+    x_group_ptr = x_ptr + _group_offsets(group, C, stride_b, stride_c, PER_IMAGE)[:, None]
 
     n = tl.zeros((BLOCK_G,), tl.float32)
     mean = tl.zeros((BLOCK_G,), tl.float32)
@@ -66,21 +87,22 @@ def _moments_partial_kernel(
     if HAS_NORM:
         scale = tl.load(scale_ptr + group, mask=in_group, other=0.0)
         shift = tl.load(shift_ptr + group, mask=in_group, other=0.0)
-    for i0 in range(begin, end, BLOCK_I):
-        item = i0 + tl.arange(0, BLOCK_I)
-        offs = _offsets(group[:, None], item[None, :], C, HW, W, stride_b, stride_c, stride_h, stride_w, PER_IMAGE)
-        mask = in_group[:, None] & (item < end)[None, :]
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        n_i = tl.minimum(end - i0, BLOCK_I).to(tl.float32)
+        y_group_ptr = y_ptr + _group_offsets(group, C, stride_yb, stride_yc, False)[:, None]
+    for tile in range(k * split, tl.minimum((k + 1) * split, tiles)):
+        image, p, in_items, count = _items(tile, N, P, BLOCK_N, BLOCK_P)
+        mask = in_group[:, None] & in_items[None, :]
+        offs = _item_offsets(image, p, W, stride_b, stride_h, stride_w, HAS_ROWS)[None, :]
+        x = tl.load(x_group_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        n_i = count.to(tl.float32)
         mean_i = tl.sum(x, 1) / n_i
         d = tl.where(mask, x - mean_i[:, None], 0.0)
         n, mean, m2 = merge_moments(n, mean, m2, n_i, mean_i, tl.sum(d * d, 1))
         if HAS_NORM:
-            offs = _offsets(group[:, None], item[None, :], C, HW, W, stride_yb, stride_yc, stride_yh, stride_yw, False)
+            offs = _item_offsets(image, p, W, stride_yb, stride_yh, stride_yw, HAS_ROWS)[None, :]
             y = scale[:, None] * x + shift[:, None]
-            tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(y_group_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
-    out = partial_ptr + 3 * k * groups + group
+    out = partial_ptr + 3 * k.to(tl.int64) * groups + group
     tl.store(out, n, mask=in_group)
     tl.store(out + groups, mean, mask=in_group)
     tl.store(out + 2 * groups, m2, mask=in_group)
@@ -132,37 +154,42 @@ def _moments_bwd_kernel(
     stride_yh,
     stride_yw,
     C,
-    HW,
     W,
     groups,
-    items,
+    N,
+    P,
+    tiles,
     split,
     PER_IMAGE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
+    k = tl.program_id(1)
     group = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
     in_group = group < groups
-    begin = tl.program_id(1).to(tl.int64) * split
-    end = tl.minimum(begin + split, items)
+    x_group_ptr = x_ptr + _group_offsets(group, C, stride_xb, stride_xc, PER_IMAGE)[:, None]
+    dx_group_ptr = dx_ptr + _group_offsets(group, C, stride_db, stride_dc, PER_IMAGE)[:, None]
+    items = (tl.cast(N, tl.int64) * P).to(tl.float32)
     a = tl.load(dmean_ptr + group, mask=in_group, other=0.0) / items
     b = tl.load(dvar_ptr + group, mask=in_group, other=0.0) * (2.0 / items)
     mean = tl.load(mean_ptr + group, mask=in_group, other=0.0)
     if HAS_NORM:
         scale = tl.load(scale_ptr + group, mask=in_group, other=0.0)
-    for i0 in range(begin, end, BLOCK_I):
-        item = i0 + tl.arange(0, BLOCK_I)
-        mask = in_group[:, None] & (item < end)[None, :]
-        g, i = group[:, None], item[None, :]
-        offs = _offsets(g, i, C, HW, W, stride_xb, stride_xc, stride_xh, stride_xw, PER_IMAGE)
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dy_group_ptr = dy_ptr + _group_offsets(group, C, stride_yb, stride_yc, False)[:, None]
+    for tile in range(k * split, tl.minimum((k + 1) * split, tiles)):
+        image, p, in_items, _ = _items(tile, N, P, BLOCK_N, BLOCK_P)
+        mask = in_group[:, None] & in_items[None, :]
+        offs = _item_offsets(image, p, W, stride_xb, stride_xh, stride_xw, HAS_ROWS)[None, :]
+        x = tl.load(x_group_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         dx = a[:, None] + b[:, None] * (x - mean[:, None])
         if HAS_NORM:
-            offs = _offsets(g, i, C, HW, W, stride_yb, stride_yc, stride_yh, stride_yw, False)
-            dx += scale[:, None] * tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        offs = _offsets(g, i, C, HW, W, stride_db, stride_dc, stride_dh, stride_dw, PER_IMAGE)
-        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            offs = _item_offsets(image, p, W, stride_yb, stride_yh, stride_yw, HAS_ROWS)[None, :]
+            dx += scale[:, None] * tl.load(dy_group_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        offs = _item_offsets(image, p, W, stride_db, stride_dh, stride_dw, HAS_ROWS)[None, :]
+        tl.store(dx_group_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -218,18 +245,44 @@ def _bn_distance_kernel(
         tl.store(loss_ptr, weight * (tl.sum(of_mean, 0) + tl.sum(of_var, 0)))
 
 
-def _grid(
-    planes: Planes, per_image: bool, device: torch.device
-) -> tuple[tuple[int, int], int, int, int, dict[str, int]]:
-    """(grid, groups, items, items per split, configuration): enough programs to fill the card."""
-    BLOCK_G, BLOCK_I, num_warps = COLUMNS if planes.strides[0][1] == 1 and planes.C > 1 else PLANES
-    HW = planes.H * planes.W
-    groups, items = (planes.B * planes.C, HW) if per_image else (planes.C, planes.B * HW)
-    tiles, most = triton.cdiv(groups, BLOCK_G), min(triton.cdiv(items, BLOCK_I), 65535)
-    wanted = min(max(8 * multiprocessors(device) // tiles, 1), most)
-    split = triton.cdiv(triton.cdiv(items, wanted), BLOCK_I) * BLOCK_I
-    config = {"BLOCK_G": BLOCK_G, "BLOCK_I": BLOCK_I, "num_warps": num_warps}
-    return (tiles, triton.cdiv(items, split)), groups, items, split, config
+@dataclass(frozen=True)
+class _Launch:
+    """How a layer is cut: `sizes` are C, W, groups, N, P, tiles and split, `options` the constants of the kernels."""
+
+    grid: tuple[int, int]
+    sizes: tuple[int, ...]
+    options: dict[str, Any]
+
+    @property
+    def groups(self) -> int:
+        return self.sizes[2]
+
+
+def _launch(planes: Planes, per_image: bool, device: torch.device) -> _Launch:
+    """Blocks along what is adjacent in memory, and enough programs to fill the card."""
+    B, C, P = planes.B, planes.C, planes.H * planes.W
+    groups, N = (B * C, 1) if per_image else (C, B)
+    has_rows = planes.H > 1
+    if not (per_image or has_rows) and all(b == P * w for b, _, _, w in planes.strides):
+        N, P = 1, N * P
+    if planes.strides[0][1] == 1 and C > 1:
+        BLOCK_G, BLOCK_P = COLUMNS
+        BLOCK_N = 1
+    else:
+        BLOCK_P = min(triton.next_power_of_2(P), PLANES)
+        BLOCK_G, BLOCK_N = (
+            (PLANES // BLOCK_P, 1) if per_image else (1, min(PLANES // BLOCK_P, triton.next_power_of_2(N)))
+        )
+    tiles = triton.cdiv(N, BLOCK_N) * triton.cdiv(P, BLOCK_P)
+    across = triton.cdiv(groups, BLOCK_G)
+    wanted = min(max(8 * multiprocessors(device) // across, 1), tiles, 65535)
+    split = triton.cdiv(tiles, wanted)
+    options = {
+        "PER_IMAGE": per_image, "HAS_ROWS": has_rows, "BLOCK_G": BLOCK_G, "BLOCK_N": BLOCK_N, "BLOCK_P": BLOCK_P,
+        "num_warps": WARPS,
+    }  # fmt: skip
+    sizes = (C, planes.W, groups, N, P, tiles, split)
+    return _Launch((across, triton.cdiv(tiles, split)), sizes, options)
 
 
 def _layer_fwd(
@@ -251,14 +304,21 @@ def _layer_fwd(
         if y is not None and dense is not None:
             y.copy_(dense)
         return
-    grid, groups, items, split, config = _grid(planes, per_image, x.device)
-    partial = x.new_empty((grid[1], 3, groups), dtype=torch.float32)
+    launch = _launch(planes, per_image, x.device)
+    splits, groups = launch.grid[1], launch.groups
+    partial = x.new_empty((splits, 3, groups), dtype=torch.float32)
     norm = (x, x, x) if y is None else (y, scale, shift)
-    _moments_partial_kernel[grid](
-        x, partial, *norm, *planes.strides[0], *planes.strides[1], planes.C, planes.H * planes.W, planes.W, groups,
-        items, split, PER_IMAGE=per_image, HAS_NORM=y is not None, **config,
-    )  # fmt: skip
-    _moments_merge_kernel[(triton.cdiv(groups, 128),)](partial, mean, var, groups, grid[1], BLOCK_G=128)
+    _moments_partial_kernel[launch.grid](
+        x,
+        partial,
+        *norm,
+        *planes.strides[0],
+        *planes.strides[1],
+        *launch.sizes,
+        HAS_NORM=y is not None,
+        **launch.options,
+    )
+    _moments_merge_kernel[(triton.cdiv(groups, 128),)](partial, mean, var, groups, splits, BLOCK_G=128)
 
 
 def _layers(inputs: list[Tensor], per_image: bool) -> Iterator[tuple[Tensor, slice]]:
@@ -295,12 +355,11 @@ def _layer_bwd(
     if planes is None:
         dense = None if dy is None else dy.contiguous()
         return dx.copy_(_layer_bwd(dmean, dvar, x.contiguous(), mean, per_image, dense, scale))
-    grid, groups, items, split, config = _grid(planes, per_image, x.device)
+    launch = _launch(planes, per_image, x.device)
     norm = (x, x) if dy is None else (dy, scale)
-    _moments_bwd_kernel[grid](
-        dmean, dvar, x, mean, dx, *norm, *planes.strides[0], *planes.strides[1], *planes.strides[2],
-        planes.C, planes.H * planes.W, planes.W, groups, items, split,
-        PER_IMAGE=per_image, HAS_NORM=dy is not None, **config,
+    _moments_bwd_kernel[launch.grid](
+        dmean, dvar, x, mean, dx, *norm, *planes.strides[0], *planes.strides[1], *planes.strides[2], *launch.sizes,
+        HAS_NORM=dy is not None, **launch.options,
     )  # fmt: skip
     return dx
 

@@ -62,15 +62,30 @@ def _signature(kernel: Any, pointers: dict[str, str], constants: dict[str, Any])
 
 
 def _moments() -> Iterator[Variant]:
-    for dtype, (per_image, has_norm), (BLOCK_G, BLOCK_I, num_warps) in product(
-        DTYPES, ((False, False), (True, False), (False, True)), (moments.PLANES, moments.COLUMNS)
-    ):
-        constants = {"PER_IMAGE": per_image, "HAS_NORM": has_norm, "BLOCK_G": BLOCK_G, "BLOCK_I": BLOCK_I}
-        of_channels = ("partial_ptr", "dmean_ptr", "dvar_ptr", "mean_ptr")
+    """Large planes and columns as they come from a network: adjacent lanes one apart, the rest multiples of 16; small
+    planes, several of which fill a block; planes cut out of larger ones, whose rows have a stride of their own."""
+    of_channels = ("partial_ptr", "dmean_ptr", "dvar_ptr", "mean_ptr")
+    PLANES, (BLOCK_G, BLOCK_P) = moments.PLANES, moments.COLUMNS
+    for dtype, (per_image, has_norm) in product(DTYPES, ((False, False), (True, False), (False, True))):
         pointers = dict.fromkeys(("x_ptr", "y_ptr", "dx_ptr", "dy_ptr"), dtype) | dict.fromkeys(of_channels, "fp32")
         pointers |= dict.fromkeys(("scale_ptr", "shift_ptr"), "fp32" if has_norm else dtype)
-        for kernel in (moments._moments_partial_kernel, moments._moments_bwd_kernel):
-            yield Variant(kernel, _signature(kernel, pointers, constants), constants, {"num_warps": num_warps})
+        several = (PLANES // 64, 1, 64) if per_image else (1, PLANES // 64, 64)
+        forms = [
+            ("w", (1, 1, PLANES), False, True),
+            ("w", several, False, False),
+            ("c", (BLOCK_G, 1, BLOCK_P), False, True),
+        ]
+        for lanes, block, has_rows, aligned in [*forms, ("w", (1, 1, PLANES), True, False)][
+            : 4 if dtype == "fp32" else 3
+        ]:
+            for kernel in (moments._moments_partial_kernel, moments._moments_bwd_kernel):
+                constants = dict(zip(("BLOCK_G", "BLOCK_N", "BLOCK_P"), block, strict=True))
+                constants |= {"PER_IMAGE": per_image, "HAS_ROWS": has_rows, "HAS_NORM": has_norm}
+                constants |= {name: 1 for name in kernel.arg_names if re.fullmatch(f"stride_.?{lanes}", name)}
+                signature = _signature(kernel, pointers, constants)
+                yield Variant(
+                    kernel, signature, constants, {"num_warps": moments.WARPS}, frozenset(signature if aligned else ())
+                )
     kernel, constants = moments._moments_merge_kernel, {"BLOCK_G": 128}
     pointers = dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), "fp32")
     yield Variant(kernel, _signature(kernel, pointers, constants), constants)
