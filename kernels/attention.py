@@ -80,8 +80,8 @@ _FLOAT32 = {
     64: Config(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     128: Config(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
-# By architecture, bytes of the wider input dtype and the widest head taken. Heads are padded to a power of two; those
-# wider than the last are taken in pieces.
+# By architecture, bytes of the widest input (all are taken as wide) and the widest head taken. Heads are padded to a
+# power of two; those wider than the last are taken in pieces.
 CONFIGS: dict[tuple[str, int], dict[int, Config]] = {
     ("8.x", 2): _SMALL,
     ("9.0", 2): _LARGE,
@@ -1265,10 +1265,16 @@ class _Network:
         self.q, self.k, self.scale = q, k, scale
         self.bias = None if has_softmax and bias is not None and bias.shape[3] == 1 else bias  # the same for all keys
         self.top = None if self.bias is None or not has_softmax else self.bias.amax(-1)
-        self.is_centred = has_softmax and torch.float32 in (q.dtype, k.dtype)
+        self.has_softmax, self.is_centred = has_softmax, False
         self.mean = q  # a stand-in for what is not read
 
+    def widen(self) -> None:
+        """In float32, as the other network is: 16-bit products beside float32 ones save little and spill registers."""
+        q = self.q.float()
+        self.q, self.k = q, q if self.k is self.q else self.k.float()
+
     def centre(self, mask: Tensor | None) -> None:
+        self.is_centred = self.has_softmax and self.k.dtype == torch.float32
         if not self.is_centred:
             return
         B, H, N_k, D = self.k.shape
@@ -1316,11 +1322,15 @@ class _Problem:
         has_softmax = divergence != "score_mse"
         in_log2 = LOG2_E.value if has_softmax else 1.0
         mask = None if key_mask is None else key_mask.view(torch.uint8)
-        for network in (student, teacher):
+        networks = (student, teacher)
+        itemsize = max(x.itemsize for network in networks for x in (network.q, network.k))
+        for network in networks:
+            if itemsize == torch.float32.itemsize:
+                network.widen()
             network.centre(mask)
         (B, H, N_q, D_s), D_t, N_k = student.q.shape, teacher.q.shape[3], student.k.shape[2]
         self.B, self.H, self.N_q, self.N_k = B, H, N_q, N_k
-        table = CONFIGS[architecture(student.q.device), max(x.itemsize for n in (student, teacher) for x in (n.q, n.k))]
+        table = CONFIGS[architecture(student.q.device), itemsize]
         width = max(_width(D_s), _width(D_t))
         is_wide = width > max(table)
         self.config = table[128 if is_wide else min(w for w in table if w >= width)]

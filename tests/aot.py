@@ -201,8 +201,8 @@ def _attention_variant(kernel: Any, target: str, dtype: str, width: int, tile: A
 
 def _attention() -> Iterator[Variant]:
     """Kernels with a bias, a mask and weights, under the divergence of most registers; heads taken in pieces, which
-    only changes loads, on one architecture alone."""
-    for target, dtype in product(TARGETS, ("bf16", "fp32")):
+    only changes loads, on one architecture alone; of float16 those of most calls."""
+    for target, dtype in product(TARGETS, DTYPES):
         table = attention.CONFIGS[ARCHITECTURES[target], 4 if dtype == "fp32" else 2]
 
         def variant(kernel: Any, tile: Any, width: int = 64, on: Any = (target, dtype), **constants: Any) -> Variant:
@@ -210,8 +210,10 @@ def _attention() -> Iterator[Variant]:
 
         yield variant(attention._attention_rows_kernel, table[64].rows)
         yield variant(attention._attention_keys_kernel, table[64].keys)
-        if dtype == "bf16":
+        if dtype != "fp32":
             yield variant(attention._attention_fused_kernel, table[64].fused[-1])
+        if dtype == "fp16":
+            continue
         yield variant(attention._attention_centre_kernel, None, BLOCK_N=attention.CENTRE_BLOCK)
         yield variant(attention._attention_bias_kernel, table[64].bias, SUM_B=True)
         yield variant(attention._attention_mean_kernel, table[64].mean)
