@@ -12,6 +12,7 @@ from fastkd.ops._autograd import once, refuse_transforms
 from fastkd.ops._dispatch import Backend, resolve_plain
 
 LogitReduction = Literal["batchmean", "mean", "sum", "none"]
+CHUNK = 1 << 17  # elements on a CPU: what is between stays in the caches of its cores
 
 
 def _check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str], temperature: float) -> None:
@@ -61,14 +62,20 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, t: Tensor, temperature: float) -> Tensor:
-        z_s, z_t = s / temperature, t / temperature
-        lse_s, lse_t = z_s.logsumexp(-1, keepdim=True), z_t.logsumexp(-1, keepdim=True)
-        u = (z_s - z_t) - (lse_s - lse_t)  # log p - log q, and one rounding error for the whole row
-        p, q = (z_s - lse_s).exp_(), (z_t - lse_t).exp_()
-        excess = torch.where(u.abs() < 1, q * u.expm1(), p - q)  # p - q
-        # Σ (p - q) = 0: what is left of it is that error, harmless in the sum below but not in the gradient.
-        ctx.save_for_backward((excess - p * excess.sum(-1, keepdim=True)) / temperature)
-        return (excess - q * u.masked_fill_(q == 0, 0)).sum(-1)
+        ds, kl = torch.empty_like(s), s.new_empty(len(s))
+        rows = max(CHUNK // s.shape[1], 1) if s.device.type == "cpu" else len(s)
+        for first in range(0, len(s), rows):
+            i = slice(first, first + rows)
+            z_s, z_t = s[i] / temperature, t[i] / temperature
+            lse_s, lse_t = z_s.logsumexp(-1, keepdim=True), z_t.logsumexp(-1, keepdim=True)
+            u = (z_s - z_t).sub_(lse_s - lse_t)  # log p - log q, and one rounding error for the whole row
+            p, q = z_s.sub_(lse_s).exp_(), z_t.sub_(lse_t).exp_()
+            excess = torch.where(u < 1, torch.expm1(u).mul_(q), p - q)  # p - q
+            kl[i] = (excess - u.mul_(q).masked_fill_(q == 0, 0)).sum(-1)
+            # Σ (p - q) = 0: what is left of it is that error, harmless in the sum above but not in the gradient.
+            torch.addcmul(excess, p, excess.sum(-1, keepdim=True), value=-1, out=ds[i]).div_(temperature)
+        ctx.save_for_backward(ds)
+        return kl
 
     @staticmethod
     def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor, None, None]:
