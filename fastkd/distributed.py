@@ -28,11 +28,15 @@ from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
 from fastkd.ops.diversity import check_intra_divergence
 from fastkd.ops.moments import Distance, Moments, bn_stat_loss_and_moments, check_bn_stat
 from fastkd.ops.relation import Algorithm, Rectify, Scope, check_manifold, check_relation
+from fastkd.ops.relation import manifold_layers as local_manifold_layers
 from fastkd.ops.relation import pick_algorithm as pick_local
 
 __all__ = ["batch_moments", "bn_stat_loss", "intra_divergence_loss", "manifold_loss", "relation_loss"]
 
 _CHUNK = 1 << 22  # elements of a message or a temporary: 16 MB in float32
+# Bytes of features of the global batch that every rank takes whole and works on alone: two messages instead of seven,
+# whose waiting would cost more than that work.
+SMALL = 1 << 22
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # a string: PyTorch can be built without it
 Shapes: TypeAlias = "Sequence[tuple[int, ...]]"
@@ -383,6 +387,31 @@ class _Relation(torch.autograd.Function):
         return scaled(dstudent, dloss, ctx.dtype), *(None,) * 8
 
 
+class _Whole(torch.autograd.Function):
+    """Every rank's images of several layers, and the first rank's rows, in one message to all.
+
+    Gives the features of all ranks and the rows. As in _Sum, a rank's own slice of the gradient is all of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, ranks: _Ranks, sizes: list[int], rows: Sequence[Tensor], *features: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.own, ctx.count = slice(sum(sizes[: ranks.rank]), sum(sizes[: ranks.rank + 1])), len(rows)
+        pieces = [*(index[None, :, None] for index in rows), *features]
+        shapes = [
+            [*(x.shape for x in pieces[: len(rows)]), *((size, *x.shape[1:]) for x in features)] for size in sizes
+        ]
+        received = ranks.exchange([pieces] * ranks.world, [shapes[ranks.rank]] * ranks.world, shapes)
+        everything = (torch.cat(parts) for parts in zip(*(of[len(rows) :] for of in received), strict=True))
+        return *everything, *(index[0, :, 0].clone() for index in received[0][: len(rows)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        features = gradients[: len(gradients) - ctx.count]
+        return None, None, None, *(None if dx is None else dx[ctx.own] for dx in features)
+
+
 class _Inter(torch.autograd.Function):
     """Scope "inter" of several layers: a rank relates the images of all ranks at its share of the tokens.
 
@@ -630,10 +659,34 @@ def manifold_layers(
             about[f"index{layer}"] = None if index is None else tuple(index.shape)
         refuse_transforms("manifold_loss")
         about["return_terms"] = return_terms
+        about["devices"] = len({x.device for x in (*students, *teachers)})
         return _Own(about, len(students[0]), has_fast_float64(students[0].device), wants_grad(*students))
 
     agreed = ranks.agree(arguments)
     sizes = agreed.sizes
+    drawn: list[Tensor] = []
+    if random or return_terms:
+        drawn = _draw(students, num_samples, generator, ranks, sizes) if indices is None else list(indices)
+        drawn = [index.to(students[0].device, non_blocking=True) for index in drawn]
+    features = [*students, *teachers]
+    in_bytes = sum(sizes) * sum(x[0].numel() * x.itemsize for x in features)
+    if in_bytes <= SMALL and len({x.device for x in features}) == 1:
+        n = len(students)
+        whole = _Whole.apply(ranks, sizes, drawn, *features)
+        loss_and_terms = local_manifold_layers(
+            whole[:n],
+            [t.detach() for t in whole[n : 2 * n]],
+            intra=intra,
+            inter=inter,
+            random=random,
+            num_samples=num_samples,
+            generator=None,
+            indices=whole[2 * n :] or [torch.zeros(1, dtype=torch.int64, device=x.device) for x in students],
+            return_terms=return_terms,
+            backend=backend,
+        )
+        loss, *of_terms = (_Averaged.apply(x, ranks.world) for x in (loss_and_terms[0], *loss_and_terms[1]))
+        return (loss, tuple(of_terms)) if return_terms else loss
     pairs = list(zip(students, teachers, strict=True))
     zeros = [s.new_zeros((), dtype=accumulator(s, t)) for s, t in pairs]
     terms = [zeros, zeros, zeros]
@@ -642,10 +695,9 @@ def manifold_layers(
     if inter or return_terms:
         terms[1] = _spanning(students, teachers, ranks, agreed, scope="inter", backend=backend)
     if random or return_terms:
-        drawn = _draw(students, num_samples, generator, ranks, sizes) if indices is None else indices
         lengths = [len(index) for index in drawn]
-        whole = torch.cat([index.to(students[0].device, non_blocking=True) for index in drawn])
-        shared = ranks.share(whole, whole.shape, 0).split(lengths)
+        joined = torch.cat(drawn)
+        shared = ranks.share(joined, joined.shape, 0).split(lengths)
         at_home = [index.to(s.device) for index, s in zip(shared, students, strict=True)]
         terms[2] = _sampled(students, teachers, at_home, ranks, sizes, backend=backend)
     L_intra, L_inter, L_random = (torch.stack(term).mean() for term in terms)
