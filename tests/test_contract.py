@@ -166,6 +166,31 @@ def test_a_stored_gradient_is_scaled_in_float32_and_rounded_once(
         assert torch.equal(scaled(gradient, dloss, dtype), (gradient.float() * dloss).to(dtype))
 
 
+def test_a_stored_gradient_is_handed_out_once() -> None:
+    """A backward that frees its graph gives the stored gradient itself; others leave it as it is."""
+    student, teacher = torch.randn(2, 5, 8, device=DEVICE, requires_grad=True), torch.randn(2, 5, 8, device=DEVICE)
+    loss = fastkd.relation_loss(student, teacher)
+    (stored,) = loss.grad_fn.saved_tensors
+    kept = stored.clone()
+
+    def gradient(of: Tensor, incoming: Tensor | None = None, **options: bool) -> Tensor:
+        return torch.autograd.grad(of, student, incoming, **options)[0]
+
+    assert gradient(loss, retain_graph=True).data_ptr() != stored.data_ptr()
+    assert torch.equal(gradient(loss, torch.full_like(loss, 3.0), retain_graph=True), kept * 3)
+    with _Recorder():
+        assert gradient(loss, retain_graph=True).data_ptr() != stored.data_ptr()
+    assert torch.equal(stored, kept)
+
+    assert gradient(loss).data_ptr() == stored.data_ptr()
+    again = fastkd.relation_loss(student, teacher)
+    assert torch.equal(gradient(again, torch.full_like(again, 3.0)), kept * 3)
+    again = fastkd.relation_loss(student, teacher)
+    assert torch.equal(gradient(again, torch.ones(3, device=DEVICE), is_grads_batched=True)[2], kept)
+    (fastkd.relation_loss(student, teacher) + fastkd.relation_loss(student, teacher)).backward()
+    assert torch.equal(student.grad, kept * 2)
+
+
 def test_backends_by_name() -> None:
     x = torch.randn(2, 3, 4, device=DEVICE)
     with pytest.raises(ValueError, match="backend must be one of auto, eager, native, triton, got 'cuda'"):

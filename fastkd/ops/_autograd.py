@@ -47,12 +47,34 @@ def once(loss: Tensor, function: str) -> Tensor:
     return _Once.apply(loss, function)
 
 
+def _is_last_use(dloss: Tensor) -> bool:
+    """Whether the backward that runs frees its graph, with nothing that records or transforms what it does."""
+    try:
+        return not (
+            torch._C._autograd._get_current_graph_task_keep_graph()  # True outside of a backward
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._functorch.is_legacy_batchedtensor(dloss)  # is_grads_batched
+            or torch._C._len_torch_dispatch_stack() > 0
+        )
+    except AttributeError:  # private names: a PyTorch without them gets new tensors
+        return False
+
+
 def scaled(stored: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
-    """stored * dloss, rounded once to dtype, in a new tensor. The product is taken in float32 or better."""
-    if torch.compiler.is_compiling() or dtype in (torch.float32, torch.float64):
+    """stored * dloss, rounded once to dtype: the product is taken in float32 or better.
+
+    A new tensor unless nobody can read stored again, which then becomes the product: on CPUs the pages of a new one
+    cost up to a quarter of a whole loss.
+    """
+    if torch.compiler.is_compiling():
         return (stored * dloss).to(dtype)
-    if stored.dtype == dtype and stored.device.type == "cpu":
-        return stored * dloss  # here torch multiplies by a 0-dim float32 in float32; on CUDA it rounds it first
+    # On CPU torch multiplies by a 0-dim float32 in float32; on CUDA it rounds it to 16 bits first.
+    if stored.dtype == dtype and (stored.device.type == "cpu" or dtype in (torch.float32, torch.float64)):
+        if not _is_last_use(dloss):
+            return stored * dloss
+        return stored if dloss.device.type == "cpu" and dloss.item() == 1 else stored.mul_(dloss)
+    if dtype in (torch.float32, torch.float64):
+        return (stored * dloss).to(dtype)
     out = torch.empty_like(stored, dtype=dtype)
     # A one-element tensor, unlike a 0-dim one, keeps its dtype in promotion: dloss is not rounded to 16 bits.
     dloss = dloss.reshape(1)
