@@ -79,11 +79,12 @@ def test_tile_matches_oracle(
         ("intra", (2, 300, 24, 40)),  # copied, for their rows are no whole vectors
         ("inter", (270, 2, 32, 48)),  # copied, for their rows lie far apart
         ("intra", (1, 70, 4100, 16)),  # a block of so wide rows is a quarter of others
+        ("intra", (7, 40, 32, 48)),  # threads with unequal shares of the groups
     ],
     ids=str,
 )
 def test_blocks_of_a_map(scope: str, shape: tuple[int, ...], threads: int) -> None:
-    """One thread takes a group's blocks in pairs; three share them, each writing its own rows."""
+    """A thread takes a group's blocks in pairs; threads beyond the groups share them, each writing its own rows."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -8,12 +8,14 @@
 #include "isa.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <utility>
 
 namespace fastkd {
 
-constexpr int64_t kPanel = 16;    // rows of a panel, columns of a vector
-constexpr int64_t kTileRows = 8;  // of a tile, at most
+constexpr int64_t kPanel = 16;                      // rows of a panel, columns of a vector
+constexpr int64_t kTileRows = 8, kTileVectors = 3;  // of a tile, at most
 
 // Element (i, k) of a left operand is data[i * row + k * step], k < count.
 struct Left {
@@ -27,13 +29,59 @@ struct Right {
   int64_t step, next;
 };
 
+// Memory that is soon to be read or written, fetched into L2 while a core multiplies: loads that miss would hold it up.
+class Ahead {
+ public:
+  void clear() { pieces_ = at_ = total_ = pace_ = 0; }
+
+  void add(const void* first, int64_t bytes) {
+    if (pieces_ == kMost) return;
+    piece_[pieces_++] = {static_cast<const char*>(first), bytes};
+    total_ += bytes;
+  }
+
+  // Everything within so many steps of whole tiles.
+  void spread(double steps) { pace_ = static_cast<int64_t>(std::ceil(static_cast<double>(total_) / steps)); }
+
+  // Where a tile of `steps` steps is to fetch from, pace() bytes a step.
+  const char* take(int64_t steps) {
+    while (at_ < pieces_ && piece_[at_].bytes <= 0) ++at_;
+    if (at_ == pieces_) {
+      pace_ = 0;
+      return reinterpret_cast<const char*>(this);
+    }
+    Piece& piece = piece_[at_];
+    piece.bytes -= steps * pace_;
+    return std::exchange(piece.first, piece.first + steps * pace_);
+  }
+
+  int64_t pace() const { return pace_; }
+
+ private:
+  static constexpr int64_t kMost = 3;
+  struct Piece {
+    const char* first;
+    int64_t bytes;
+  };
+  Piece piece_[kMost];
+  int64_t pieces_ = 0, at_ = 0, total_ = 0, pace_ = 0;
+};
+
 #if FASTKD_HAS_MULTIVERSION
 
 typedef float Vector __attribute__((vector_size(64), aligned(2), may_alias));
 
-// C (rows, 16 vectors) = [A A'] B, or added to C.
+// C (rows, 16 vectors) = [A A'] B, or added to C; fetches from `ahead` on, `pace` bytes a step.
 template <int rows, int vectors>
-FASTKD_AVX512 void tile(const Left& first, const Left& second, const Right& b, float* c, int64_t ldc, bool add) {
+FASTKD_AVX512 void tile(
+    const Left& first,
+    const Left& second,
+    const Right& b,
+    float* c,
+    int64_t ldc,
+    bool add,
+    const char* ahead,
+    int64_t pace) {
   Vector sum[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
@@ -43,7 +91,8 @@ FASTKD_AVX512 void tile(const Left& first, const Left& second, const Right& b, f
   for (int part = 0; part < 2; ++part) {
     const Left x = part == 0 ? first : second;
     const float* a = x.data;
-    for (int64_t k = 0; k < x.count; ++k, a += x.step, y += b.step) {
+    for (int64_t k = 0; k < x.count; ++k, a += x.step, y += b.step, ahead += pace) {
+      __builtin_prefetch(ahead, 0, 2);
       Vector right[vectors];
 #pragma GCC unroll 3
       for (int v = 0; v < vectors; ++v) right[v] = *reinterpret_cast<const Vector*>(y + v * b.next);
@@ -73,9 +122,10 @@ inline void tile_row(
     const Right& b,
     float* c,
     int64_t ldc,
-    bool add) {
-  using Tile = void (*)(const Left&, const Left&, const Right&, float*, int64_t, bool);
-  static constexpr Tile kTiles[4][3] = {
+    bool add,
+    Ahead& ahead) {
+  using Tile = void (*)(const Left&, const Left&, const Right&, float*, int64_t, bool, const char*, int64_t);
+  static constexpr Tile kTiles[4][kTileVectors] = {
       {tile<1, 1>, tile<1, 2>, tile<1, 3>},
       {tile<2, 1>, tile<2, 2>, tile<2, 3>},
       {tile<4, 1>, tile<4, 2>, tile<4, 3>},
@@ -85,9 +135,11 @@ inline void tile_row(
       const Left x{first.data + i * first.row, first.row, first.step, first.count};
       const Left y{second.data + i * second.row, second.row, second.step, second.count};
       for (int64_t v = 0, width; v < vectors; v += width) {
-        width = vectors - v == 4 ? 2 : std::min<int64_t>(vectors - v, 3);  // a single vector's sums wait for each other
+        // A single vector's sums wait for each other.
+        width = vectors - v == kTileVectors + 1 ? 2 : std::min(vectors - v, kTileVectors);
         const Right z{b.data + v * b.next, b.step, b.next};
-        kTiles[level][width - 1](x, y, z, c + i * ldc + v * kPanel, ldc, add);
+        const char* fetched = ahead.take(x.count + y.count);
+        kTiles[level][width - 1](x, y, z, c + i * ldc + v * kPanel, ldc, add, fetched, ahead.pace());
       }
     }
 }
@@ -165,7 +217,7 @@ FASTKD_AVX512 inline void pack_panel(const float* const* rows, int64_t D, float*
 
 #else
 
-inline void tile_row(int64_t, int64_t, const Left&, const Left&, const Right&, float*, int64_t, bool) {}
+inline void tile_row(int64_t, int64_t, const Left&, const Left&, const Right&, float*, int64_t, bool, Ahead&) {}
 inline void pack_panel(const float* const*, int64_t, float*, float*) {}
 inline int64_t transpose_words(const char*, int64_t, int64_t, int64_t, int64_t, float*) {
   return 0;

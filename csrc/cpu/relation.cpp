@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -27,7 +28,7 @@ namespace {
 constexpr int64_t kStrip = 64;       // rows of a strip of the maps, at most
 constexpr int64_t kColumns = 1024;   // columns of a piece of a strip: two float32 pieces are 512 KB, a share of L2
 constexpr int64_t kPanelRows = 256;  // rows of a block of the maps on our own kernels, at most,
-constexpr int64_t kPanelBytes = 800 << 10;  // and what they may take of L2
+constexpr int64_t kPanelBytes = 600 << 10;  // and what they may take of L2
 constexpr int64_t kGramRows = 128;          // rows of a block of the Gram algorithm
 constexpr int64_t kGramColumns = 96;        // columns of a block of a Gram's triangle
 
@@ -621,15 +622,38 @@ struct PanelSweep {
   PanelRows s_i, t_i, s_j, t_j;
   Buffer<float> w, pt, u;
   Buffer<float> r, q;  // inverse norms of a group
+  Ahead ahead;
+  int64_t after = 0;  // the group that comes next; G or more where none does
 
   PanelSweep(const Term<float>& term, int64_t height)
       : term(term),
         height(height),
         width(padded(term.s.D)),
-        w(padded(height) * padded(height)),
-        pt(kTileRows * padded(height)) {}
+        w(padded(height) * pitch(height)),
+        pt(kTileRows * pitch(height)) {}
+
+  // Elements between rows of W: an odd number of cache lines, or a column of it would share a few sets of the cache.
+  static int64_t pitch(int64_t columns) { return padded(columns) | kPanel; }
 
   int64_t blocks() const { return (term.s.n + height - 1) / height; }
+
+  // While `pairs` elements of the maps are formed, each of them known by symmetry to two rows, fetch block k of group g
+  // (past the last: the first of the group that comes next), and the gradient that a group of one block writes.
+  void look_ahead(double pairs, int64_t g, int64_t k) {
+    const auto fetch = [&](const at::Tensor& x, int64_t first, int64_t elements) {
+      const int64_t size = x.element_size();
+      ahead.add(static_cast<const char*>(x.const_data_ptr()) + first * size, elements * size);
+    };
+    ahead.clear();
+    const int64_t n = term.s.n, Ds = term.s.D;
+    if (term.dstudent.defined() && !term.s.across && blocks() == 1) fetch(term.dstudent, g * n * Ds, n * Ds);
+    if (k == blocks()) g = after, k = 0;
+    const int64_t begin = k * height, count = std::min(n - begin, height);
+    for (const Groups* x : {&term.s, &term.t})
+      if (g < term.s.G && x->row_stride == x->D && x->x.stride(2) == 1) fetch(x->x, x->offset(g, begin), count * x->D);
+    const int64_t products = Ds + term.t.D + (term.with_grad() ? 2 * Ds : 0);
+    ahead.spread(pairs * products / (kTileRows * kTileVectors * kPanel));
+  }
 
   // As load, of a block that was loaded before.
   void load_again(int64_t g, int64_t k, PanelRows& s, PanelRows& t) {
@@ -653,14 +677,16 @@ struct PanelSweep {
       const PanelRows& t_j,
       bool diagonal,
       int times) {
-    const int64_t ld = padded(s_j.rows);
+    const int64_t ld = pitch(s_j.rows);
     double sum = 0;
     for (int64_t i = 0; i < s.rows; i += kTileRows) {
       const int64_t rows = std::min(kTileRows, s.rows - i), own = i / kPanel * kPanel;
-      const int64_t columns = diagonal ? own + kPanel : ld, twice = diagonal ? own : times == 2 ? columns : 0;
+      const int64_t columns = diagonal ? own + kPanel : padded(s_j.rows), twice = diagonal     ? own
+                                                                                  : times == 2 ? columns
+                                                                                               : 0;
       float* p = w.data() + i * ld;
-      tile_row(rows, columns / kPanel, t.left(i), {}, t_j.right(), pt.data(), ld, false);
-      tile_row(rows, columns / kPanel, s.left(i), {}, s_j.right(), p, ld, false);
+      tile_row(rows, columns / kPanel, t.left(i), {}, t_j.right(), pt.data(), ld, false, ahead);
+      tile_row(rows, columns / kPanel, s.left(i), {}, s_j.right(), p, ld, false, ahead);
       const Scales scales{s.inverse.data() + i, t.inverse.data() + i, s_j.inverse.data(), t_j.inverse.data(), term.c};
       sum += static_cast<double>(differences(term.rectify, p, pt.data(), ld, rows, columns, twice, scales));
     }
@@ -668,25 +694,28 @@ struct PanelSweep {
   }
 
   // U of a block's rows: W X, W on the diagonal and known up to each row's panel.
-  void multiply_diagonal(const PanelRows& x, float* out, bool add) const {
-    const int64_t n = x.rows, ld = padded(n);
+  void multiply_diagonal(const PanelRows& x, float* out, bool add) {
+    const int64_t n = x.rows, ld = pitch(n);
     for (int64_t i = 0; i < n; i += kTileRows) {
       const int64_t known = std::min(n, i / kPanel * kPanel + kPanel);
       const Left row{w.data() + i * ld, ld, 1, known}, column{w.data() + known * ld + i, 1, ld, n - known};
-      tile_row(std::min(kTileRows, n - i), width / kPanel, row, column, x.right_rows(), out + i * width, width, add);
+      float* u_i = out + i * width;
+      tile_row(std::min(kTileRows, n - i), width / kPanel, row, column, x.right_rows(), u_i, width, add, ahead);
     }
   }
 
   // W X, or Wᵀ X.
-  void multiply(bool transposed, int64_t rows, int64_t ld, const PanelRows& x, float* out, bool add) const {
+  void multiply(bool transposed, int64_t rows, int64_t ld, const PanelRows& x, float* out, bool add) {
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const Left left = transposed ? Left{w.data() + i, 1, ld, x.rows} : Left{w.data() + i * ld, ld, 1, x.rows};
-      tile_row(std::min(kTileRows, rows - i), width / kPanel, left, {}, x.right_rows(), out + i * width, width, add);
+      float* u_i = out + i * width;
+      tile_row(std::min(kTileRows, rows - i), width / kPanel, left, {}, x.right_rows(), u_i, width, add, ahead);
     }
   }
 
   // A whole group: blocks on and below the diagonal serve the rows of both sides.
-  double group(int64_t g) {
+  double group(int64_t g, int64_t next) {
+    after = next;
     const int64_t n = term.s.n;
     double sum = 0;
     r.resize(n);
@@ -700,6 +729,7 @@ struct PanelSweep {
     for (int64_t j = 0; j < blocks(); ++j) {
       load_first(j, s_j, t_j);
       float* u_j = u.data() + j * height * width;
+      look_ahead(s_j.rows * s_j.rows / 2.0, g, j + 1);
       sum += maps(s_j, t_j, s_j, t_j, true, 2);
       if (term.with_grad()) multiply_diagonal(s_j, u_j, j > 0);
       for (int64_t i = j + 1; i < blocks(); ++i) {
@@ -708,9 +738,10 @@ struct PanelSweep {
         } else {
           load_again(g, i, s_i, t_i);
         }
+        look_ahead(s_i.rows * s_j.rows, g, i + 1 < blocks() ? i + 1 : j + 1);
         sum += maps(s_i, t_i, s_j, t_j, false, 2);
         if (!term.with_grad()) continue;
-        const int64_t ld = padded(s_j.rows);
+        const int64_t ld = pitch(s_j.rows);
         multiply(false, s_i.rows, ld, s_j, u.data() + i * height * width, j > 0);
         multiply(true, s_j.rows, ld, s_i, u_j, true);
       }
@@ -730,7 +761,7 @@ struct PanelSweep {
       if (j == i) continue;
       load(g, j, s_j, t_j);
       sum += maps(s_i, t_i, s_j, t_j, false, with_grad ? 1 : 2);
-      if (with_grad) multiply(false, s_i.rows, padded(s_j.rows), s_j, u.data(), true);
+      if (with_grad) multiply(false, s_i.rows, pitch(s_j.rows), s_j, u.data(), true);
     }
     if (with_grad) term.store(g, i * height, i * height + s_i.rows, u.data(), width, s_i.inverse.data());
     return sum;
@@ -749,9 +780,15 @@ double tile_panels(const Term<float>& term) {
   const int64_t height = panel_block_rows(term.s.n, term.s.D + term.t.D, G < threads ? threads : 1);
   if (G >= threads) {
     std::vector<double> sums(G);
-    at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
+    // A thread goes through its share, whose next group it knows and fetches, and then helps others with theirs.
+    std::vector<std::atomic<int64_t>> next(threads);
+    for (int64_t k = 0; k < threads; ++k) next[k] = k * G / threads;
+    at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
       PanelSweep sweep(term, height);
-      for (int64_t g = begin; g < end; ++g) sums[g] = sweep.group(g);
+      for (int64_t k = 0; k < threads; ++k) {
+        const int64_t share = (own + k) % threads, end = (share + 1) * G / threads;
+        for (int64_t g = next[share]++; g < end; g = next[share]++) sums[g] = sweep.group(g, g + 1 < end ? g + 1 : G);
+      }
     });
     return sum_of(sums);
   }
