@@ -1,9 +1,9 @@
 // Per-channel mean and biased variance of (B, C, ...), alone or of what an eval-mode batch norm normalises, their
 // backward, and the distance of such moments to running statistics.
 //
-// Forward reads x once: a block that fits in L1 is summed, then its deviations from its own mean are, so a mean far
-// above the spread costs no digits; blocks merge pairwise in double (Chan et al.) in a fixed order, so the
-// result does not depend on the number of threads.
+// Forward reads x once. A block is summed about a pivot, the mean of its first elements: for n elements and k of these,
+// (pivot - mean)^2 <= n/k var, so a mean far above the spread costs 5 bits at the most. Blocks merge pairwise in double
+// (Chan et al.) in a fixed order, so the result does not depend on the number of threads.
 #include "common.h"
 #include "vector.h"
 
@@ -21,9 +21,11 @@ namespace fastkd {
 namespace {
 
 constexpr int64_t kBlock = 2048;       // elements of a block along a row: 8 KB of float32
+constexpr int64_t kPart = 4 * kBlock;  // positions of a channel that repay a unit of their own
+constexpr int64_t kPivot = 64;         // elements of a block that its pivot is the mean of
 constexpr int64_t kRows = 32;          // rows of a block of columns
-constexpr int64_t kColumns = 256;      // channels of a block of columns: 32 KB of float32 with kRows
-constexpr int64_t kWide = 4 * kLanes;  // partial sums of a row: as many additions are under way at once
+constexpr int64_t kLead = 4;           // rows that are added up together, and those that the pivot is the mean of
+constexpr int64_t kColumns = 512;      // channels of a block of columns
 constexpr int64_t kSmall = 16;         // positions of a plane that make too short a row
 constexpr int64_t kUnits = 4096;       // about as many units as a forward is cut into
 constexpr int64_t kGrain = 1 << 15;    // elements per task below which threads cost more than they bring
@@ -32,18 +34,16 @@ struct Moments {
   double count = 0, mean = 0, m2 = 0;
 
   FASTKD_INLINE void merge(double n, double mean_n, double m2_n) {
+    if (count == 0) {
+      *this = {n, mean_n, m2_n};
+      return;
+    }
     const double total = count + n, share = n / total, delta = mean_n - mean;
     mean += delta * share;
     m2 += m2_n + delta * delta * (count * share);
     count = total;
   }
 };
-
-// Folds in a block from its rounded mean and the sums of deviations and squared deviations from it.
-FASTKD_INLINE void merge_block(Moments* out, int64_t n, double mean, double deviation, double m2) {
-  const double count = static_cast<double>(n);
-  out->merge(count, mean + deviation / count, m2 - deviation * deviation / count);
-}
 
 // Asks for n elements from p on, so that they come from memory while others are computed with.
 template <typename scalar_t>
@@ -54,55 +54,73 @@ FASTKD_INLINE void prefetch(const scalar_t* p, int64_t n) {
 #endif
 }
 
-// The kWide partial sums of a row, in halves.
+// A block of rows under way: deviations from its pivot, and their squares.
 template <typename acc_t>
-FASTKD_INLINE acc_t sum_of(const acc_t* part) {
-  Lanes<acc_t> sums(0);
-  for (int64_t l = 0; l < kLanes; ++l)
-    sums[l] = (part[l] + part[l + kLanes]) + (part[l + 2 * kLanes] + part[l + 3 * kLanes]);
-  return sums.sum();
-}
+struct Block {
+  int64_t n = 0, limit = 0;  // elements
+  acc_t pivot = 0;
+  Wide<acc_t> deviation, deviation2, squares, squares2;  // two of each: as many additions are under way at once
 
-// n adjacent elements; next is what will be read after them.
-template <typename scalar_t, typename acc_t>
-FASTKD_INLINE void merge_row(const acc_t* v, int64_t n, const scalar_t* next, Moments* out) {
-  if (n < kWide) {  // folding the sums would cost more than they do
-    acc_t sum = 0, deviation = 0, m2 = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += v[i];
-    const acc_t mean = sum / static_cast<acc_t>(n);
-#pragma omp simd reduction(+ : deviation, m2)
-    for (int64_t i = 0; i < n; ++i) {
-      const acc_t d = v[i] - mean;
-      deviation += d;
-      m2 += d * d;
+  FASTKD_INLINE bool has_room(int64_t m) const { return n == 0 || n + m <= limit; }
+
+  // m adjacent elements; next is what will be read after them.
+  template <typename scalar_t>
+  FASTKD_INLINE void add(const acc_t* v, int64_t m, const scalar_t* next) {
+    if (n == 0) start(v, m);
+    n += m;
+    if (m < kLanes) {
+      add_few(v, m);
+      return;
     }
-    merge_block(out, n, mean, deviation, m2);
-    return;
-  }
-  const int64_t whole = n / kWide * kWide;
-  acc_t part[kWide] = {}, squares[kWide] = {};
-  for (int64_t i = 0; i < whole; i += kWide)
-    for (int64_t l = 0; l < kWide; ++l) part[l] += v[i + l];
-  for (int64_t i = whole; i < n; ++i) part[i - whole] += v[i];
-  const acc_t sum = sum_of(part);
-  const acc_t mean = sum / static_cast<acc_t>(n);
-  for (int64_t l = 0; l < kWide; ++l) part[l] = 0;
-  for (int64_t i = 0; i < whole; i += kWide) {
-    prefetch(next + i, kWide);
-    for (int64_t l = 0; l < kWide; ++l) {
-      const acc_t d = v[i + l] - mean;
-      part[l] += d;
-      squares[l] += d * d;
+    const Wide<acc_t> center(pivot);
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= m; i += 2 * kLanes) {
+      prefetch(next + i, 2 * kLanes);
+      const auto d = Wide<acc_t>::load(v + i) - center, d2 = Wide<acc_t>::load(v + i + kLanes) - center;
+      deviation = deviation + d;
+      deviation2 = deviation2 + d2;
+      squares = squares + d * d;
+      squares2 = squares2 + d2 * d2;
+    }
+    for (int64_t left = m - i; left > 0; left -= kLanes) {  // the last vector again, without what has been added
+      const int64_t fresh = std::min(left, kLanes);
+      const auto d = (Wide<acc_t>::load(v + m - left - (kLanes - fresh)) - center) * Wide<acc_t>::last(fresh);
+      deviation = deviation + d;
+      squares = squares + d * d;
     }
   }
-  for (int64_t i = whole; i < n; ++i) {
-    const acc_t d = v[i] - mean;
-    part[i - whole] += d;
-    squares[i - whole] += d * d;
+
+  FASTKD_INLINE void merge_into(Moments* out) {
+    const double count = static_cast<double>(n), inverse = 1 / count, e = (deviation + deviation2).sum();
+    out->merge(count, pivot + e * inverse, (squares + squares2).sum() - e * e * inverse);
+    n = 0;
   }
-  merge_block(out, n, mean, sum_of(part), sum_of(squares));
-}
+
+ private:
+  FASTKD_INLINE void start(const acc_t* v, int64_t m) {
+    const int64_t lead = std::min(m, kPivot);
+    acc_t sum = 0;
+    if (lead == kPivot) {
+      Wide<acc_t> sums;
+      for (int64_t i = 0; i < kPivot; i += kLanes) sums = sums + Wide<acc_t>::load(v + i);
+      sum = sums.sum();
+    } else {
+      for (int64_t i = 0; i < lead; ++i) sum += v[i];
+    }
+    pivot = sum / static_cast<acc_t>(lead);
+    limit = kBlock / kPivot * lead;
+    deviation = deviation2 = squares = squares2 = Wide<acc_t>();
+  }
+
+  FASTKD_INLINE void add_few(const acc_t* v, int64_t m) {
+    acc_t few[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) few[l] = pivot;
+    for (int64_t i = 0; i < m; ++i) few[i] = v[i];
+    const auto d = Wide<acc_t>::load(few) - Wide<acc_t>(pivot);
+    deviation = deviation + d;
+    squares = squares + d * d;
+  }
+};
 
 // Where y = alpha x + beta of a batch norm goes; none without it.
 template <typename scalar_t, typename acc_t>
@@ -112,7 +130,7 @@ struct Output {
   const acc_t *alpha = nullptr, *beta = nullptr;  // (C)
 };
 
-// One channel: B images of H rows of W elements. Short rows are gathered into blocks.
+// One channel: B images of H rows of W elements.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void row_moments(
     const scalar_t* x,
@@ -122,27 +140,25 @@ FASTKD_MULTIVERSION void row_moments(
     int64_t W,
     const Output<scalar_t, acc_t> out,
     Moments* moments) {
+  constexpr bool kConverts = !std::is_same_v<scalar_t, acc_t>;
+  const bool is_direct = !kConverts && s.w == 1;
   acc_t held[kBlock];
-  int64_t n = 0;
+  Block<acc_t> block;
   for (int64_t b = 0; b < B; ++b)
-    for (int64_t h = 0; h < H; ++h) {
-      const scalar_t* row = x + b * s.b + h * s.h;
-      for (int64_t i = 0, m; i < W; i += m) {
-        const scalar_t* p = row + i * s.w;
-        const acc_t* v = held + n;
-        bool is_direct = false;
-        if constexpr (std::is_same_v<scalar_t, acc_t>) {
-          is_direct = n == 0 && s.w == 1 && W - i >= kBlock / 2;
-          if (is_direct) v = p;
-        }
-        m = std::min(kBlock - n, W - i);
+    for (int64_t h = 0; h < H; ++h)
+      for (int64_t i = 0; i < W; i += kBlock) {
+        const int64_t m = std::min(kBlock, W - i);
+        const scalar_t* p = x + b * s.b + h * s.h + i * s.w;
+        const acc_t* v = held;
         if (is_direct) {
-          merge_row(v, m, p + m, moments);
+          if constexpr (!kConverts) v = p;
         } else if (s.w == 1) {
-          for (int64_t k = 0; k < m; ++k) held[n + k] = static_cast<acc_t>(p[k]);
+          for (int64_t k = 0; k < m; ++k) held[k] = static_cast<acc_t>(p[k]);
         } else {
-          for (int64_t k = 0; k < m; ++k) held[n + k] = static_cast<acc_t>(p[k * s.w]);
+          for (int64_t k = 0; k < m; ++k) held[k] = static_cast<acc_t>(p[k * s.w]);
         }
+        if (!block.has_room(m)) block.merge_into(moments);
+        block.add(v, m, p + m);
         if (out.y != nullptr) {
           const acc_t alpha = *out.alpha, beta = *out.beta;
           scalar_t* y = out.y + b * out.s.b + h * out.s.h + i * out.s.w;
@@ -152,17 +168,11 @@ FASTKD_MULTIVERSION void row_moments(
             for (int64_t k = 0; k < m; ++k) y[k * out.s.w] = static_cast<scalar_t>(alpha * v[k] + beta);
           }
         }
-        if (is_direct) continue;
-        n += m;
-        if (n < kBlock) continue;
-        merge_row(held, n, p + m, moments);
-        n = 0;
       }
-    }
-  if (n > 0) merge_row(held, n, x, moments);
+  if (block.n > 0) block.merge_into(moments);
 }
 
-// The same of C <= kColumns adjacent channels.
+// Mean and Σ (x - mean)² of each of C <= kColumns adjacent columns.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void column_moments(
     const scalar_t* x,
@@ -172,64 +182,99 @@ FASTKD_MULTIVERSION void column_moments(
     int64_t W,
     int64_t C,
     const Output<scalar_t, acc_t> out,
-    Moments* moments) {
+    double* mean,  // (C)
+    double* m2) {  // (C)
   constexpr bool kConverts = !std::is_same_v<scalar_t, acc_t>;
-  acc_t held[kConverts ? kRows * kColumns : 1], mean[kColumns], deviation[kColumns], m2[kColumns];
+  acc_t held[kConverts ? kLead * kColumns : 1], pivot[kColumns], deviation[kColumns], squares[kColumns];
+  double count = 0;
+  for (int64_t c = 0; c < C; ++c) mean[c] = m2[c] = 0;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
       for (int64_t i0 = 0; i0 < W; i0 += kRows) {
         const int64_t m = std::min(kRows, W - i0);
         const scalar_t* p = x + b * s.b + h * s.h + i0 * s.w;
-        const acc_t* v = held;
-        int64_t stride = C;
-        if constexpr (kConverts) {
-          for (int64_t i = 0; i < m; ++i)
-            for (int64_t c = 0; c < C; ++c) held[i * C + c] = static_cast<acc_t>(p[i * s.w + c]);
-        } else {
-          v = p;
-          stride = s.w;
-        }
-        for (int64_t c = 0; c < C; ++c) mean[c] = deviation[c] = m2[c] = 0;
-        int64_t i = 0;
-        for (; i + 4 <= m; i += 4) {  // four rows for each load and store of the sums
-          const acc_t *v0 = v + i * stride, *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
-          for (int64_t c = 0; c < C; ++c) mean[c] += (v0[c] + v1[c]) + (v2[c] + v3[c]);
-        }
-        for (; i < m; ++i)
-          for (int64_t c = 0; c < C; ++c) mean[c] += v[i * stride + c];
-        for (int64_t c = 0; c < C; ++c) mean[c] /= static_cast<acc_t>(m);
-        for (i = 0; i + 4 <= m; i += 4) {
-          const acc_t *v0 = v + i * stride, *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
-          for (int64_t c = 0; c < C; ++c) {
-            const acc_t d0 = v0[c] - mean[c], d1 = v1[c] - mean[c], d2 = v2[c] - mean[c], d3 = v3[c] - mean[c];
-            deviation[c] += (d0 + d1) + (d2 + d3);
-            m2[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+        for (int64_t i = 0; i < m; i += kLead) {
+          const int64_t rows = std::min(kLead, m - i);
+          const acc_t* v = held;
+          int64_t stride = C;
+          if constexpr (kConverts) {
+            for (int64_t r = 0; r < rows; ++r)
+              for (int64_t c = 0; c < C; ++c) held[r * C + c] = static_cast<acc_t>(p[(i + r) * s.w + c]);
+          } else {
+            v = p + i * s.w;
+            stride = s.w;
           }
-        }
-        for (; i < m; ++i)
-          for (int64_t c = 0; c < C; ++c) {
-            const acc_t d = v[i * stride + c] - mean[c];
-            deviation[c] += d;
-            m2[c] += d * d;
+          // Rows that are read side by side are no stream to the processor.
+          for (int64_t r = kLead; r < 2 * kLead && i0 + i + r < W; ++r) prefetch(p + (i + r) * s.w, C);
+          if (i == 0) {
+            for (int64_t c = 0; c < C; ++c) pivot[c] = v[c];
+            for (int64_t r = 1; r < rows; ++r)
+              for (int64_t c = 0; c < C; ++c) pivot[c] += v[r * stride + c];
+            const acc_t share = 1 / static_cast<acc_t>(rows);
+            for (int64_t c = 0; c < C; ++c) pivot[c] *= share;
+            for (int64_t c = 0; c < C; ++c) deviation[c] = squares[c] = 0;
           }
+          if (rows == kLead) {  // one load and store of the sums for all of them
+            const acc_t *v0 = v, *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
+            for (int64_t c = 0; c < C; ++c) {
+              const acc_t d0 = v0[c] - pivot[c], d1 = v1[c] - pivot[c], d2 = v2[c] - pivot[c], d3 = v3[c] - pivot[c];
+              deviation[c] += (d0 + d1) + (d2 + d3);
+              squares[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+            }
+          } else {
+            for (int64_t r = 0; r < rows; ++r)
+              for (int64_t c = 0; c < C; ++c) {
+                const acc_t d = v[r * stride + c] - pivot[c];
+                deviation[c] += d;
+                squares[c] += d * d;
+              }
+          }
+          if (out.y == nullptr) continue;
+          scalar_t* y = out.y + b * out.s.b + h * out.s.h + (i0 + i) * out.s.w;
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < C; ++c)
+              y[r * out.s.w + c] = static_cast<scalar_t>(out.alpha[c] * v[r * stride + c] + out.beta[c]);
+        }
         // As merge_block, whose divisions are the same for all channels here.
-        const double count = moments[0].count, total = count + static_cast<double>(m);
+        const double total = count + static_cast<double>(m);
         const double inverse = 1 / static_cast<double>(m), share = static_cast<double>(m) / total;
         for (int64_t c = 0; c < C; ++c) {
-          const double e = deviation[c], delta = mean[c] + e * inverse - moments[c].mean;
-          moments[c].mean += delta * share;
-          moments[c].m2 += m2[c] - e * e * inverse + delta * delta * (count * share);
-          moments[c].count = total;
+          const double e = deviation[c], delta = pivot[c] + e * inverse - mean[c];
+          mean[c] += delta * share;
+          m2[c] += squares[c] - e * e * inverse + delta * delta * (count * share);
         }
-        if (out.y == nullptr) continue;
-        scalar_t* y = out.y + b * out.s.b + h * out.s.h + i0 * out.s.w;
-        for (i = 0; i < m; ++i)
-          for (int64_t c = 0; c < C; ++c)
-            y[i * out.s.w + c] = static_cast<scalar_t>(out.alpha[c] * v[i * stride + c] + out.beta[c]);
+        count = total;
       }
 }
 
-// Planes of a few positions: each position of a channel is a column over the images. Equal counts need no division.
+// Joins the W columns of each of n channels, all of `count` elements: equal counts need no division.
+template <typename acc_t>
+FASTKD_MULTIVERSION void join_columns(
+    const double* mean_in,  // (n, W)
+    const double* m2_in,    // (n, W)
+    int64_t n,
+    int64_t W,
+    double count,
+    acc_t* mean,   // (n)
+    acc_t* var) {  // (n)
+  const double inverse = 1 / static_cast<double>(W);
+  for (int64_t c = 0; c < n; ++c) {
+    const double *of = mean_in + c * W, *m2_of = m2_in + c * W;
+    double sum = 0, spread = 0, m2 = 0;
+#pragma omp simd reduction(+ : sum, m2)
+    for (int64_t w = 0; w < W; ++w) {
+      sum += of[w] - of[0];
+      m2 += m2_of[w];
+    }
+    const double center = of[0] + sum * inverse;
+#pragma omp simd reduction(+ : spread)
+    for (int64_t w = 0; w < W; ++w) spread += (of[w] - center) * (of[w] - center);
+    mean[c] = static_cast<acc_t>(center);
+    var[c] = static_cast<acc_t>((m2 / count + spread) * inverse);
+  }
+}
+
+// Planes of a few positions: each position of a channel is a column over the images.
 template <typename scalar_t, typename acc_t>
 void small_plane_moments(
     const scalar_t* x,
@@ -240,32 +285,29 @@ void small_plane_moments(
     const Output<scalar_t, acc_t> out,
     acc_t* mean,   // (C)
     acc_t* var) {  // (C)
-  const int64_t columns = C * W;
-  std::vector<acc_t> alpha(out.y == nullptr ? 0 : columns), beta(alpha.size());
-  for (int64_t c = 0; c < C && out.y != nullptr; ++c) {
-    std::fill_n(alpha.begin() + c * W, W, out.alpha[c]);
-    std::fill_n(beta.begin() + c * W, W, out.beta[c]);
-  }
-  std::vector<Moments> moments(columns);
-  const int64_t tiles = (columns + kColumns - 1) / kColumns;
-  at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (kColumns * B)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kColumns; i < std::min(end * kColumns, columns); i += kColumns) {
+  const int64_t each = kColumns / W, units = (C + each - 1) / each;
+  at::parallel_for(0, units, std::max<int64_t>(1, kGrain / (kColumns * B)), [&](int64_t begin, int64_t end) {
+    double mean_of[kColumns], m2_of[kColumns];
+    acc_t alpha[kColumns], beta[kColumns];
+    for (int64_t c = begin * each; c < std::min(end * each, C); c += each) {
+      const int64_t n = std::min(each, C - c);
       auto here = out;
-      if (out.y != nullptr) here = {out.y + i, {0, 1, 0, out.s.b}, alpha.data() + i, beta.data() + i};
-      const int64_t n = std::min(kColumns, columns - i);
-      column_moments<scalar_t, acc_t>(x + i, {0, 1, 0, stride_b}, 1, 1, B, n, here, &moments[i]);
+      if (out.y != nullptr) {
+        for (int64_t k = 0; k < n; ++k) {
+          std::fill_n(alpha + k * W, W, out.alpha[c + k]);
+          std::fill_n(beta + k * W, W, out.beta[c + k]);
+        }
+        here = {out.y + c * W, {0, 1, 0, out.s.b}, alpha, beta};
+      }
+      column_moments<scalar_t, acc_t>(x + c * W, {0, 1, 0, stride_b}, 1, 1, B, n * W, here, mean_of, m2_of);
+      join_columns<acc_t>(mean_of, m2_of, n, W, static_cast<double>(B), mean + c, var + c);
     }
   });
-  const auto n = static_cast<double>(B), inverse = 1 / static_cast<double>(W);
-  for (int64_t c = 0; c < C; ++c) {
-    const Moments* of = &moments[c * W];
-    double sum = 0, m2 = 0;
-    for (int64_t w = 0; w < W; ++w) sum += of[w].mean - of[0].mean;
-    const double center = of[0].mean + sum * inverse;
-    for (int64_t w = 0; w < W; ++w) m2 += of[w].m2 + n * (of[w].mean - center) * (of[w].mean - center);
-    mean[c] = static_cast<acc_t>(center);
-    var[c] = static_cast<acc_t>(m2 * inverse / n);
-  }
+}
+
+// Whether planes of W positions follow each other.
+bool is_dense(const PlaneStrides& s, int64_t W) {
+  return s.w == 1 && s.c == W;
 }
 
 // The moments of a layer whose positions fold; y too if out has one, whose layout is planes.strides[1].
@@ -282,19 +324,32 @@ void layer_moments(
     acc_t* mean,   // (C) or (B, C)
     acc_t* var) {  // as mean
   const bool columns = s.c == 1 && C > 1 && (out.y == nullptr || out.s.c == 1);
-  const auto is_dense = [W](const PlaneStrides& t) { return t.w == 1 && t.c == W; };
-  if (!columns && !per_image && C > 1 && H == 1 && W <= kSmall && is_dense(s) && (out.y == nullptr || is_dense(out.s)))
+  const bool is_small = W <= kSmall || (W <= kPivot && B >= kRows / 4);
+  if (!columns && !per_image && C > 1 && H == 1 && is_small && is_dense(s, W) &&
+      (out.y == nullptr || is_dense(out.s, W)))
     return small_plane_moments(x, B, C, W, s.b, out, mean, var);
 
   // A unit is one channel (or block of channels) of some images or of a part of a row. Their number depends on the
   // shape alone, and is small: each costs a merge.
-  const int64_t least = columns ? kRows : 4 * kBlock;  // positions that repay a unit
-  const int64_t wanted = std::clamp(B * H * W / least, int64_t(1), std::max(kUnits / C, int64_t(16)));
+  const int64_t wanted =
+      std::clamp(B * H * W / (columns ? kRows : kPart), int64_t(1), std::max(kUnits / C, int64_t(16)));
   const int64_t sets = per_image ? B : std::min(wanted, B);
   const int64_t parts = per_image ? 1 : std::clamp(wanted / sets, int64_t(1), (W + kRows - 1) / kRows);
   const int64_t tiles = columns ? (C + kColumns - 1) / kColumns : C;
   const int64_t elements = std::max<int64_t>(1, B * C * H * W / (sets * parts * tiles));
+  const int64_t groups = per_image ? B * C : C, rest = per_image ? 1 : sets * parts;
   std::vector<Moments> partial(sets * parts * C);  // (sets, parts, C)
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      Moments& total = partial[i];
+      for (int64_t k = 1; k < rest; ++k) {  // in order into the first
+        const Moments& other = partial[k * groups + i];
+        total.merge(other.count, other.mean, other.m2);
+      }
+      mean[i] = static_cast<acc_t>(total.mean);
+      var[i] = static_cast<acc_t>(total.m2 / total.count);
+    }
+  };
   at::parallel_for(0, sets * parts * tiles, std::max<int64_t>(1, kGrain / elements), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t set = unit / tiles / parts, part = unit / tiles % parts;
@@ -308,25 +363,20 @@ void layer_moments(
         here.beta += c;
       }
       const scalar_t* p = x + b0 * s.b + c * s.c + w0 * s.w;
-      Moments* moments = &partial[unit / tiles * C + c];
-      if (columns)
-        column_moments<scalar_t, acc_t>(p, s, b1 - b0, H, w1 - w0, std::min(kColumns, C - c), here, moments);
-      else
+      const int64_t first = unit / tiles * C + c, n = columns ? std::min(kColumns, C - c) : 1;
+      Moments* moments = &partial[first];
+      if (columns) {
+        double mean_of[kColumns], m2_of[kColumns];
+        column_moments<scalar_t, acc_t>(p, s, b1 - b0, H, w1 - w0, n, here, mean_of, m2_of);
+        const auto count = static_cast<double>((b1 - b0) * H * (w1 - w0));
+        for (int64_t k = 0; k < n; ++k) moments[k] = {count, mean_of[k], m2_of[k]};
+      } else {
         row_moments<scalar_t, acc_t>(p, s, b1 - b0, H, w1 - w0, here, moments);
-    }
-  });
-  const int64_t groups = per_image ? B * C : C, rest = per_image ? 1 : sets * parts;
-  at::parallel_for(0, groups, std::max<int64_t>(1, 4096 / rest), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      Moments& total = partial[i];
-      for (int64_t k = 1; k < rest; ++k) {  // in order into the first
-        const Moments& other = partial[k * groups + i];
-        total.merge(other.count, other.mean, other.m2);
       }
-      mean[i] = static_cast<acc_t>(total.mean);
-      var[i] = static_cast<acc_t>(total.m2 / total.count);
+      if (rest == 1) finish(first, first + n);
     }
   });
+  if (rest > 1) at::parallel_for(0, groups, std::max<int64_t>(1, 4096 / rest), finish);
 }
 
 int64_t groups_of(const at::Tensor& x, bool per_image) {
@@ -382,12 +432,12 @@ struct Backward {
   const acc_t* alpha;         // (C)
 };
 
-// Channels [begin, end) of all images, one after the other.
+// Channels [begin, end) of image n.
 template <typename scalar_t, typename acc_t>
-FASTKD_MULTIVERSION void row_backward(const Backward<scalar_t, acc_t> k, int64_t begin, int64_t end) {
+FASTKD_MULTIVERSION void row_backward(const Backward<scalar_t, acc_t> k, int64_t n, int64_t begin, int64_t end) {
   const bool adjacent = k.d.w == 1 && k.s.w == 1 && (k.dy == nullptr || k.g.w == 1);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / k.C, c = i % k.C, stat = k.per_image ? i : c;
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t stat = k.per_image ? n * k.C + c : c;
     const acc_t a = k.a[stat], b = k.b[stat], mean = k.mean[stat], alpha = k.dy == nullptr ? 0 : k.alpha[c];
     for (int64_t h = 0; h < k.H; ++h) {
       scalar_t* dx = k.dx + n * k.d.b + c * k.d.c + h * k.d.h;
@@ -413,24 +463,78 @@ FASTKD_MULTIVERSION void row_backward(const Backward<scalar_t, acc_t> k, int64_t
   }
 }
 
+// n adjacent elements, each with its own coefficients.
+template <typename scalar_t, typename acc_t>
+FASTKD_INLINE void element_backward(
+    scalar_t* dx,
+    const scalar_t* x,
+    const scalar_t* dy,
+    const acc_t* a,
+    const acc_t* b,
+    const acc_t* mean,
+    const acc_t* alpha,
+    int64_t n) {
+  if (dy != nullptr) {
+    for (int64_t i = 0; i < n; ++i)
+      dx[i] = static_cast<scalar_t>(
+          a[i] + b[i] * (static_cast<acc_t>(x[i]) - mean[i]) + alpha[i] * static_cast<acc_t>(dy[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) dx[i] = static_cast<scalar_t>(a[i] + b[i] * (static_cast<acc_t>(x[i]) - mean[i]));
+  }
+}
+
 // Positions [begin, end) of all images, whose channels are adjacent.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void column_backward(const Backward<scalar_t, acc_t> k, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / (k.H * k.W), h = i / k.W % k.H, w = i % k.W, stat = k.per_image ? n * k.C : 0;
-    scalar_t* dx = k.dx + n * k.d.b + h * k.d.h + w * k.d.w;
-    const scalar_t* x = k.x + n * k.s.b + h * k.s.h + w * k.s.w;
-    const acc_t *a = k.a + stat, *b = k.b + stat, *mean = k.mean + stat;
-    if (k.dy != nullptr) {
-      const scalar_t* dy = k.dy + n * k.g.b + h * k.g.h + w * k.g.w;
-      for (int64_t c = 0; c < k.C; ++c)
-        dx[c] = static_cast<scalar_t>(
-            a[c] + b[c] * (static_cast<acc_t>(x[c]) - mean[c]) + k.alpha[c] * static_cast<acc_t>(dy[c]));
-    } else {
-      for (int64_t c = 0; c < k.C; ++c)
-        dx[c] = static_cast<scalar_t>(a[c] + b[c] * (static_cast<acc_t>(x[c]) - mean[c]));
-    }
+    element_backward<scalar_t, acc_t>(
+        k.dx + n * k.d.b + h * k.d.h + w * k.d.w,
+        k.x + n * k.s.b + h * k.s.h + w * k.s.w,
+        k.dy == nullptr ? nullptr : k.dy + n * k.g.b + h * k.g.h + w * k.g.w,
+        k.a + stat,
+        k.b + stat,
+        k.mean + stat,
+        k.alpha,
+        k.C);
   }
+}
+
+// Channels [begin, end) of B images, in planes of a few positions that follow each other.
+template <typename scalar_t, typename acc_t>
+FASTKD_MULTIVERSION void small_plane_backward(
+    const Backward<scalar_t, acc_t> k,
+    int64_t B,
+    int64_t begin,
+    int64_t end) {
+  acc_t a[kColumns], b[kColumns], mean[kColumns], alpha[kColumns];
+  const int64_t each = kColumns / k.W;
+  for (int64_t c = begin; c < end; c += each) {
+    const int64_t n = std::min(each, end - c);
+    for (int64_t i = 0, to = 0; i < n; ++i)
+      for (int64_t w = 0; w < k.W; ++w, ++to) {
+        a[to] = k.a[c + i];
+        b[to] = k.b[c + i];
+        mean[to] = k.mean[c + i];
+        alpha[to] = k.dy == nullptr ? acc_t(0) : k.alpha[c + i];
+      }
+    for (int64_t image = 0; image < B; ++image)
+      element_backward<scalar_t, acc_t>(
+          k.dx + image * k.d.b + c * k.W,
+          k.x + image * k.s.b + c * k.W,
+          k.dy == nullptr ? nullptr : k.dy + image * k.g.b + c * k.W,
+          a,
+          b,
+          mean,
+          alpha,
+          n * k.W);
+  }
+}
+
+template <typename acc_t>
+FASTKD_MULTIVERSION void scale_row(const acc_t* var, const acc_t* weight, acc_t eps, int64_t C, acc_t* out) {
+  for (int64_t c = 0; c < C; ++c) out[c] = 1 / std::sqrt(var[c] + eps);
+  for (int64_t c = 0; c < C && weight != nullptr; ++c) out[c] *= weight[c];
 }
 
 // weight / sqrt(running_var + eps), for all channels.
@@ -440,10 +544,12 @@ std::vector<acc_t> scale_of(const std::optional<at::Tensor>& weight, const at::T
   const at::Tensor var = running_var.to(dtype).contiguous();
   const at::Tensor w = weight ? weight->to(dtype).contiguous() : at::Tensor();
   std::vector<acc_t> scale(var.numel());
-  for (size_t c = 0; c < scale.size(); ++c) {
-    scale[c] = 1 / std::sqrt(var.const_data_ptr<acc_t>()[c] + static_cast<acc_t>(eps));
-    if (w.defined()) scale[c] *= w.const_data_ptr<acc_t>()[c];
-  }
+  scale_row<acc_t>(
+      var.const_data_ptr<acc_t>(),
+      w.defined() ? w.const_data_ptr<acc_t>() : nullptr,
+      static_cast<acc_t>(eps),
+      var.numel(),
+      scale.data());
   return scale;
 }
 
@@ -480,9 +586,10 @@ at::Tensor layer_backward(
     using acc_t = acc_type<scalar_t>;
     const auto M = static_cast<acc_t>(per_image ? H * W : B * H * W);
     std::vector<acc_t> a(groups), b(groups);
+    const auto *dm = dmean.const_data_ptr<acc_t>() + first, *dv = dvar.const_data_ptr<acc_t>() + first;
     for (int64_t i = 0; i < groups; ++i) {
-      a[i] = dmean.const_data_ptr<acc_t>()[first + i] / M;
-      b[i] = dvar.const_data_ptr<acc_t>()[first + i] * (2 / M);
+      a[i] = dm[i] / M;
+      b[i] = dv[i] * (2 / M);
     }
     const auto scale = has_dy ? scale_of<acc_t>(norm.weight, norm.running_var, norm.eps) : std::vector<acc_t>();
     const Backward<scalar_t, acc_t> k{
@@ -504,9 +611,20 @@ at::Tensor layer_backward(
       at::parallel_for(0, B * H * W, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
         column_backward(k, begin, end);
       });
+    else if (!per_image && H == 1 && W <= kSmall && is_dense(s, W) && is_dense(d, W) && (!has_dy || is_dense(g, W)))
+      at::parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * W)), [&](int64_t begin, int64_t end) {
+        small_plane_backward(k, B, begin, end);
+      });
+    else if (!per_image && B * H * W < 2 * kPart)  // as forward cuts it: what a core reads it still has in its cache
+      at::parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * H * W)), [&](int64_t begin, int64_t end) {
+        for (int64_t n = 0; n < B; ++n) row_backward(k, n, begin, end);
+      });
     else
       at::parallel_for(0, B * C, std::max<int64_t>(1, kGrain / (H * W)), [&](int64_t begin, int64_t end) {
-        row_backward(k, begin, end);
+        for (int64_t i = begin, m; i < end; i += m) {
+          m = std::min(end, (i / C + 1) * C) - i;
+          row_backward(k, i / C, i % C, i % C + m);
+        }
       });
   });
   return dx;
@@ -554,10 +672,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cpu(
     using acc_t = acc_type<scalar_t>;
     const auto alpha = scale_of<acc_t>(weight, running_var, eps);
     std::vector<acc_t> beta(alpha.size());
-    for (size_t c = 0; c < beta.size(); ++c) {
-      beta[c] = -center.const_data_ptr<acc_t>()[c] * alpha[c];
-      if (shift.defined()) beta[c] += shift.const_data_ptr<acc_t>()[c];
-    }
+    const auto* running = center.const_data_ptr<acc_t>();
+    const auto* added = shift.defined() ? shift.const_data_ptr<acc_t>() : nullptr;
+    for (size_t c = 0; c < beta.size(); ++c) beta[c] = -running[c] * alpha[c];
+    for (size_t c = 0; c < beta.size() && added != nullptr; ++c) beta[c] += added[c];
     const Output<scalar_t, acc_t> output{
         out.mutable_data_ptr<scalar_t>(), folded->strides[1], alpha.data(), beta.data()};
     layer_moments<scalar_t, acc_t>(

@@ -49,6 +49,11 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkd::{op}", key)
 
 
+def records_gradient(op: str, impl: str) -> bool:
+    """Whether an implementation records its own gradient (csrc/autograd.cpp). The compiler is shown Python's."""
+    return impl == "native" and not torch.compiler.is_compiling() and _has_kernel(op, "Autograd")
+
+
 def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run an operator on tensors of this device type and dtype; None if it can."""
     if name == "native":

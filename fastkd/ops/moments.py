@@ -9,7 +9,7 @@ from torch import Tensor
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms
-from fastkd.ops._dispatch import Backend, call, resolve
+from fastkd.ops._dispatch import Backend, call, records_gradient, resolve
 
 Dims = Literal["batch", "image"]
 Distance = Literal["l2", "mse", "image"]
@@ -87,6 +87,12 @@ class _BatchNorm(torch.autograd.Function):
         return None, dx, None, None, dweight, dbias, None
 
 
+def _moments(impl: Backend, per_image: bool, function: str, inputs: Sequence[Tensor]) -> Moments:
+    if records_gradient("moments_fwd", impl):
+        return call(impl, "moments_fwd", inputs, per_image)
+    return _Moments.apply(impl, per_image, function, *inputs)
+
+
 def batch_moments(x: Tensor, *, dims: Dims = "batch", backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel in one read: the statistic of DeepInversion (Yin et al. 2020,
     arXiv:1912.08795) and of ZeroQ per image (Cai et al. 2020, arXiv:2001.00281).
@@ -112,7 +118,7 @@ def batch_moments(x: Tensor, *, dims: Dims = "batch", backend: Backend = "auto")
     check.one_of("dims", dims, ("batch", "image"))
     refuse_transforms("batch_moments")
     per_image = dims == "image"
-    mean, var = _Moments.apply(resolve(backend, "moments_fwd", x), per_image, "batch_moments", x)
+    mean, var = _moments(resolve(backend, "moments_fwd", x), per_image, "batch_moments", [x])
     return (mean.view(x.shape[:2]), var.view(x.shape[:2])) if per_image else (mean, var)
 
 
@@ -128,6 +134,8 @@ def normalised_with_moments(
     """batch_norm_moments of what is known to fit: the checks would cost a fifth of a small layer's time."""
     refuse_transforms("batch_norm_moments")
     impl = resolve(backend, "batch_norm_fwd", x)
+    if records_gradient("batch_norm_fwd", impl):
+        return call(impl, "batch_norm_fwd", x, running_mean, running_var, weight, bias, eps)
     return _BatchNorm.apply(impl, x, running_mean, running_var, weight, bias, eps)
 
 
@@ -262,7 +270,7 @@ def _moments_of(inputs: Sequence[Tensor], per_image: bool, backend: Backend) -> 
     found: dict[int, Moments] = {}
     for where in of_dtype.values():
         group = [inputs[i] for i in where]
-        both = _Moments.apply(resolve(backend, "moments_fwd", group[0]), per_image, "bn_stat_loss", *group)
+        both = _moments(resolve(backend, "moments_fwd", group[0]), per_image, "bn_stat_loss", group)
         if len(of_dtype) == 1:
             return both
         sizes = [x.shape[0] * x.shape[1] if per_image else x.shape[1] for x in group]
