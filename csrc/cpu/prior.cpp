@@ -1,7 +1,8 @@
 // Total variation in four directions and the norms of images, and their gradient.
 //
 // Forward reads each plane once, a row beside the one above it: the four differences that end in a row need no other.
-// Backward forms the eight differences around a row from three rows and writes each pixel once.
+// Backward forms each difference once, adds it to the gradient of its row and takes it from that of the row above, and
+// writes each pixel once.
 #include "common.h"
 #include "vector.h"
 
@@ -12,6 +13,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <iterator>
 #include <vector>
 
 namespace fastkd {
@@ -19,6 +21,7 @@ namespace {
 
 constexpr int64_t kDirections = 4;   // along a row, a column, the diagonal and the antidiagonal
 constexpr int64_t kGrain = 1 << 15;  // pixels per task below which threads cost more than they bring
+constexpr int64_t kPart = 8;         // rows whose sums are kept in float32
 constexpr int64_t kSums = 9;         // Σ |d_k|, Σ d_k² of the directions, Σ x²
 
 struct Sums {
@@ -34,36 +37,62 @@ std::array<double, kDirections> counts_of(const at::Tensor& images) {
   return counts;
 }
 
+// Σ |d| and Σ d² of a direction within a row.
 template <typename acc_t>
-FASTKD_INLINE void add_difference(acc_t d, acc_t& absolute, acc_t& square) {
-  absolute += d < 0 ? -d : d;
-  square += d * d;
-}
+struct Direction {
+  Wide<acc_t> absolute, square;
 
-// Folds the differences that end in row x (W), with `above` the row above it or null, into `sums`.
-template <typename acc_t>
-FASTKD_INLINE void add_row(const acc_t* x, const acc_t* above, int64_t W, Sums* sums) {
-  acc_t part[kSums][kLanes] = {};
-  const auto add = [&](int64_t w, int64_t l) __attribute__((always_inline)) {
-    part[8][l] += x[w] * x[w];
-    add_difference(x[w + 1] - x[w], part[0][l], part[4][l]);
-    if (above == nullptr) return;
-    add_difference(x[w] - above[w], part[1][l], part[5][l]);
-    add_difference(x[w + 1] - above[w], part[2][l], part[6][l]);
-    add_difference(x[w] - above[w + 1], part[3][l], part[7][l]);
-  };
-  const int64_t whole = (W - 1) / kLanes * kLanes;
-  for (int64_t w = 0; w < whole; w += kLanes)
-    for (int64_t l = 0; l < kLanes; ++l) add(w + l, l);
-  for (int64_t w = whole; w < W - 1; ++w) add(w, w - whole);
-  part[8][0] += x[W - 1] * x[W - 1];
-  if (above != nullptr) add_difference(x[W - 1] - above[W - 1], part[1][0], part[5][0]);
-  for (int64_t k = 0; k < kSums; ++k) {
-    Lanes<acc_t> lanes(0);
-    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = part[k][l];
-    sums->of[k] += static_cast<double>(lanes.sum());
+  FASTKD_INLINE void add(const Wide<acc_t>& d) {
+    absolute = absolute + d.abs();
+    square = square + d * d;
   }
-}
+
+  FASTKD_INLINE void fold_into(Sums* sums, int64_t k) const {
+    sums->of[k] += static_cast<double>(absolute.sum());
+    sums->of[kDirections + k] += static_cast<double>(square.sum());
+  }
+};
+
+// The sums of a few rows; few, so that float32 holds them.
+template <typename acc_t>
+struct Part {
+  Direction<acc_t> row, column, diagonal, antidiagonal;
+  Wide<acc_t> norm;
+
+  // Adds the differences that end in row x (W), with `above` the row above it or null.
+  FASTKD_INLINE void add_row(const acc_t* x, const acc_t* above, int64_t W, Sums* sums) {
+    const int64_t pairs = W - 1, whole = pairs / kLanes * kLanes;
+    for (int64_t w = 0; w < whole; w += kLanes) add(x + w, above == nullptr ? above : above + w, Wide<acc_t>(1));
+    // Rows have kLanes zeros before them, so that a short one has a vector that ends with it too.
+    const int64_t last = pairs - kLanes;
+    if (whole < pairs) add(x + last, above == nullptr ? above : above + last, Wide<acc_t>::last(pairs - whole));
+    const double end = x[W - 1], d = above == nullptr ? 0 : static_cast<double>(x[W - 1] - above[W - 1]);
+    sums->of[1] += std::abs(d);
+    sums->of[kDirections + 1] += d * d;
+    sums->of[kSums - 1] += end * end;
+  }
+
+  FASTKD_INLINE void fold_into(Sums* sums) {
+    row.fold_into(sums, 0);
+    column.fold_into(sums, 1);
+    diagonal.fold_into(sums, 2);
+    antidiagonal.fold_into(sums, 3);
+    sums->of[kSums - 1] += static_cast<double>(norm.sum());
+    *this = Part();
+  }
+
+ private:
+  FASTKD_INLINE void add(const acc_t* x, const acc_t* above, const Wide<acc_t> keep) {
+    const auto x0 = Wide<acc_t>::load(x), x1 = Wide<acc_t>::load(x + 1), own = x0 * keep;
+    norm = norm + own * own;
+    row.add((x1 - x0) * keep);
+    if (above == nullptr) return;
+    const auto a0 = Wide<acc_t>::load(above), a1 = Wide<acc_t>::load(above + 1);
+    column.add((x0 - a0) * keep);
+    diagonal.add((x1 - a0) * keep);
+    antidiagonal.add((x0 - a1) * keep);
+  }
+};
 
 // Rows [h0, h1) of a plane, and the differences that end in them.
 template <typename scalar_t, typename acc_t>
@@ -73,20 +102,23 @@ FASTKD_MULTIVERSION void add_plane(
     int64_t h0,
     int64_t h1,
     int64_t W,
-    acc_t* held,  // 2 rows
+    acc_t* held,  // 2 rows, each behind kLanes zeros
     Sums* sums) {
   const acc_t* above = nullptr;
+  Part<acc_t> part;
   for (int64_t h = std::max<int64_t>(h0 - 1, 0); h < h1; ++h) {
-    acc_t* row = held + h % 2 * W;
+    acc_t* row = held + h % 2 * (kLanes + W) + kLanes;
     const scalar_t* p = x + h * s.h;
     if (s.w == 1) {
       for (int64_t w = 0; w < W; ++w) row[w] = static_cast<acc_t>(p[w]);
     } else {
       for (int64_t w = 0; w < W; ++w) row[w] = static_cast<acc_t>(p[w * s.w]);
     }
-    if (h >= h0) add_row(row, above, W, sums);
+    if (h >= h0) part.add_row(row, above, W, sums);
+    if (h % kPart == kPart - 1) part.fold_into(sums);
     above = row;
   }
+  part.fold_into(sums);
 }
 
 PlaneStrides strides_of(const at::Tensor& x) {
@@ -106,7 +138,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> prior_fwd_cpu(const at::Tensor& i
     const auto* x = images.const_data_ptr<scalar_t>();
     const int64_t each = std::max<int64_t>(1, H * W / bands);
     at::parallel_for(0, units, std::max<int64_t>(1, kGrain / each), [&](int64_t begin, int64_t end) {
-      Buffer<acc_t> held(2 * W);
+      Buffer<acc_t> held(2 * (kLanes + W));
+      std::fill_n(held.data(), 2 * (kLanes + W), acc_t(0));
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t plane = unit / bands, band = unit % bands;
         const auto* p = x + plane / C * s.b + plane % C * s.c;
@@ -142,44 +175,57 @@ struct Slope {
   }
 };
 
-// dx of a row between the rows above and below it, null at the edges; rows have a column of padding at each end.
+// Rows of a plane, each of W elements between kLanes zeros. Loops go over whole vectors, so what lies behind a row is
+// written too, and only its first element is read.
 template <typename acc_t>
-FASTKD_INLINE void gradient_row(
-    const acc_t* x,
-    const acc_t* above,
-    const acc_t* below,
-    int64_t W,
-    const Slope<acc_t>* slopes,  // (4)
-    acc_t of_image,
-    acc_t* dx) {
-  const auto row = slopes[0], column = slopes[1], diagonal = slopes[2], antidiagonal = slopes[3];
-  for (int64_t w = 0; w < W; ++w) dx[w] = of_image * x[w];
-  for (int64_t w = 1; w < W - 1; ++w) dx[w] += row(x[w] - x[w - 1]) - row(x[w + 1] - x[w]);
-  if (W > 1) {
-    dx[0] -= row(x[1] - x[0]);
-    dx[W - 1] += row(x[W - 1] - x[W - 2]);
+struct Rows {
+  acc_t *x[2], *dx[2];                            // this row and the one above, by the parity of their number
+  acc_t *row, *column, *diagonal, *antidiagonal;  // slopes of the differences, 0 beside their ends
+
+  static int64_t stride(int64_t W) { return padded(W) + 2 * kLanes; }
+  static int64_t size(int64_t W) { return 8 * stride(W); }
+
+  Rows(acc_t* memory, int64_t W) {
+    std::fill_n(memory, size(W), acc_t(0));
+    acc_t** const each[] = {&x[0], &x[1], &dx[0], &dx[1], &row, &column, &diagonal, &antidiagonal};
+    for (size_t i = 0; i < std::size(each); ++i) *each[i] = memory + i * stride(W) + kLanes;
   }
-  if (above != nullptr) {
-    for (int64_t w = 1; w < W - 1; ++w)
-      dx[w] += column(x[w] - above[w]) + diagonal(x[w] - above[w - 1]) + antidiagonal(x[w] - above[w + 1]);
-    dx[0] += column(x[0] - above[0]);
-    if (W > 1) {
-      dx[0] += antidiagonal(x[0] - above[1]);
-      dx[W - 1] += column(x[W - 1] - above[W - 1]) + diagonal(x[W - 1] - above[W - 2]);
-    }
+};
+
+// Starts the gradient of row h by what lies within it.
+template <typename acc_t>
+FASTKD_INLINE void add_within(const Rows<acc_t>& rows, int64_t h, int64_t W, const Slope<acc_t> slope, acc_t of_image) {
+  const acc_t* x = rows.x[h % 2];
+  acc_t *dx = rows.dx[h % 2], *g = rows.row;
+#pragma omp simd
+  for (int64_t w = 0; w < padded(W); ++w) g[w] = slope(x[w + 1] - x[w]);
+  g[W - 1] = 0;
+#pragma omp simd
+  for (int64_t w = 0; w < padded(W); ++w) dx[w] = of_image * x[w] + (g[w - 1] - g[w]);
+}
+
+// Adds the differences of row h and the row above it to the gradients of both.
+template <typename acc_t>
+FASTKD_INLINE void add_between(const Rows<acc_t>& rows, int64_t h, int64_t W, const Slope<acc_t>* slopes) {
+  const auto of_column = slopes[1], of_diagonal = slopes[2], of_antidiagonal = slopes[3];
+  const acc_t *x = rows.x[h % 2], *above = rows.x[1 - h % 2];
+  acc_t *dx = rows.dx[h % 2], *dabove = rows.dx[1 - h % 2];
+  acc_t *c = rows.column, *d = rows.diagonal, *a = rows.antidiagonal;
+#pragma omp simd
+  for (int64_t w = 0; w < padded(W); ++w) {
+    c[w] = of_column(x[w] - above[w]);
+    d[w] = of_diagonal(x[w + 1] - above[w]);
+    a[w] = of_antidiagonal(x[w] - above[w + 1]);
   }
-  if (below != nullptr) {
-    for (int64_t w = 1; w < W - 1; ++w)
-      dx[w] -= column(below[w] - x[w]) + diagonal(below[w + 1] - x[w]) + antidiagonal(below[w - 1] - x[w]);
-    dx[0] -= column(below[0] - x[0]);
-    if (W > 1) {
-      dx[0] -= diagonal(below[1] - x[0]);
-      dx[W - 1] -= column(below[W - 1] - x[W - 1]) + antidiagonal(below[W - 2] - x[W - 1]);
-    }
+  d[W - 1] = a[W - 1] = 0;
+#pragma omp simd
+  for (int64_t w = 0; w < padded(W); ++w) {
+    dx[w] += c[w] + d[w - 1] + a[w];
+    dabove[w] -= c[w] + d[w] + a[w - 1];
   }
 }
 
-// Rows [h0, h1) of a plane of the gradient.
+// Rows [h0, h1) of a plane of the gradient. Each difference is formed once, and by both bands where it joins two.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void gradient_plane(
     const scalar_t* x,
@@ -192,28 +238,27 @@ FASTKD_MULTIVERSION void gradient_plane(
     int64_t W,
     const Slope<acc_t>* slopes,
     acc_t of_image,
-    acc_t* held) {  // 4 rows: three of x and one of dx
-  acc_t* out = held + 3 * W;
-  for (int64_t h = std::max<int64_t>(h0 - 1, 0); h < std::min(h1 + 1, H) + 1; ++h) {
-    if (h < std::min(h1 + 1, H)) {
-      acc_t* row = held + h % 3 * W;
-      const scalar_t* p = x + h * s.h;
-      if (s.w == 1) {
-        for (int64_t w = 0; w < W; ++w) row[w] = static_cast<acc_t>(p[w]);
-      } else {
-        for (int64_t w = 0; w < W; ++w) row[w] = static_cast<acc_t>(p[w * s.w]);
-      }
-    }
-    const int64_t at = h - 1;  // the row whose neighbours are now held
-    if (at < h0 || at >= h1) continue;
-    const acc_t* above = at == 0 ? nullptr : held + (at - 1) % 3 * W;
-    const acc_t* below = at == H - 1 ? nullptr : held + (at + 1) % 3 * W;
-    gradient_row(held + at % 3 * W, above, below, W, slopes, of_image, out);
-    scalar_t* q = dx + at * d.h;
-    if (d.w == 1) {
-      for (int64_t w = 0; w < W; ++w) q[w] = static_cast<scalar_t>(out[w]);
+    const Rows<acc_t> rows) {
+  const int64_t first = std::max<int64_t>(h0 - 1, 0), last = std::min(h1, H - 1);
+  for (int64_t h = first; h <= last; ++h) {
+    acc_t* row = rows.x[h % 2];
+    const scalar_t* p = x + h * s.h;
+    if (s.w == 1) {
+      for (int64_t w = 0; w < W; ++w) row[w] = static_cast<acc_t>(p[w]);
     } else {
-      for (int64_t w = 0; w < W; ++w) q[w * d.w] = static_cast<scalar_t>(out[w]);
+      for (int64_t w = 0; w < W; ++w) row[w] = static_cast<acc_t>(p[w * s.w]);
+    }
+    add_within(rows, h, W, slopes[0], of_image);
+    if (h > first) add_between(rows, h, W, slopes);
+    for (int64_t at = h - 1; at <= h; ++at) {  // the row above is complete now, and the last of the plane is too
+      if (at < h0 || at >= h1 || (at == h && h != H - 1)) continue;
+      const acc_t* out = rows.dx[at % 2];
+      scalar_t* q = dx + at * d.h;
+      if (d.w == 1) {
+        for (int64_t w = 0; w < W; ++w) q[w] = static_cast<scalar_t>(out[w]);
+      } else {
+        for (int64_t w = 0; w < W; ++w) q[w * d.w] = static_cast<scalar_t>(out[w]);
+      }
     }
   }
 }
@@ -245,7 +290,8 @@ at::Tensor prior_bwd_cpu(
     auto* dx = dimages.mutable_data_ptr<scalar_t>();
     const int64_t each = std::max<int64_t>(1, H * W / bands);
     at::parallel_for(0, B * C * bands, std::max<int64_t>(1, kGrain / each), [&](int64_t begin, int64_t end) {
-      Buffer<acc_t> held(4 * W);
+      Buffer<acc_t> held(Rows<acc_t>::size(W));
+      const Rows<acc_t> rows(held.data(), W);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit / bands / C, c = unit / bands % C, band = unit % bands;
         const acc_t norm = norms.const_data_ptr<acc_t>()[b];
@@ -260,7 +306,7 @@ at::Tensor prior_bwd_cpu(
             W,
             slopes,
             norm == 0 ? acc_t(0) : dnorms.const_data_ptr<acc_t>()[b] / norm,
-            held.data());
+            rows);
       }
     });
   });
