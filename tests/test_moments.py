@@ -286,3 +286,43 @@ def test_batch_norm_moments_match_the_oracle(
     eager = run(reference.batch_norm_moments, *inputs)
     for name, a, e, o in zip(("y", "mean", "var", "dx"), actual, eager, oracle, strict=True):
         assert_matches_oracle(a, e, o, x.numel() // C, name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a tensor"),
+        ({"x": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "x must be float64"),
+        ({"x": torch.ones(3)}, ValueError, r"x must have shape \(B, C, ...\)"),
+        ({"x": torch.ones(0, 3)}, ValueError, "x must not be empty"),
+        ({"running_mean": torch.ones(4)}, ValueError, "running_mean must have the 3 channels of x, got 4"),
+        ({"running_var": torch.ones(3, 1)}, ValueError, r"running_var must have shape \(C,\)"),
+        ({"running_var": torch.ones(3, requires_grad=True)}, ValueError, "running_var is a constant here"),
+        ({"running_var": torch.ones(3, device="meta")}, ValueError, "running_var must be on the device of x"),
+        ({"weight": torch.ones(2)}, ValueError, "weight must have the 3 channels of x, got 2"),
+        ({"bias": torch.ones(3, dtype=torch.int32)}, TypeError, "bias must be float64"),
+        ({"eps": 0.0}, ValueError, "eps must be a finite number > 0"),
+        ({"eps": "1e-5"}, TypeError, "eps must be a Python number"),
+        ({"backend": "cpp"}, ValueError, "backend must be one of"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
+)
+def test_bad_batch_norm_input(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    good = {"x": torch.ones(2, 3, 4), "running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    with pytest.raises(error, match=message):
+        fastkd.batch_norm_moments(**(good | arguments))
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "weight and bias", "bias alone"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_norm_gives_the_gradients_that_are_wanted(backend: str, wanted: str) -> None:
+    """Also where the weight is missing, so that the bias is another input of the recorded node."""
+    x, running = activations((3, 5, 4, 4), torch.float32), (torch.randn(5, device=DEVICE), torch.ones(5, device=DEVICE))
+    weight, bias = torch.randn(5, device=DEVICE), torch.randn(5, device=DEVICE)
+    leaves = [v.requires_grad_() for name, v in (("x", x), ("weight", weight), ("bias", bias)) if name in wanted]
+    inputs = (x, *running, None if wanted == "bias alone" else weight, bias)
+    incoming = torch.randn(3, 5, 4, 4, device=DEVICE)
+    y, *_ = fastkd.batch_norm_moments(*inputs, backend=backend)
+    expected, *_ = reference.batch_norm_moments(*inputs)
+    for a, e in zip(*(torch.autograd.grad(v, leaves, incoming) for v in (y, expected)), strict=True):
+        assert relative_difference(a, e) < 1e-5
