@@ -512,6 +512,17 @@ def test_full_disk(folder, tmp_path, monkeypatch):
     assert len(read_log(tmp_path / "run")) == 5
 
 
+def test_mixed_precision_follows_float32(folder, tmp_path):
+    losses = {}
+    for amp in ("none", "bf16", "fp16"):
+        job.train(small(folder, tmp_path / amp, amp=amp, epochs=2, baseline=False))
+        losses[amp] = [float(row["loss"]) for row in read_log(tmp_path / amp) if row["network"] == "student distilled"]
+    assert losses["none"][1] < losses["none"][0]
+    for amp in ("bf16", "fp16"):
+        assert losses[amp] == pytest.approx(losses["none"], rel=0.01)
+        assert losses[amp] != losses["none"]
+
+
 def test_webdataset_shards(folder, tmp_path, monkeypatch):
     """Read in order by two workers; a run stopped within an epoch ends as one that was not."""
     pytest.importorskip("webdataset")
