@@ -134,11 +134,12 @@ struct BatchNormNode : Function<BatchNormNode> {
     if (ctx->needs_input_grad(0)) dx = bwd.call(dy, grads[1], grads[2], x, mean, running_var, weight, eps);
     if (with_dweight || with_dbias) {
       // A trained teacher is not what this is for: PyTorch's own sums, in a pass of their own.
+      // Contiguous: it sums some planes of one row or column wrongly where dy lies otherwise than x.
       const auto acc = at::promote_types(x.scalar_type(), at::kFloat);
       const auto wide_weight = weight ? std::optional(weight->to(acc)) : std::nullopt;
       std::tie(std::ignore, dweight, dbias) = at::native_batch_norm_backward(
-          dy.to(acc),
-          x.to(acc),
+          dy.to(acc).contiguous(),
+          x.to(acc).contiguous(),
           wide_weight,
           running_mean.to(acc),
           running_var.to(acc),

@@ -326,3 +326,26 @@ def test_batch_norm_gives_the_gradients_that_are_wanted(backend: str, wanted: st
     expected, *_ = reference.batch_norm_moments(*inputs)
     for a, e in zip(*(torch.autograd.grad(v, leaves, incoming) for v in (y, expected)), strict=True):
         assert relative_difference(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_variance_below_zero(backend: str) -> None:
+    """The mean of 13 equal elements can be an ulp off, which leaves sums that cancel."""
+    x = torch.tensor([0.1, 1 / 3, 1e4 + 0.3, 3.3e-7], device=DEVICE)[:, None].expand(3, 4, 13).contiguous()
+    for dims in ("batch", "image"):
+        _, var = fastkd.batch_moments(x, dims=dims, backend=backend)
+        assert (var >= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(17, 5, 15, 1), (1, 2, 1, 63)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_weight_and_bias_whatever_the_layouts(backend: str, shape: tuple[int, ...]) -> None:
+    """PyTorch's own sums are wrong for such planes of one row or column where dy lies otherwise than x."""
+    B, C, H, W = shape
+    x, running = activations(shape, torch.float32), (torch.randn(C, device=DEVICE), torch.ones(C, device=DEVICE))
+    leaves = [torch.randn(C, device=DEVICE, requires_grad=True) for _ in range(2)]
+    incoming = torch.randn(B, W, H, C, device=DEVICE).transpose(1, 3)
+    y, *_ = fastkd.batch_norm_moments(x, *running, *leaves, backend=backend)
+    expected, *_ = reference.batch_norm_moments(x, *running, *leaves)
+    for a, e in zip(*(torch.autograd.grad(v, leaves, incoming) for v in (y, expected)), strict=True):
+        assert relative_difference(a, e) < 1e-5

@@ -45,6 +45,12 @@ struct Moments {
   }
 };
 
+// The sums of equal elements that their pivot is an ulp off can leave less than nothing. NaN stays.
+template <typename acc_t>
+FASTKD_INLINE acc_t variance(double v) {
+  return static_cast<acc_t>(v < 0 ? 0 : v);
+}
+
 // Asks for n elements from p on, so that they come from memory while others are computed with.
 template <typename scalar_t>
 FASTKD_INLINE void prefetch(const scalar_t* p, int64_t n) {
@@ -270,7 +276,7 @@ FASTKD_MULTIVERSION void join_columns(
 #pragma omp simd reduction(+ : spread)
     for (int64_t w = 0; w < W; ++w) spread += (of[w] - center) * (of[w] - center);
     mean[c] = static_cast<acc_t>(center);
-    var[c] = static_cast<acc_t>((m2 / count + spread) * inverse);
+    var[c] = variance<acc_t>((m2 / count + spread) * inverse);
   }
 }
 
@@ -347,7 +353,7 @@ void layer_moments(
         total.merge(other.count, other.mean, other.m2);
       }
       mean[i] = static_cast<acc_t>(total.mean);
-      var[i] = static_cast<acc_t>(total.m2 / total.count);
+      var[i] = variance<acc_t>(total.m2 / total.count);
     }
   };
   at::parallel_for(0, sets * parts * tiles, std::max<int64_t>(1, kGrain / elements), [&](int64_t begin, int64_t end) {

@@ -78,8 +78,9 @@ class _BatchNorm(torch.autograd.Function):
             dx = call(ctx.impl, "batch_norm_bwd", dy, dmean, dvar, x, mean, running_var, weight, ctx.eps)
         if with_dweight or with_dbias:
             # A trained teacher is not what this is for: PyTorch's own sums, in a pass of their own.
+            # Contiguous: it sums some planes of one row or column wrongly where dy lies otherwise than x.
             acc = accumulator(x)
-            wide = [v if v is None else v.to(acc) for v in (dy, x, weight, running_mean, running_var)]
+            wide = [v if v is None else v.to(acc).contiguous() for v in (dy, x, weight, running_mean, running_var)]
             _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
                 *wide, None, None, False, ctx.eps, [False, with_dweight, with_dbias]
             )
