@@ -397,6 +397,7 @@ class _Whole(torch.autograd.Function):
     def forward(
         ctx: Any, ranks: _Ranks, sizes: list[int], rows: Sequence[Tensor], *features: Tensor
     ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         ctx.own, ctx.count = slice(sum(sizes[: ranks.rank]), sum(sizes[: ranks.rank + 1])), len(rows)
         pieces = [*(index[None, :, None] for index in rows), *features]
         shapes = [

@@ -64,7 +64,8 @@ def scaled(stored: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
     """stored * dloss, rounded once to dtype: the product is taken in float32 or better.
 
     A new tensor unless nobody can read stored again, which then becomes the product: on CPUs the pages of a new one
-    cost up to a quarter of a whole loss.
+    cost up to a quarter of a whole loss. A pack hook (torch.autograd.graph.saved_tensors_hooks) that keeps the very
+    tensor it was given would see it change.
     """
     if torch.compiler.is_compiling():
         return (stored * dloss).to(dtype)
