@@ -65,7 +65,8 @@ def demo_datafree() -> str:
 
     summary = json.loads((RESULTS / "demo-datafree.json").read_text())
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    measured = f"{summary['seconds']:.0f} s on {summary['machine']} ({versions}), {summary['date']}"
+    took = f"{summary['seconds']:.0f} s, and {summary['cpu_seconds']:.0f} s of processor time,"
+    measured = f"{took} on {summary['machine']} ({versions}), {summary['date']}"
     return f"{table(summary)}\n\n{summary['images']} images in each set. The whole took {measured}.\n"
 
 

@@ -131,6 +131,14 @@ def test_total_is_the_weighted_formula(trained):
         torch.testing.assert_close(torch.tensor(terms[name]), value, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_noise_that_it_starts_from(trained):
+    """Without a step, the noise; of twice the deviation, twice as far from the mean."""
+    one, half = (inverter(trained, phases=(), noise=noise).synthesise(LABELS, seed=5).images for noise in (0.4, 0.2))
+    mean = 255 * torch.tensor(trained.pretrained_cfg["mean"]).view(3, 1, 1)
+    assert (one - mean - 2 * (half - mean)).abs().max() <= 1.5  # as both are rounded
+    assert (one - mean).std() > 10
+
+
 def test_terms_of_weight_zero_are_left_out(trained):
     terms = inverter(trained, phases=(Phase(1),), bn=0.0).synthesise(LABELS).terms
     assert set(terms) == {"total", "cross_entropy"}

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("timm.task")
@@ -22,6 +24,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from fastkd.train.checkpoint import write_weights  # noqa: E402
 from fastkd.train.cli import app  # noqa: E402
+from fastkd.train.data import Digits  # noqa: E402
 from fastkd.train.inversion import demo  # noqa: E402
 from fastkd.train.inversion.presets import Phase  # noqa: E402
 from fastkd.train.inversion.store import GRID, MANIFEST, Store, check_folder  # noqa: E402
@@ -253,12 +256,12 @@ def test_resume_with_other_settings(whole, place):
 def test_demo_runs(tmp_path, monkeypatch):
     """All of it, on one seed and with hardly any steps."""
     short = {
-        name: dataclasses.replace(preset, batch_size=20, phases=preset.phases and (Phase(2),))
+        name: dataclasses.replace(preset, batch_size=20, phases=preset.phases and (Phase(6),))
         for name, preset in demo.RUNGS.items()
     }
     monkeypatch.setattr(demo, "RUNGS", short)
     monkeypatch.setattr(demo, "STUDENT", dataclasses.replace(demo.STUDENT, epochs=1, warmup_epochs=0))
-    monkeypatch.setattr(demo, "DIGITS", dataclasses.replace(demo.DIGITS, teacher_epochs=1))
+    monkeypatch.setattr(demo, "TEACHER_EPOCHS", 1)
     summary = demo.main(tmp_path, seeds=1, images=20, workers=0)
     assert summary == json.loads((tmp_path / "demo-datafree.json").read_text())
     assert [row["images"] for row in summary["results"]] == list(demo.RUNGS)
@@ -267,7 +270,42 @@ def test_demo_runs(tmp_path, monkeypatch):
     assert len(set(grids)) == 4
     lines = demo.table(summary).splitlines()
     assert len(lines) == 2 + 4 + 1
+    assert all(0 <= row["read"][0] < 60 for row in summary["results"])
+    assert lines[6].split("|")[-2].strip() == f"{summary['reader']:.0f}"
     assert f"{summary['results'][2]['mean']:.1f} ± 0.0" in lines[4]
+
+
+def test_adversary():
+    """Moves no digit's pixel by more than EPSILON, within black and white, and to where the loss is higher."""
+    torch.manual_seed(0)
+    network = timm.create_model("resnet18", **CNN | {"num_classes": 10})
+    seen, losses = [], []
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    images, labels = torch.full((8, 3, 64, 64), 0.5), torch.arange(8)
+    task = demo.AdversarialTask(network, verbose=False)
+    for _ in range(10):
+        result = task((images - mean) / std, labels)
+        at_random = F.cross_entropy(network(seen[-2]), labels)
+        losses.append(float((result["loss"] - at_random).detach()))
+        result["loss"].backward()
+    moved = seen[1] * std + mean - images
+    cells = F.avg_pool2d(moved, 8)
+    assert 0.5 * demo.EPSILON < cells.abs().max() < 1.3 * demo.EPSILON  # a bicubic overshoots
+    assert torch.allclose(moved[:, :1].expand_as(moved), moved, atol=1e-6)
+    assert statistics.mean(losses) > 0
+    dark = demo._moved(torch.zeros(2, 3, 64, 64), torch.full((2, 1, 8, 8), -0.1))
+    assert torch.equal(dark, torch.zeros(2, 3, 64, 64))
+
+
+def test_reader():
+    """Reads real digits, and the enlarged ones as well; asked for another digit, it says no."""
+    real = Digits(train=False)
+    images, labels = real.images[:100], real.targets[:100]
+    large = [image.resize((64, 64), Image.Resampling.BICUBIC) for image in images]
+    assert demo.read(images, labels) > 90
+    assert demo.read(large, labels) > 90
+    assert demo.read(large, [(label + 1) % 10 for label in labels]) < 10
 
 
 def test_demo_spread():
@@ -281,3 +319,5 @@ def test_committed_demo_is_above_its_lower_rungs():
     assert all(len(row["top1"]) == 3 for row in summary["results"])
     upper = [mean["DeepInversion"], mean["DeepInversion + intra-divergence"]]
     assert min(upper) > max(mean["noise"], mean["cross-entropy"])
+    read = {row["images"]: statistics.mean(row["read"]) for row in summary["results"]}
+    assert min(read["DeepInversion"], read["DeepInversion + intra-divergence"]) > read["noise"]

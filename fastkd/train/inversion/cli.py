@@ -44,6 +44,7 @@ def invert(
     flip: Annotated[bool | None, _option("Mirror the batch at random.")] = None,
     grey: Annotated[bool | None, _option("One value for the three channels.")] = None,
     cell: Annotated[int | None, _option("Pixels of a side that are one.", min=1)] = None,
+    noise: Annotated[float | None, _option("Standard deviation of the noise it starts from.", min=0)] = None,
     student: Annotated[str | None, _option("timm model that competes, trained on the images so far.")] = None,
     student_arg: Annotated[list[str] | None, _option("KEY=VALUE for timm.create_model; repeat for more.")] = None,
     student_checkpoint: Annotated[str | None, _option("Weights it starts from.")] = None,

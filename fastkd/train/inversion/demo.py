@@ -1,7 +1,8 @@
 """Data-free distillation end to end on handwritten digits: `make demo-datafree`.
 
-Per seed a teacher is trained as in `make demo`. From then on there are no real images: from the teacher alone come
-four sets of as many images, each teaches a ViT in the same way, and the real validation images test it.
+Per seed a teacher is trained on real digits, against an adversary. From then on there are no real images: from the
+teacher alone come four sets of as many images, each teaches a ViT in the same way, and the real validation images test
+it. How many images of a set a k-NN of real digits reads as the digit that was asked for says how recognisable they are.
 """
 
 import argparse
@@ -13,14 +14,20 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from fastkd._version import __version__
@@ -32,9 +39,12 @@ from ..data import Digits
 from ..job import choose_folder
 from ..loop import Trainee
 from ..prepare import prepare
-from ..settings import DIGITS, Settings
+from ..settings import DIGITS, Settings, Stage
+from ..tasks import PlainTask
 from .job import Inversion, invert
 from .presets import PRESETS, Preset
+from .store import Store
+from .synthesis import normalisation
 
 TEACHER = "(the teacher, on real images)"
 FULL = PRESETS["digits"]
@@ -45,6 +55,8 @@ RUNGS: dict[str, Preset] = {
     "DeepInversion + intra-divergence": dataclasses.replace(FULL, intra=1.0),
 }
 IMAGES = 100  # of each set
+TEACHER_EPOCHS = 8
+EPSILON = 0.2  # of the way from black to white
 # The teacher's soft targets and the manifold loss; labels of synthetic images are not used.
 STUDENT = dataclasses.replace(
     DIGITS,
@@ -52,8 +64,9 @@ STUDENT = dataclasses.replace(
     teacher_epochs=0,
     baseline=False,
     check=False,
-    task_args={"task_weight": 0.0, "logits": "soft"},
-    augment_args={"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0, "color_jitter": None},  # as of the digits
+    task_args={"task_weight": 0.0, "weight": 5.0, "logits": "soft"},
+    # Nearly whole, as the real ones are validated, and of more widths than the digits' own augmentation has.
+    augment_args={"scale": (0.85, 1.0), "ratio": (0.75, 1.33), "hflip": 0.0, "color_jitter": None},
     batch_size=10,
     epochs=100,
     warmup_epochs=5,
@@ -61,32 +74,47 @@ STUDENT = dataclasses.replace(
 )
 
 
+class Outcome(NamedTuple):
+    """Of one rung and one seed, in percent."""
+
+    top1: float  # of the student, on real images
+    read: float  # images that read as the digit that was asked for
+
+
 def main(out: Path, seeds: int, images: int, workers: int) -> dict[str, Any]:
     """Runs everything below `out`, several seeds and sets at a time; returns and writes what was measured."""
     began, cpu_began = time.perf_counter(), sum(os.times()[:4])
-    write_validation_images(out / "digits" / "val")
+    real = Digits(train=False)
+    write_images(real, out / "digits" / "val")
     teachers: dict[int, float] = {}
-    students: dict[tuple[str, int], float] = {}
+    students: dict[tuple[str, int], Outcome] = {}
     with ProcessPoolExecutor(max(1, workers), get_context("spawn"), _alone) as pool:
         submit = pool.submit if workers else _now
-        running: dict[Future[float], tuple[str | None, int]] = {}
+        running: dict[Future[Any], tuple[str | None, int]] = {}
         for seed in range(seeds):
             running[submit(train_teacher, seed, out)] = None, seed
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name, seed = running.pop(future)
-                print(f"seed {seed}  {name or TEACHER:<34}  top-1 {future.result():6.2f}%", flush=True)
                 if name is not None:
-                    students[name, seed] = future.result()
+                    students[name, seed] = done = future.result()
+                    print(f"seed {seed}  {name:<34}  top-1 {done.top1:6.2f}%, read {done.read:3.0f}%", flush=True)
                     continue
                 teachers[seed] = future.result()
+                print(f"seed {seed}  {TEACHER:<34}  top-1 {teachers[seed]:6.2f}%", flush=True)
                 for rung in RUNGS:
                     running[submit(climb, rung, seed, out, images)] = rung, seed
     summary = {
         "results": [
-            {"images": name, **spread([students[name, seed] for seed in range(seeds)])} for name in RUNGS
+            {
+                "images": name,
+                **spread([students[name, seed].top1 for seed in range(seeds)]),
+                "read": [students[name, seed].read for seed in range(seeds)],
+            }
+            for name in RUNGS
         ],
         "teacher": spread([teachers[seed] for seed in range(seeds)]),
+        "reader": read(real.images, real.targets),
         "images": images,
         "seconds": time.perf_counter() - began,
         "cpu_seconds": sum(os.times()[:4]) - cpu_began,
@@ -110,16 +138,15 @@ def _alone() -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 
-def _now(function: Callable[..., float], *arguments: Any) -> "Future[float]":
+def _now(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
     """In this process, at once."""
-    future: Future[float] = Future()
+    future: Future[Any] = Future()
     future.set_result(function(*arguments))
     return future
 
 
-def write_validation_images(folder: Path) -> None:
-    """The validation half of the digits as PNGs in class folders."""
-    digits = Digits(train=False)
+def write_images(digits: Digits, folder: Path) -> None:
+    """Digits as PNGs in class folders."""
     for i in range(len(digits)):
         image, target = digits[i]
         path = folder / str(target) / f"{i:03}.png"
@@ -127,19 +154,50 @@ def write_validation_images(folder: Path) -> None:
         image.save(path)
 
 
+class AdversarialTask(PlainTask):
+    """Classification of images that are moved, by at most EPSILON in each of a digit's pixels, to where the loss rises.
+
+    One step from a random start (Wong et al. 2020, arXiv:2001.03994). What such a network takes for its classes looks
+    like them (Santurkar et al. 2019, arXiv:1906.09453); of another one the inversion finds patterns that no eye reads.
+    """
+
+    def forward(self, input: Tensor, target: Tensor, *, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:  # noqa: A002
+        mean, std = normalisation(self.network, input.device)
+        images = input * std + mean
+        side = input.shape[-1] // FULL.cell
+        offset = torch.empty(len(input), 1, side, side, device=input.device).uniform_(-EPSILON, EPSILON)
+        moved = (_moved(images, offset.requires_grad_()) - mean) / std
+        (gradient,) = torch.autograd.grad(F.cross_entropy(self.network(moved), target), offset)
+        offset = (offset + 1.25 * EPSILON * gradient.sign()).clamp(-EPSILON, EPSILON).detach()
+        return super().forward((_moved(images, offset) - mean) / std, target, teacher_logits=teacher_logits)
+
+
+def _moved(images: Tensor, offset: Tensor) -> Tensor:
+    """Images in [0, 1] and what is added to their pixels, enlarged as the digits are."""
+    return (images + F.interpolate(offset, size=images.shape[-1], mode="bicubic")).clamp(0, 1)
+
+
 def train_teacher(seed: int, out: Path) -> float:
     """Top-1 of a new teacher, trained on the real training images; its weights go into the seed's folder."""
-    setup = prepare(dataclasses.replace(DIGITS, seed=seed, baseline=False))
-    assert setup.teacher is not None
-    top1 = fit(setup.teacher)
+    setup = prepare(dataclasses.replace(DIGITS, seed=seed, baseline=False, teacher_epochs=TEACHER_EPOCHS))
+    trainee = setup.teacher
+    assert trainee is not None
+
+    def against_an_adversary(network: nn.Module, _: Stage) -> TrainingTask:
+        return AdversarialTask(network, verbose=False)
+
+    trainee.create_task = against_an_adversary
+    fit(trainee)
+    update_bn(trainee.loader, trainee.network)  # the statistics of images that nobody moved
+    top1 = trainee.evaluate()
     folder = out / f"seed{seed}"
     folder.mkdir()
-    write_weights(folder / "teacher.safetensors", setup.teacher.network, str(DIGITS.teacher), setup.nets.teacher_args)
+    write_weights(folder / "teacher.safetensors", trainee.network, str(DIGITS.teacher), setup.nets.teacher_args)
     return top1
 
 
-def climb(rung: str, seed: int, out: Path, images: int) -> float:
-    """Images of that rung from the seed's teacher, and the top-1 of a new student that saw no others."""
+def climb(rung: str, seed: int, out: Path, images: int) -> Outcome:
+    """Images of that rung from the seed's teacher, how they read, and the top-1 of a new student that saw no others."""
     teacher = str(out / f"seed{seed}" / "teacher.safetensors")
     folder = out / f"seed{seed}" / rung.replace(" ", "")
     invert(Inversion(
@@ -149,19 +207,38 @@ def climb(rung: str, seed: int, out: Path, images: int) -> float:
     (folder / "val").symlink_to((out / "digits" / "val").absolute())
     settings: Settings = dataclasses.replace(STUDENT, data=str(folder), teacher_checkpoint=teacher, seed=seed)
     setup = prepare(settings)
-    top1 = fit(setup.students[-1])
+    student = setup.students[-1]
+    fit(student)
     write_weights(folder / "vit.safetensors", setup.nets.student, settings.student, setup.nets.student_args)
-    return top1
+    entries = Store.open(folder).entries
+    made = [Image.open(folder / entry["file"]) for entry in entries]
+    return Outcome(student.evaluate(), read(made, [entry["label"] for entry in entries]))
 
 
-def fit(trainee: Trainee) -> float:
-    """All epochs, then top-1 on the validation images, which are looked at once."""
+def fit(trainee: Trainee) -> None:
+    """All epochs."""
     trainee.begin(0)
     with tqdm(total=trainee.epochs * len(trainee.loader), desc=trainee.label, unit="step", disable=None) as bar:
         for epoch in range(trainee.epochs):
             for _ in trainee.train_epoch(epoch, bar):
                 bar.update()
-    return trainee.evaluate()
+
+
+def read(images: Sequence[Image.Image], labels: Sequence[int]) -> float:
+    """Percentage of images that a k-NN of the real training images reads as their label.
+
+    It compares the 8 x 8 pixels of a digit, the means of an image's cells. Nothing in the synthesis knows of it.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    real = Digits(train=True)
+    reader = KNeighborsClassifier().fit([_pixels(image) for image in real.images], real.targets)
+    return 100 * float(reader.score([_pixels(image) for image in images], labels))
+
+
+def _pixels(image: Image.Image) -> Any:
+    side = DIGITS.img_size // FULL.cell if DIGITS.img_size else 0
+    return np.asarray(image.convert("L").resize((side, side), Image.Resampling.BOX)).ravel()
 
 
 def spread(top1: list[float]) -> dict[str, Any]:
@@ -170,12 +247,18 @@ def spread(top1: list[float]) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The rungs in Markdown: mean and sample standard deviation over the seeds, then each seed."""
-    head = ["the student learns from", "top-1 (%)", *(f"seed {i}" for i in range(len(summary["teacher"]["top1"])))]
+    """The rungs in Markdown: mean and sample standard deviation over the seeds, each seed, and how the images read."""
+    seeds = [f"seed {i}" for i in range(len(summary["teacher"]["top1"]))]
+    head = ["the student learns from", "top-1 (%)", *seeds, "images read as asked (%)"]
     lines = [head, ["---"] * len(head)]
     lines += [
-        [row["images"], f"{row['mean']:.1f} ± {row['spread']:.1f}", *(f"{x:.1f}" for x in row["top1"])]
-        for row in [*summary["results"], {"images": TEACHER, **summary["teacher"]}]
+        [
+            row["images"],
+            f"{row['mean']:.1f} ± {row['spread']:.1f}",
+            *(f"{x:.1f}" for x in row["top1"]),
+            f"{statistics.mean(row['read']):.0f}",
+        ]
+        for row in [*summary["results"], {"images": TEACHER, "read": [summary["reader"]], **summary["teacher"]}]
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     lines[1] = ["-" * width for width in widths]

@@ -42,6 +42,7 @@ class Preset:
     boundary_margin: float = 0.1
     grey: bool = False  # one value for the three channels
     cell: int = 1  # pixels of a side of what is optimised; larger ones are enlarged by bicubic interpolation
+    noise: float = 1.0  # standard deviation of what it starts from, in the network's normalisation
 
 
 # DeepInversion: github.com/NVlabs/DeepInversion at 2413af1.
@@ -87,16 +88,16 @@ PRESETS: dict[str, Preset] = {
         l2=0.0,  # cifar10/deepinversion_cifar10.py, --di_l2_scale
         l2_per_image=False,  # cifar10/deepinversion_cifar10.py
     ),
-    # Ours, for the teacher of `make demo`: benchmarks/results/demo-datafree.json shows what it gives.
+    # Ours, for teachers of the digits: benchmarks/results/demo-datafree.json shows what it gives.
     "digits": Preset(
-        phases=(Phase(100, jitter=2),),
+        phases=(Phase(100, jitter=4),),
         batch_size=100,
         lr=0.5,
-        betas=(0.9, 0.99),
+        betas=(0.5, 0.9),
         schedule="cosine",
         warmup_steps=10,
         clamp=True,
-        bn=0.3,
+        bn=0.1,
         first_bn=1.0,
         tv_l1=0.0,
         tv_l2=0.01,
@@ -105,5 +106,6 @@ PRESETS: dict[str, Preset] = {
         cross_entropy=5.0,
         grey=True,  # as the digits are
         cell=8,  # a digit's pixel, enlarged as the data's transform does
+        noise=0.3,
     ),
 }

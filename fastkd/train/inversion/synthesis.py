@@ -111,7 +111,7 @@ class Inverter:
         labels = labels.to(self.device)
         side = self.img_size // self.preset.cell
         shape = (len(labels), 1 if self.preset.grey else 3, side, side)
-        leaf = torch.randn(shape, generator=generator).to(self.device).requires_grad_()
+        leaf = (self.preset.noise * torch.randn(shape, generator=generator)).to(self.device).requires_grad_()
         best = _Best(leaf)
         for number, phase in enumerate(self.preset.phases):
             self._run(number, phase, leaf, labels, generator, best, report)
