@@ -292,6 +292,7 @@ def test_adversary():
     moved = seen[1] * std + mean - images
     cells = F.avg_pool2d(moved, 8)
     assert 0.5 * demo.EPSILON < cells.abs().max() < 1.3 * demo.EPSILON  # a bicubic overshoots
+    # One shift for the three channels, up to what normalising each by its own mean and back rounds.
     assert torch.allclose(moved[:, :1].expand_as(moved), moved, atol=1e-6)
     assert statistics.mean(losses) > 0
     dark = demo._moved(torch.zeros(2, 3, 64, 64), torch.full((2, 1, 8, 8), -0.1))
