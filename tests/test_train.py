@@ -302,10 +302,10 @@ def test_students_start_alike_and_checkpoints_go_on(folder, tmp_path):
 
 
 def test_stages_follow_each_other(folder, tmp_path):
-    """Each stage has its own task, optimiser and schedule; the student without a teacher has the same schedule."""
+    """Each stage has its own task, optimiser, schedule and batches; the student alone has the same schedule."""
     two = (
         Stage("vitkd", 1, {"logits": "hard"}, lr=1e-3),
-        Stage("dkd", 2, lr=2e-3, opt="sgd", warmup_epochs=0, layer_decay=0.5),
+        Stage("dkd", 2, lr=2e-3, opt="sgd", warmup_epochs=0, layer_decay=0.5, batch_size=12),
     )
     settings = small(folder, tmp_path / "run", stages=two, min_lr=1e-5)
     assert [(s.lr, s.opt, s.warmup_epochs, s.min_lr, s.layer_decay) for s in stages(settings)] == [
@@ -316,6 +316,7 @@ def test_stages_follow_each_other(folder, tmp_path):
     rows = [row for row in read_log(tmp_path / "run") if row["network"] == "student distilled"]
     assert [bool(row["vitkd_loss"]) for row in rows] == [True, False, False]
     assert [bool(row["dkd_loss"]) for row in rows] == [False, True, True]
+    assert [row["steps"] for row in rows] == ["4", "3", "3"]  # of 38 images in batches of 8, then of 12
     alone = [row for row in read_log(tmp_path / "run") if row["network"] == "student alone"]
     assert [row["lr"] for row in alone] == [row["lr"] for row in rows]
     assert not any(row["vitkd_loss"] or row["dkd_loss"] for row in alone)
@@ -404,7 +405,7 @@ def test_empty_class_folder_is_named(folder, tmp_path):
 def test_plan_shows_what_a_run_would_do(folder, tmp_path):
     text = plan(small(folder, tmp_path / "run", stages=(Stage("vitkd", 1, {"alpha": 1e-4}), Stage("none", 2, lr=1e-5))))
     assert "38 training, 10 validation images, 3 classes" in text
-    assert "(8, 3, 32, 32)" in text
+    assert "(3, 32, 32)" in text and "4 steps an epoch of 1 x 8 x 1 images" in text
     assert "vitkd(alpha=0.0001), 1 epochs, adamw, lr 0.0005" in text and "none(), 2 epochs, adamw, lr 1e-05" in text
     assert "blocks.0 (1, 17, 16)     blocks.0 (1, 17, 24)" in text
     assert "parameters beside the student, not exported" in text
@@ -434,12 +435,15 @@ def test_teacher_cache_gives_the_same_run(folder, tmp_path):
     setup = prepare.prepare(dataclasses.replace(cached, out=str(tmp_path / "again"), baseline=False))
     setup.nets.teacher.load_state_dict(load_file(tmp_path / "with" / "teacher.safetensors"))
     setup.nets.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
-    loader = setup.students[-1].loader
+    loader = setup.students[-1].loaders[0]
     about = json.dumps([prepare.fingerprint(setup.data), repr(loader.images.transform)])
     assert setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, about) == file
     assert not calls
     with pytest.raises(InputError, match="--teacher-cache: needs the same images"):
         prepare.check_settings(dataclasses.replace(cached, augment=True))
+    own = (Stage("soft", 1, augment_args={"interpolation": "bicubic"}),)
+    with pytest.raises(InputError, match="a stage's own augment_args"):
+        prepare.check_settings(dataclasses.replace(cached, stages=own))
     with pytest.raises(InputError, match="the task compares layers"):
         prepare.prepare(dataclasses.replace(cached, task="manifold"))
 

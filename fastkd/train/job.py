@@ -227,8 +227,8 @@ class Run:
         settings = self.setup.settings
         place = self._load()
         board = report.TensorBoard(self.out / EVENTS, self.rows) if settings.tensorboard and self.main else None
-        done = sum(trainee.steps for trainee, _ in self.plan[: place.entry]) + place.step
-        total = sum(trainee.steps for trainee, _ in self.plan)
+        steps = [trainee.steps(epoch) for trainee, epoch in self.plan]
+        done, total = sum(steps[: place.entry]) + place.step, sum(steps)
         with (
             tqdm(total=total, initial=done, unit="step", disable=None if self.main else True, smoothing=0.05) as bar,
             Stop(self.setup.ranks) as stop,
@@ -244,13 +244,13 @@ class Run:
         trainee, epoch = self.plan[entry]
         bar.set_description(f"{trainee.label} {epoch + 1}/{trainee.epochs}")
         every = self.setup.settings.checkpoint_every
-        if start < trainee.steps:
+        if start < trainee.steps(epoch):
             for step in trainee.train_epoch(epoch, bar, start):
                 self.steps += 1
                 if stop.asked(step):
                     self._save(Place(entry, step))
                     stop.leave(self.out)
-                if every and self.steps >= every and step < trainee.steps:
+                if every and self.steps >= every and step < trainee.steps(epoch):
                     self._save(Place(entry, step))
         row = trainee.row(epoch)
         self.rows.append(row)
@@ -294,7 +294,7 @@ class Run:
         elif not new_head(setup) and self.teacher_top1 is None:
             self.teacher_top1 = teacher.evaluate()
         if setup.cache is not None:
-            loader = setup.students[-1].loader
+            loader = setup.students[-1].loaders[0]
             about = json.dumps([fingerprint(setup.data), repr(loader.images.transform)])
             setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, about)
 

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, cast
 
 import torch
@@ -44,10 +44,11 @@ class Trainee:
         network: the module that is trained and evaluated.
         stages: what follows what, without None.
         create_task: the task of a stage; its scalars besides the loss are logged.
-        loaders: training and validation.
+        loaders: of each stage's training images.
+        val_loader: of the validation images.
         num_classes: of mixed labels.
         clock: the one the tasks wind, if they have a distillation loss.
-        teacher_logits: those of the images of (epoch, number of the batch), where they are known.
+        teacher_logits: those of the images of these indices, where they are known.
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class Trainee:
         network: nn.Module,
         stages: tuple[Stage, ...],
         create_task: Callable[[nn.Module, Stage], TrainingTask],
-        loaders: tuple[Loader, Loader],
+        loaders: tuple[Loader, ...],
+        val_loader: Loader,
         settings: Settings,
         *,
         num_classes: int,
@@ -64,20 +66,24 @@ class Trainee:
         ranks: Ranks = ALONE,
         ema: float | None = None,
         clock: LossClock | None = None,
-        teacher_logits: Callable[[int, int], Tensor] | None = None,
+        teacher_logits: Callable[[list[int]], Tensor] | None = None,
     ) -> None:
         self.label, self.network, self.stages, self.create_task = label, network, stages, create_task
-        self.loader, self.val_loader = loaders
+        self.loaders, self.val_loader = loaders, val_loader
         self.settings, self.device, self.ranks, self.clock = settings, device, ranks, clock
         self.teacher_logits = teacher_logits
         self.epochs = sum(stage.epochs for stage in stages)
-        self.steps = -(-len(self.loader) // settings.accumulate)
+        self.before = [0, *accumulate(self.steps(epoch) for epoch in range(self.epochs))]
         self.mixup = mixup(settings, num_classes)
         self.erasing = RandomErasing(settings.erase, mode="pixel", device=device) if settings.erase > 0 else None
         self.autocast = torch.autocast(device.type, AMP_DTYPES[settings.amp], enabled=settings.amp != "none")
         self.ema = None if ema is None else ModelEmaV3(network, decay=ema, use_warmup=True)
         self.stage = self.epoch = -1
         self.record = Record(device, ranks)
+
+    def steps(self, epoch: int) -> int:
+        """Of that epoch; `before` has those of all epochs before it."""
+        return -(-len(self.loaders[self.at(epoch)[0]]) // self.settings.accumulate)
 
     def begin(self, stage: int, *, distribute: bool = True) -> None:
         """Makes the task, the optimiser and the schedule of that stage."""
@@ -93,7 +99,7 @@ class Trainee:
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             self.task.compile()
         module = self.task.get_trainable_module()
-        options = {"layer_decay": now.layer_decay, **self.settings.opt_args}
+        options = {"layer_decay": now.layer_decay, **(now.opt_args or {})}
         self.optimizer = create_optimizer_v2(module, opt=now.opt, lr=now.lr, weight_decay=now.weight_decay, **options)
         assert now.lr is not None and now.warmup_epochs is not None and now.min_lr is not None
         warmup_lr = now.lr / 100 if self.settings.warmup_lr is None else self.settings.warmup_lr
@@ -105,7 +111,7 @@ class Trainee:
             warmup_lr=warmup_lr,
             min_lr=now.min_lr,
             step_on_epochs=False,
-            updates_per_epoch=self.steps,
+            updates_per_epoch=-(-len(self.loaders[stage]) // self.settings.accumulate),
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.amp == "fp16")
         if distribute and self.ranks.world > 1 and not self.settings.shard:
@@ -136,13 +142,14 @@ class Trainee:
         if hasattr(self.task, "set_epoch"):
             self.task.set_epoch(own_epoch)
         self.record.began = time.perf_counter()
-        batches = self.loader.epoch(epoch, start * self.settings.accumulate)
-        for step in range(start, self.steps):
+        steps = self.steps(epoch)
+        batches = self.loaders[stage].epoch(epoch, start * self.settings.accumulate)
+        for step in range(start, steps):
             group = list(islice(batches, self.settings.accumulate))
             if not group:
-                raise DataError(f"the training images end at step {step + 1} of {self.steps} in epoch {epoch + 1}")
+                raise DataError(f"the training images end at step {step + 1} of {steps} in epoch {epoch + 1}")
             if self.scheduler is not None:
-                self.scheduler.step_update(own_epoch * self.steps + step)
+                self.scheduler.step_update(own_epoch * steps + step)
             self._step(epoch, step, group)
             bar.update()
             if self.record.shown + SHOW_EVERY < time.perf_counter() and self.record.seen == self.record.steps:
@@ -155,7 +162,7 @@ class Trainee:
         """The log's row: means of the loss and its parts, top-1, seconds with data loading, those in the loss."""
         record, own_epoch = self.record, self.at(epoch)[1]
         if self.scheduler is not None:
-            self.scheduler.step_update((own_epoch + 1) * self.steps)
+            self.scheduler.step_update((own_epoch + 1) * self.steps(epoch))
         record.stop(self.clock)
         row = {
             "network": self.label,
@@ -220,7 +227,10 @@ class Trainee:
         for number, (images, targets) in enumerate(group):
             known: dict[str, Tensor] = {}
             if self.teacher_logits is not None:
-                known["teacher_logits"] = self.teacher_logits(epoch, step * self.settings.accumulate + number)
+                batches = self.loaders[self.stage].batches
+                assert batches is not None
+                indices = batches.indices(epoch, step * self.settings.accumulate + number)
+                known["teacher_logits"] = self.teacher_logits(indices)
             last = number + 1 == len(group)
             with nullcontext() if last else self.task.no_sync():
                 with self.autocast:
@@ -235,7 +245,7 @@ class Trainee:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
-            self.ema.update(self.network, step=epoch * self.steps + step + 1)
+            self.ema.update(self.network, step=self.before[epoch] + step + 1)
 
     def _mixed(self, images: Tensor, targets: Tensor) -> Batch:
         if self.settings.channels_last:
@@ -287,8 +297,9 @@ class Trainee:
         return found[0] if found else None
 
     def _check_images(self) -> None:
-        parts = [loader.images for loader in (self.loader, self.val_loader) if isinstance(loader.images, Images)]
-        faults = [name for images in parts for name in images.faults()]
+        loaders = dict.fromkeys((*self.loaders, self.val_loader))
+        parts = [loader.images for loader in loaders if isinstance(loader.images, Images)]
+        faults = list(dict.fromkeys(name for images in parts for name in images.faults()))
         if len(faults) > self.settings.skip_images:
             raise DataError(
                 f"{len(faults)} images cannot be read, more than --skip-images {self.settings.skip_images}: "

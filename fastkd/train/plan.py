@@ -1,6 +1,6 @@
 """`fastkd train --dry-run`: what a run would do, from its real networks, without training a step."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import resolve_model_data_config
@@ -23,12 +23,10 @@ def plan(settings: Settings) -> str:
     setup = prepare(settings)
     student, nets = setup.students[-1], setup.nets
     counts = f"{len(setup.data.train):,} training, {len(setup.data.val):,} validation"  # type: ignore[arg-type]
-    size = f"({settings.batch_size}, 3, {nets.img_size}, {nets.img_size})"
-    images = f"{settings.accumulate} x {settings.batch_size} x {setup.ranks.world}"
+    size = f"(3, {nets.img_size}, {nets.img_size})"
     lines = [
         f"data        {settings.data}: {counts} images, {len(setup.data.classes)} classes",
         f"input       {size}, {_normalisation(nets.student)}",
-        f"steps       {student.steps} an epoch of {images} images",
         f"device      {setup.device}, amp {settings.amp}, {setup.ranks.world} process(es)",
         f"student     {settings.student}, {_count(nets.student)}",
     ]
@@ -37,12 +35,16 @@ def plan(settings: Settings) -> str:
         lines.append(f"teacher     {settings.teacher}, {_count(nets.teacher)}, {source}")
         lines.append(f"            {_normalisation(nets.teacher)}")
     lines += [f"skipped     {fault}" for fault in setup.skipped]
+    epoch = 0
     for number, (stage, task) in enumerate(zip(stages(settings), setup.tasks, strict=True), 1):
         options = ", ".join(f"{key}={value!r}" for key, value in stage.options.items())
         lines.append(
             f"stage {number}     {stage.task}({options}), {stage.epochs} epochs, {stage.opt}, lr {stage.lr:g}, "
             f"weight decay {stage.weight_decay:g}, {stage.sched}, {stage.warmup_epochs} to warm up"
         )
+        images = f"{settings.accumulate} x {stage.batch_size} x {setup.ranks.world}"
+        lines.append(f"            {student.steps(epoch)} steps an epoch of {images} images")
+        epoch += stage.epochs
         module = unwrap_model(task.get_trainable_module())
         beside = sum(p.numel() for p in module.parameters()) - sum(p.numel() for p in task.network.parameters())
         if beside:
@@ -110,7 +112,7 @@ def estimate(setup: Setup, trainee: Trainee) -> dict[str, float]:
         "gradients": own / shards,
         "optimiser": own * states * (1 + settings.baseline) / shards,
         "teacher": theirs,
-        "activations": max(0.0, two + slope * (settings.batch_size - 2)),
+        "activations": max(0.0, two + slope * (cast(int, trainee.stages[0].batch_size) - 2)),
     }
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from . import InputError, ranks
 from .clock import LossClock
-from .data import Data, create_loaders, find_unreadable, leave_out, open_data, seed_all, take_share
+from .data import Data, Loader, create_loaders, find_unreadable, leave_out, open_data, seed_all, take_share
 from .loop import AMP_DTYPES, Trainee, criterion, shard
 from .models import create_model, load_weights, pretrained_cfg
 from .ranks import ALONE, Ranks
@@ -89,6 +89,10 @@ def check_settings(settings: Settings) -> None:
             raise InputError(f"--task: needs one of {', '.join(TASKS)}, got {stage.task!r}")
         if stage.epochs < 1:
             raise InputError(f"--stage: {stage.task} needs an epoch at least, got {stage.epochs}")
+        if not isinstance(stage.batch_size, int) or stage.batch_size < 1:
+            raise InputError(f"--stage: {stage.task} needs a batch_size of 1 at least, got {stage.batch_size!r}")
+        if (settings.mixup > 0 or settings.cutmix > 0) and stage.batch_size % 2:
+            raise InputError(f"--mixup: needs an even --batch-size, got {stage.batch_size}")
     if wants_teacher(settings):
         if settings.teacher is None:
             raise InputError("--teacher: a folder of images needs the name of a timm model to learn from")
@@ -99,13 +103,14 @@ def check_settings(settings: Settings) -> None:
             )
     if settings.amp not in AMP_DTYPES:
         raise InputError(f"--amp: {settings.amp} is not one of {', '.join(AMP_DTYPES)}")
-    if (settings.mixup > 0 or settings.cutmix > 0) and settings.batch_size % 2:
-        raise InputError(f"--mixup: needs an even --batch-size, got {settings.batch_size}")
     if settings.shard and (settings.ema is not None or settings.compile):
         raise InputError("--shard: works neither with --ema nor with --compile")
-    if settings.teacher_cache is not None and (settings.augment or settings.mixup or settings.cutmix or settings.erase):
+    own_images = any(stage.augment_args is not None for stage in settings.stages)
+    changing = settings.augment or settings.mixup or settings.cutmix or settings.erase or own_images
+    if settings.teacher_cache is not None and changing:
         raise InputError(
-            "--teacher-cache: needs the same images in every epoch: --no-augment, without --mixup, --cutmix and --erase"
+            "--teacher-cache: needs the same images in every epoch: --no-augment, without --mixup, --cutmix, "
+            "--erase and a stage's own augment_args"
         )
 
 
@@ -194,9 +199,8 @@ def create_trainees(
 ) -> tuple[Trainee | None, list[Trainee]]:
     """The teacher, and one or two copies of the student, each with what trains it."""
     loading: dict[str, Any] = {
-        "img_size": nets.img_size, "batch_size": settings.batch_size, "augment": settings.augment,
-        "augmentation": settings.augment_args, "workers": settings.workers, "device": device, "ranks": own,
-        "seed": settings.seed,
+        "img_size": nets.img_size, "augment": settings.augment, "workers": settings.workers, "device": device,
+        "ranks": own, "seed": settings.seed,
     }  # fmt: skip
     loss = criterion(settings.mixup > 0 or settings.cutmix > 0, settings.smoothing)
 
@@ -232,34 +236,50 @@ def create_trainees(
             "cosine",
             1,
             settings.min_lr,
+            batch_size=settings.batch_size,
+            augment_args=settings.augment_args,
         )
-        loaders = create_loaders(data, nets.teacher, **loading)
-        unsharded = dataclasses.replace(settings, shard=False, opt_args={})
-        teacher = Trainee("teacher", nets.teacher, (stage,), plain, loaders, unsharded, **common)
+        loaders = stage_loaders(data, nets.teacher, (stage,), **loading)
+        unsharded = dataclasses.replace(settings, shard=False)
+        teacher = Trainee("teacher", nets.teacher, (stage,), plain, *loaders, unsharded, **common)
 
     if settings.shard:
         loading["val_ranks"] = ALONE  # a sharded forward pass needs all ranks at it
-    loaders = create_loaders(data, nets.student, repeats=settings.aug_repeats, **loading)
     plan = stages(settings)
+    loaders = stage_loaders(data, nets.student, plan, repeats=settings.aug_repeats, **loading)
     students = []
     if settings.baseline and any(stage.task != "none" for stage in plan):
         # The same schedule without the teacher.
         alone = tuple(dataclasses.replace(stage, task="none", options={}) for stage in plan)
         copied = copy.deepcopy(nets.student)
-        students.append(Trainee("student alone", copied, alone, plain, loaders, settings, ema=settings.ema, **common))
-    logits: Callable[[int, int], Tensor] | None = None
+        students.append(Trainee("student alone", copied, alone, plain, *loaders, settings, ema=settings.ema, **common))
+    logits: Callable[[list[int]], Tensor] | None = None
     if cache is not None:
-        batches = loaders[0].batches
-        assert batches is not None
-        logits = lambda epoch, number: cache.rows(batches.indices(epoch, number)).to(device)  # noqa: E731
+        logits = lambda indices: cache.rows(indices).to(device)  # noqa: E731
     clock = LossClock()
     students.append(
         Trainee(
-            "student distilled", nets.student, plan, task_for(nets.teacher, clock), loaders, settings,
+            "student distilled", nets.student, plan, task_for(nets.teacher, clock), *loaders, settings,
             ema=settings.ema, clock=clock, teacher_logits=logits, **common,
         )
     )  # fmt: skip
     return teacher, students
+
+
+def stage_loaders(
+    data: Data, network: nn.Module, plan: tuple[Stage, ...], **loading: Any
+) -> tuple[tuple[Loader, ...], Loader]:
+    """The training images of each stage, one loader for all that want the same, and the validation images."""
+    made: list[tuple[Loader, Loader]] = []
+    for number, stage in enumerate(plan):
+        wanted = stage.batch_size, stage.augment_args
+        same = (i for i in range(number) if (plan[i].batch_size, plan[i].augment_args) == wanted)
+        if (i := next(same, None)) is not None:
+            made.append(made[i])
+        else:
+            own: dict[str, Any] = {"batch_size": stage.batch_size, "augmentation": stage.augment_args}
+            made.append(create_loaders(data, network, **own, **loading))
+    return tuple(training for training, _ in made), made[0][1]
 
 
 def check_stages(trainee: Trainee) -> list[TrainingTask]:

@@ -337,6 +337,12 @@ def _cikd() -> Recipe:
         warmup_epochs=(15, readme),
         min_lr=(1e-6, code),
         layer_decay=(0.75, code),
+        opt_args=({}, f"{OURS}: AdamW's own"),
+        batch_size=(512, code),
+        augment_args=(
+            {"scale": (0.08, 1.0), "auto_augment": "rand-m10-n1-p1.0-mstd101", "interpolation": "bicubic"},
+            f"{code}, its TrivialAugmentWide as one operation of RandAugment at a uniform strength",
+        ),
     )
     return _recipe(
         "cikd-vit-tiny",
@@ -368,8 +374,7 @@ def _cikd() -> Recipe:
             "the student's blocks between have 12 heads as well, the code's 6",
             "drop-path grows with depth to 0.1 in the last block; the code has 0.1 in all but the first and the last",
             "in the first stage the code shows the teacher the images without colour jitter",
-            "the second stage of the code has batches of 512, crops down to 0.08 and TrivialAugmentWide; here it has "
-            "the batches and images of the first",
+            "the second stage's augmentation is one operation of RandAugment's, in the code of TrivialAugmentWide's",
         ),
     )
 

@@ -20,6 +20,9 @@ class Stage:
     warmup_epochs: int | None = None
     min_lr: float | None = None
     layer_decay: float | None = None
+    opt_args: Mapping[str, Any] | None = None
+    batch_size: int | None = None
+    augment_args: Mapping[str, Any] | None = None
 
 
 STAGE_FIELDS = tuple(item.name for item in dataclasses.fields(Stage))[3:]  # what falls back on the run's

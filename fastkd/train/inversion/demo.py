@@ -188,7 +188,7 @@ def train_teacher(seed: int, out: Path) -> float:
 
     trainee.create_task = against_an_adversary
     fit(trainee)
-    update_bn(trainee.loader, trainee.network)  # the statistics of images that nobody moved
+    update_bn(trainee.loaders[0], trainee.network)  # the statistics of images that nobody moved
     top1 = trainee.evaluate()
     folder = out / f"seed{seed}"
     folder.mkdir()
@@ -218,10 +218,10 @@ def climb(rung: str, seed: int, out: Path, images: int) -> Outcome:
 def fit(trainee: Trainee) -> None:
     """All epochs."""
     trainee.begin(0)
-    with tqdm(total=trainee.epochs * len(trainee.loader), desc=trainee.label, unit="step", disable=None) as bar:
+    with tqdm(total=trainee.before[-1], desc=trainee.label, unit="step", disable=None) as bar:
         for epoch in range(trainee.epochs):
             for _ in trainee.train_epoch(epoch, bar):
-                bar.update()
+                pass
 
 
 def read(images: Sequence[Image.Image], labels: Sequence[int]) -> float:
