@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 import triton
-from fastkd_kernels import attention, moments, prior, relation
+from fastkd_kernels import attention, logits, moments, prior, relation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -103,6 +103,17 @@ def _prior() -> Iterator[Variant]:
         pointers = dict.fromkeys(("partial_ptr", "slopes_ptr", "of_image_ptr"), "fp32")
         pointers |= dict.fromkeys(("x_ptr", "dx_ptr"), dtype)
         yield Variant(kernel, _signature(kernel, pointers, constants), constants, {"num_warps": num_warps})
+
+
+def _logits() -> Iterator[Variant]:
+    kernel = logits._softmax_kl_kernel
+    for dtype, (BLOCK, num_warps), has_target in product(DTYPES, logits.BLOCKS, (False, True)):
+        constants = {"HAS_TARGET": has_target, "HAS_GRAD": True, "BLOCK": BLOCK, "stride_sc": 1, "stride_tc": 1}
+        pointers = {"s_ptr": dtype, "t_ptr": dtype, "target_ptr": "i64", "kl_ptr": "fp32", "ds_ptr": "fp32"}
+        signature = _signature(kernel, pointers, constants)
+        signature |= dict.fromkeys(("alpha", "beta", "inv_temperature"), "fp32")
+        aligned = frozenset({*pointers, "stride_sb", "stride_tb", "C"})
+        yield Variant(kernel, signature, constants, {"num_warps": num_warps}, aligned)
 
 
 def _relation_variant(
@@ -226,4 +237,4 @@ def _attention() -> Iterator[Variant]:
 
 
 def variants() -> list[Variant]:
-    return [*_moments(), *_prior(), *_relation(), *_attention()]
+    return [*_logits(), *_moments(), *_prior(), *_relation(), *_attention()]

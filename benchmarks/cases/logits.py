@@ -47,4 +47,3 @@ CASES = (
         for loss in ("soft_target", "dkd", "nkd")
     ),
 )
-"""No bars: these are PyTorch operations on every backend, right where the papers' forms are not."""

@@ -44,25 +44,7 @@ Divergence divergence_of(const std::string& name) {
                                 : Divergence::kScoreMSE;
 }
 
-template <typename T>
-constexpr T kNever = -std::numeric_limits<T>::infinity();
-
 // Rows of scores: lengths n are whole vectors (kLanes), -inf beyond the last key.
-
-// The maximum of z, 0 where that is -inf.
-template <typename T>
-FASTKD_MULTIVERSION T max_row(const T* z, int64_t n) {
-  n = n / kLanes * kLanes;
-  Lanes<T> lanes(kNever<T>);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      lanes[l] = lanes[l] < z[j] ? z[j] : lanes[l];
-    }
-  const T m = lanes.max();
-  return m == kNever<T> ? T(0) : m;
-}
 
 template <typename T>
 T scaled_max_row(T* z, int64_t n, T scale) {

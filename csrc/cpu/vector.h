@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -205,6 +206,24 @@ static FASTKD_MULTIVERSION void convert_row(const scalar_t* src, int64_t stride,
   } else {
     for (int64_t d = 0; d < D; ++d) out[d] = static_cast<acc_t>(src[d * stride]) * scale;
   }
+}
+
+template <typename T>
+constexpr T kNever = -std::numeric_limits<T>::infinity();
+
+// The maximum of z, whole vectors long, 0 where that is -inf.
+template <typename T>
+static FASTKD_MULTIVERSION T max_row(const T* z, int64_t n) {
+  n = n / kLanes * kLanes;
+  Lanes<T> lanes(kNever<T>);
+  for (int64_t first = 0; first < n; first += kLanes)
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t j = first + l;
+      lanes[l] = lanes[l] < z[j] ? z[j] : lanes[l];
+    }
+  const T m = lanes.max();
+  return m == kNever<T> ? T(0) : m;
 }
 
 // x times scale, rounded once.

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SCALE_CHUNK = 1 << 16  # elements; bounds the float32 temporaries of a mixed-dtype product, and keeps them in cache
+_SCALE_CHUNK = 1 << 16  # elements; on a CPU a product of mixed dtypes converts its operands first, here within cache
 
 
 def wants_grad(*tensors: Tensor) -> bool:
@@ -61,7 +61,7 @@ def _is_last_use(dloss: Tensor) -> bool:
 
 
 def scaled(stored: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
-    """stored * dloss, rounded once to dtype: the product is taken in float32 or better.
+    """stored * dloss (one number, or one per row), rounded once to dtype: the product is in float32 or better.
 
     A new tensor unless nobody can read stored again, which then becomes the product: on CPUs the pages of a new one
     cost up to a quarter of a whole loss. A pack hook (torch.autograd.graph.saved_tensors_hooks) that keeps the very
@@ -73,12 +73,14 @@ def scaled(stored: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
     if stored.dtype == dtype and (stored.device.type == "cpu" or dtype in (torch.float32, torch.float64)):
         if not _is_last_use(dloss):
             return stored * dloss
-        return stored if dloss.device.type == "cpu" and dloss.item() == 1 else stored.mul_(dloss)
-    if dtype in (torch.float32, torch.float64):
+        return stored if dloss.numel() == 1 and dloss.device.type == "cpu" and dloss.item() == 1 else stored.mul_(dloss)
+    if dtype in (torch.float32, torch.float64) or dloss.numel() > 1:
         return (stored * dloss).to(dtype)
     out = torch.empty_like(stored, dtype=dtype)
     # A one-element tensor, unlike a 0-dim one, keeps its dtype in promotion: dloss is not rounded to 16 bits.
     dloss = dloss.reshape(1)
+    if stored.device.type != "cpu":  # one kernel, which converts as it reads
+        return torch.mul(stored, dloss, out=out)
     for o, g in zip(out.view(-1).split(_SCALE_CHUNK), stored.view(-1).split(_SCALE_CHUNK), strict=True):
         torch.mul(g, dloss, out=o)
     return out

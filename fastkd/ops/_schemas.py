@@ -276,3 +276,28 @@ _register(
     f"(Tensor drows, {_ATTENTION_INPUTS}, {_ATTENTION_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dbias)",
     _attention_bwd,
 )
+
+
+def _softmax_kl(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    acc = accumulator(student, teacher)
+    dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=acc)
+    return student.new_empty(len(student), dtype=acc), dstudent
+
+
+# kl: (B,), beta KL of softmax(teacher / T) against softmax(student / T); with a target (B,) that of the other classes
+# among themselves, plus alpha KL of (target, others). dstudent: the gradient of each row's own.
+_register(
+    "logits",
+    "softmax_kl",
+    "(Tensor student, Tensor teacher, Tensor? target, float alpha, float beta, float temperature, bool with_grad)"
+    " -> (Tensor kl, Tensor dstudent)",
+    _softmax_kl,
+)

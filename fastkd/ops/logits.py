@@ -1,18 +1,17 @@
-"""Losses of logits (B, C): PyTorch operations alone, no kernels of their own; right at any size and near a match."""
+"""Losses of logits (B, C), right at any size and near a match. The divergence of two softmaxes has kernels."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import once, refuse_transforms
-from fastkd.ops._dispatch import Backend, resolve_plain
+from fastkd.ops._autograd import once, refuse_transforms, scaled, wants_grad
+from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
 
 LogitReduction = Literal["batchmean", "mean", "sum", "none"]
-CHUNK = 1 << 17  # elements on a CPU: what is between stays in the caches of its cores
 
 
 def _check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str], temperature: float) -> None:
@@ -54,38 +53,33 @@ def _at_target(target: Tensor, C: int) -> Tensor:
 
 
 class _KL(torch.autograd.Function):
-    """KL(q‖p) = Σ q (e^u - 1 - u) of each row, p, q the softmax of s/T, t/T and u = log p - log q; d/ds = (p - q)/T.
-
-    No term is negative, so none cancels another: q (log q - log p) would lose half the digits near a match. A class of
-    logit -inf contributes nothing where the teacher's is, +inf where the student's alone is.
-    """
+    """(B,) divergences of the rows; `about` is what the operator takes behind student and teacher, a constant."""
 
     @staticmethod
-    def forward(ctx: Any, s: Tensor, t: Tensor, temperature: float) -> Tensor:
-        ds, kl = torch.empty_like(s), s.new_empty(len(s))
-        rows = max(CHUNK // s.shape[1], 1) if s.device.type == "cpu" else len(s)
-        for first in range(0, len(s), rows):
-            i = slice(first, first + rows)
-            z_s, z_t = s[i] / temperature, t[i] / temperature
-            lse_s, lse_t = z_s.logsumexp(-1, keepdim=True), z_t.logsumexp(-1, keepdim=True)
-            u = (z_s - z_t).sub_(lse_s - lse_t)  # log p - log q, and one rounding error for the whole row
-            p, q = z_s.sub_(lse_s).exp_(), z_t.sub_(lse_t).exp_()
-            excess = torch.where(u < 1, torch.expm1(u).mul_(q), p - q)  # p - q
-            kl[i] = (excess - u.mul_(q).masked_fill_(q == 0, 0)).sum(-1)
-            # Σ (p - q) = 0: what is left of it is that error, harmless in the sum above but not in the gradient.
-            torch.addcmul(excess, p, excess.sum(-1, keepdim=True), value=-1, out=ds[i]).div_(temperature)
-        ctx.save_for_backward(ds)
-        return kl
+    def forward(ctx: Any, impl: Backend, student: Tensor, teacher: Tensor, *about: Any) -> Tensor:
+        kl, dstudent = call(impl, "softmax_kl", student, teacher, *about)
+        ctx.save_for_backward(dstudent)
+        ctx.dtype, ctx.n_about = student.dtype, len(about)
+        return cast(Tensor, kl)
 
     @staticmethod
-    def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor, None, None]:
-        (ds,) = ctx.saved_tensors
-        return dkl[:, None] * ds, None, None
+    def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor | None, ...]:
+        (dstudent,) = ctx.saved_tensors
+        return None, scaled(dstudent, dkl[:, None], ctx.dtype), *(None,) * (1 + ctx.n_about)
 
 
-def _kl(s: Tensor, t: Tensor, temperature: float = 1.0) -> Tensor:
-    """(B,) divergences; s differentiable once, t a constant."""
-    return _KL.apply(s, t, temperature)
+def _kl(
+    backend: Backend,
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    target: Tensor | None = None,
+    alpha: float = 0.0,
+    beta: float = 1.0,
+) -> Tensor:
+    impl = resolve(backend, "softmax_kl", student, teacher)
+    about = target, alpha, beta, temperature, wants_grad(student)
+    return cast(Tensor, _KL.apply(impl, student, teacher, *about))
 
 
 def soft_target_loss(
@@ -105,7 +99,7 @@ def soft_target_loss(
         teacher: (B, C), its dtype may differ. A constant.
         temperature: T > 0.
         reduction: "batchmean" divides by B, "mean" by B C (DeiT's code), "sum" by nothing; "none" gives (B,).
-        backend: "auto" or "eager": PyTorch operations alone.
+        backend: "auto", "eager", "native" or "triton".
 
     Returns:
         Scalar or (B,), float32 (float64 if an input is).
@@ -114,15 +108,13 @@ def soft_target_loss(
         TypeError: not floating-point tensors.
         ValueError: shapes that differ or are empty, devices that differ, temperature <= 0, an unknown reduction, a
             teacher that requires a gradient.
-        RuntimeError: a backend that this loss has not; differentiated twice; under vmap or torch.func.
+        RuntimeError: the named backend cannot run here; differentiated twice; under vmap or torch.func.
     """
     _check_pair(student, teacher, ("student", "teacher"), temperature)
     check.one_of("reduction", reduction, ("batchmean", "mean", "sum", "none"))
     check.constant("teacher", teacher)
-    resolve_plain(backend, "soft_target_loss")
     refuse_transforms("soft_target_loss")
-    acc = accumulator(student, teacher)
-    loss = temperature**2 * _kl(student.to(acc), teacher.to(acc), temperature)
+    loss = temperature**2 * _kl(backend, student, teacher, temperature)
     if reduction != "none":
         loss = loss.sum() / {"batchmean": len(student), "mean": student.numel(), "sum": 1}[reduction]
     return once(loss, "soft_target_loss")
@@ -151,7 +143,7 @@ def dkd_loss(
         label: (B,) class indices, or one int for all. On the device of student, or moved there.
         alpha, beta: weights >= 0 of the two terms.
         temperature: T > 0.
-        backend: "auto" or "eager": PyTorch operations alone.
+        backend: "auto", "eager", "native" or "triton".
 
     Returns:
         Scalar, float32 (float64 if an input is).
@@ -160,29 +152,17 @@ def dkd_loss(
         TypeError: not floating-point tensors, label not of integers.
         ValueError: shapes that do not fit or are empty, fewer than 2 classes, devices that differ, temperature <= 0, a
             weight < 0, an int label outside [0, C), a teacher that requires a gradient.
-        RuntimeError: a backend that this loss has not; a label out of range; differentiated twice; under vmap or
+        RuntimeError: the named backend cannot run here; a label out of range; differentiated twice; under vmap or
             torch.func.
     """
     _check_pair(student, teacher, ("student", "teacher"), temperature)
     check.number("alpha", alpha, low=0)
     check.number("beta", beta, low=0)
     check.constant("teacher", teacher)
-    resolve_plain(backend, "dkd_loss")
     refuse_transforms("dkd_loss")
-    target = _target(label, student, mixed=False)
-    acc = accumulator(student, teacher)
-    s, t = student.to(acc), teacher.to(acc)
-    at_target = _at_target(target, s.shape[1])
-    s_others, t_others = (z.masked_fill(at_target, -math.inf) for z in (s, t))
-
-    def binary(z: Tensor, others: Tensor) -> Tensor:
-        """Two logits whose softmax is (p_y, 1 - p_y), also where one of them rounds to 1."""
-        odds = z.gather(1, target) / temperature - (others / temperature).logsumexp(-1, keepdim=True)
-        return torch.cat([odds, torch.zeros_like(odds)], -1)
-
-    tckd = _kl(binary(s, s_others), binary(t, t_others)).mean()
-    nckd = _kl(s_others, t_others, temperature).mean()
-    return once(temperature**2 * (alpha * tckd + beta * nckd), "dkd_loss")
+    target = _target(label, student, mixed=False).squeeze(1)
+    kl = _kl(backend, student, teacher, temperature, target, alpha, beta)
+    return once(temperature**2 * kl.mean(), "dkd_loss")
 
 
 def nkd_loss(

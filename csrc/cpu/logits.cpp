@@ -1,0 +1,192 @@
+// KL divergence of the softmaxes of two rows of logits, whole or split at a target, and its gradient, a row at a time.
+#include "common.h"
+#include "cpu/vector.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+namespace fastkd {
+namespace {
+
+constexpr int64_t kGrain = 1 << 13;  // logits per task below which threads cost more than they bring
+
+// e^x - 1 for x < 1.
+FASTKD_INLINE float expm1_of(float x) {
+  float p = 2.4801587302e-5f;
+  p = p * x + 1.9841269841e-4f;
+  p = p * x + 1.3888888889e-3f;
+  p = p * x + 8.3333333333e-3f;
+  p = p * x + 4.1666666667e-2f;
+  p = p * x + 1.6666666667e-1f;
+  p = p * x + 0.5f;
+  const float near = p * (x * x) + x;
+  return x > -0.5f && x < 0.5f ? near : exp_of(x) - 1.f;
+}
+
+FASTKD_INLINE double expm1_of(double x) {
+  return std::expm1(x);
+}
+
+template <typename T>
+struct Pair {
+  T s, t;  // of the student, of the teacher
+};
+
+// e^((s - m_s)/T) in place of s, e^((t - m_t)/T) in place of t, (s - t)/T to d; the sums of both exponentials.
+template <typename T>
+FASTKD_MULTIVERSION Pair<T> exp_rows(T* s, T* t, T* d, int64_t n, Pair<T> m, T inv_temperature) {
+  n = n / kLanes * kLanes;
+  Lanes<T> l_s(0), l_t(0);
+  for (int64_t first = 0; first < n; first += kLanes)
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t j = first + l;
+      d[j] = (s[j] - t[j]) * inv_temperature;
+      s[j] = exp_of((s[j] - m.s) * inv_temperature);
+      t[j] = exp_of((t[j] - m.t) * inv_temperature);
+      l_s[l] += s[j];
+      l_t[l] += t[j];
+    }
+  return {l_s.sum(), l_t.sum()};
+}
+
+template <typename T>
+struct Divergence {
+  T kl, excess;  // of a row; Σ (p - q) as computed, which is the rounding of the sums that p and q were divided by
+};
+
+// Of e^s, e^t and d: KL = Σ q (e^u - 1 - u), no term of which is negative, with u = d - shift = log(p/q). p - q in
+// place of d, as q (e^u - 1) where that has more digits. A class of probability 0 on both sides adds nothing.
+template <typename T>
+FASTKD_MULTIVERSION Divergence<T> kl_row(const T* s, const T* t, T* d, int64_t n, Pair<T> inv_l, T shift) {
+  n = n / kLanes * kLanes;
+  Lanes<T> kl(0), excess(0);
+  for (int64_t first = 0; first < n; first += kLanes)
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t j = first + l;
+      const T u = d[j] - shift, p = s[j] * inv_l.s, q = t[j] * inv_l.t;
+      const T x = u < 1 ? expm1_of(u) * q : p - q;
+      kl[l] += x - (q == 0 ? T(0) : u * q);
+      excess[l] += x;
+      d[j] = x;
+    }
+  return {kl.sum(), excess.sum()};
+}
+
+// d a - s b to ds.
+template <typename T>
+FASTKD_MULTIVERSION void gradient_row(const T* d, const T* s, T* ds, int64_t C, T a, T b) {
+#pragma omp simd
+  for (int64_t j = 0; j < C; ++j) ds[j] = d[j] * a - s[j] * b;
+}
+
+// Of the distributions (q, 1 - q) and (p, 1 - p), each given by its log-odds: KL and p - q.
+struct Binary {
+  double kl, difference;
+
+  Binary(double of_p, double of_q) {
+    const double p = probability(of_p), q = probability(of_q), other_q = probability(-of_q);
+    const double of_target = log_probability(of_q) - log_probability(of_p);
+    const double of_others = log_probability(-of_q) - log_probability(-of_p);
+    kl = (q == 0 ? 0 : q * of_target) + (other_q == 0 ? 0 : other_q * of_others);
+    difference = p - q;
+  }
+
+ private:
+  static double probability(double odds) { return 1 / (1 + std::exp(-odds)); }
+  static double log_probability(double odds) { return std::min(odds, 0.) - std::log1p(std::exp(-std::abs(odds))); }
+};
+
+// Row b in the accumulation dtype, -inf up to a whole vector.
+template <typename acc_t>
+void load_row(const at::Tensor& x, int64_t b, acc_t* out) {
+  const int64_t C = x.size(1);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "softmax_kl_cpu", [&] {
+    convert_row<scalar_t, acc_t>(x.const_data_ptr<scalar_t>() + b * x.stride(0), x.stride(1), C, 1, out);
+  });
+  std::fill(out + C, out + padded(C), kNever<acc_t>);
+}
+
+// Of row b: α KL(target | the others) + β KL(among the others); without a target, β KL of the whole rows.
+template <typename acc_t>
+struct Rows {
+  const at::Tensor &student, &teacher;
+  const int64_t* target;  // null: none
+  acc_t* dstudent;        // null: not wanted
+  double alpha, beta;
+  acc_t inv_temperature;
+
+  acc_t operator()(int64_t b, acc_t* s, acc_t* t, acc_t* d) const {
+    const int64_t C = student.size(1), n = padded(C);
+    load_row(student, b, s);
+    load_row(teacher, b, t);
+    Pair<acc_t> at_target{};
+    if (target != nullptr) {
+      at_target = {s[target[b]], t[target[b]]};
+      s[target[b]] = t[target[b]] = kNever<acc_t>;
+    }
+    const Pair<acc_t> m{max_row<acc_t>(s, n), max_row<acc_t>(t, n)};
+    const auto l = exp_rows<acc_t>(s, t, d, n, m, inv_temperature);
+    const acc_t shift = (m.s - m.t) * inv_temperature + std::log(l.s / l.t);
+    const auto [kl, excess] = kl_row<acc_t>(s, t, d, n, {1 / l.s, 1 / l.t}, shift);
+
+    const auto odds = [&](double z, double of_max, double sum) {
+      return (z - of_max) * inv_temperature - std::log(sum);
+    };
+    const Binary binary(odds(at_target.s, m.s, l.s), odds(at_target.t, m.t, l.t));
+    const double difference = target == nullptr ? 0 : alpha * binary.difference;
+    if (dstudent != nullptr) {
+      acc_t* ds = dstudent + b * C;
+      const auto of_p = static_cast<acc_t>((beta * excess + difference) / l.s) * inv_temperature;
+      gradient_row<acc_t>(d, s, ds, C, static_cast<acc_t>(beta) * inv_temperature, of_p);
+      if (target != nullptr) ds[target[b]] = static_cast<acc_t>(difference) * inv_temperature;
+    }
+    return static_cast<acc_t>(beta * kl + (target == nullptr ? 0 : alpha * binary.kl));
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> softmax_kl_cpu(
+    const at::Tensor& student,                // (B, C)
+    const at::Tensor& teacher,                // (B, C)
+    const std::optional<at::Tensor>& target,  // (B), int64
+    double alpha,
+    double beta,
+    double temperature,
+    bool with_grad) {
+  const int64_t B = student.size(0), C = student.size(1), n = padded(C);
+  const auto options = student.options().dtype(at::promote_types(accumulator(student), accumulator(teacher)));
+  auto kl = at::empty({B}, options);
+  auto dstudent = with_grad ? at::empty({B, C}, options) : at::empty({0}, options);
+  const auto index = target ? target->contiguous() : at::Tensor();
+  AT_DISPATCH_FLOATING_TYPES(kl.scalar_type(), "softmax_kl_cpu", [&] {
+    const Rows<scalar_t> rows{
+        student,
+        teacher,
+        target ? index.const_data_ptr<int64_t>() : nullptr,
+        with_grad ? dstudent.mutable_data_ptr<scalar_t>() : nullptr,
+        alpha,
+        beta,
+        static_cast<scalar_t>(1 / temperature)};
+    auto* out = kl.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, B, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
+      Buffer<scalar_t> held(3 * n);
+      for (int64_t b = begin; b < end; ++b) out[b] = rows(b, held.data(), held.data() + n, held.data() + 2 * n);
+    });
+  });
+  return {kl, dstudent};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("softmax_kl", &softmax_kl_cpu);
+}
+
+}  // namespace fastkd

@@ -1,0 +1,65 @@
+"""KL divergence of softmaxes, whole or split at a target class, on CPUs a few rows at a time."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd._precision import accumulator
+
+CHUNK = 1 << 17  # elements on a CPU: what is between stays in the caches of its cores
+
+
+def softmax_kl(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """KL(q‖p) = Σ q (e^u - 1 - u), with p, q the softmax of s/T, t/T and u = log p - log q; d/ds = (p - q)/T.
+
+    No term is negative, so none cancels another: q (log q - log p) would lose half the digits near a match. A class of
+    logit -inf contributes nothing where the teacher's is, +inf where the student's alone is.
+    """
+    acc, (B, C) = accumulator(student, teacher), student.shape
+    dstudent = student.new_empty((B, C) if with_grad else (0,), dtype=acc)
+    kl = student.new_empty(B, dtype=acc)
+    rows = max(CHUNK // C, 1) if student.device.type == "cpu" else B
+    for first in range(0, B, rows):
+        i = slice(first, first + rows)
+        z_s, z_t = student[i].to(acc) / temperature, teacher[i].to(acc) / temperature
+        if target is not None:
+            y = target[i, None]
+            y_s, y_t = z_s.gather(1, y), z_t.gather(1, y)
+            z_s.scatter_(1, y, -math.inf)
+            z_t.scatter_(1, y, -math.inf)
+        lse_s, lse_t = z_s.logsumexp(-1, keepdim=True), z_t.logsumexp(-1, keepdim=True)
+        u = (z_s - z_t).sub_(lse_s - lse_t)  # log p - log q, and one rounding error for the whole row
+        p, q = z_s.sub_(lse_s).exp_(), z_t.sub_(lse_t).exp_()
+        excess = torch.where(u < 1, torch.expm1(u).mul_(q), p - q)  # p - q
+        kl[i] = beta * (excess - u.mul_(q).masked_fill_(q == 0, 0)).sum(-1)
+        # Σ (p - q) = 0: what is left of it is that error, harmless in the sum above but not in the gradient.
+        of_p = -beta * excess.sum(-1, keepdim=True)
+        if target is not None:
+            binary, difference = _binary_kl(y_s - lse_s, y_t - lse_t)
+            kl[i] += alpha * binary.squeeze(1)
+            of_p -= alpha * difference
+        if with_grad:
+            torch.addcmul(excess.mul_(beta), p, of_p, out=dstudent[i])
+            if target is not None:
+                dstudent[i].scatter_(1, y, alpha * difference)
+            dstudent[i].div_(temperature)
+    return kl, dstudent
+
+
+def _binary_kl(of_p: Tensor, of_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL of (q, 1 - q) against (p, 1 - p), each given by its log-odds, and p - q; in float64, a number a row."""
+    p, q = of_p.double(), of_q.double()
+    kl = torch.zeros_like(p)
+    for a, b in ((p, q), (-p, -q)):
+        kl += (b.sigmoid() * (F.logsigmoid(b) - F.logsigmoid(a))).masked_fill_(b == -math.inf, 0)
+    return kl.to(of_p.dtype), (p.sigmoid() - q.sigmoid()).to(of_p.dtype)

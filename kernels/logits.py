@@ -1,0 +1,156 @@
+"""KL divergence of the softmaxes of two rows of logits, whole or split at a target: one program per row.
+
+With z = logits / T, u = log(p/q):  KL = Σ q (e^u - 1 - u), dz = p - q. A row is read three times, from L2 after the
+first: for the sums of the exponentials, for those of the divergence, for the gradient.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# (BLOCK, num_warps) by the longest row taken at once, the same on every architecture: the kernel only streams memory.
+BLOCKS = ((1024, 4), (4096, 8))
+
+
+@triton.jit
+def _row(ptr, j, C, stride, target):
+    """Columns j in float32; -inf at the target and beyond the last."""
+    z = tl.load(ptr + j.to(tl.int64) * stride, mask=j < C, other=-float("inf")).to(tl.float32)
+    return tl.where(j == target, -float("inf"), z)
+
+
+@triton.jit
+def _add_exponentials(m, total, z, inv_temperature):
+    """The maximum and Σ e^((z - m)/T) with those of another block; (-inf, 0) before the first."""
+    new = tl.maximum(m, tl.max(z, 0))
+    base = tl.where(new == -float("inf"), 0.0, new)
+    return new, total * tl.exp((m - base) * inv_temperature) + tl.sum(tl.exp((z - base) * inv_temperature), 0)
+
+
+@triton.jit
+def _expm1(x):
+    """e^x - 1 for x < 1."""
+    p = x * 2.4801587302e-5 + 1.9841269841e-4
+    p = p * x + 1.3888888889e-3
+    p = p * x + 8.3333333333e-3
+    p = p * x + 4.1666666667e-2
+    p = p * x + 1.6666666667e-1
+    p = p * x + 0.5
+    return tl.where(tl.abs(x) < 0.5, p * (x * x) + x, tl.exp(tl.minimum(x, 1.0)) - 1.0)
+
+
+@triton.jit
+def _difference(s, t, m_s, m_t, inv_l_s, inv_l_t, shift, inv_temperature):
+    """p, q, u = log(p/q) and p - q, as q (e^u - 1) where that has more digits."""
+    absent = (s == -float("inf")) & (t == -float("inf"))
+    u = (tl.where(absent, 0.0, s) - tl.where(absent, 0.0, t)) * inv_temperature - shift
+    p = tl.exp((s - m_s) * inv_temperature) * inv_l_s
+    q = tl.exp((t - m_t) * inv_temperature) * inv_l_t
+    return p, q, u, tl.where(u < 1.0, _expm1(u) * q, p - q)
+
+
+@triton.jit
+def _log_probability(odds):
+    return tl.minimum(odds, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(odds)))
+
+
+@triton.jit
+def _probability(odds):
+    e = tl.exp(-tl.abs(odds))
+    return tl.where(odds < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def _half(odds_p, odds_q):
+    """A term of the KL of two classes."""
+    q = _probability(odds_q)
+    return tl.where(q == 0, 0.0, q * (_log_probability(odds_q) - _log_probability(odds_p)))
+
+
+@triton.jit
+def _softmax_kl_kernel(
+    s_ptr,  # (B, C)
+    t_ptr,  # (B, C)
+    target_ptr,  # (B,); unused unless HAS_TARGET
+    kl_ptr,  # (B,)
+    ds_ptr,  # (B, C), contiguous; unused unless HAS_GRAD
+    stride_sb,
+    stride_sc,
+    stride_tb,
+    stride_tc,
+    C,
+    alpha,
+    beta,
+    inv_temperature,
+    HAS_TARGET: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    s_ptr += b * stride_sb
+    t_ptr += b * stride_tb
+    ds_ptr += b * C
+    target = tl.full((), -1, tl.int64)
+    if HAS_TARGET:
+        target = tl.load(target_ptr + b)
+
+    m_s, l_s = -float("inf"), 0.0
+    m_t, l_t = -float("inf"), 0.0
+    for j0 in range(0, C, BLOCK):
+        j = j0 + tl.arange(0, BLOCK)
+        m_s, l_s = _add_exponentials(m_s, l_s, _row(s_ptr, j, C, stride_sc, target), inv_temperature)
+        m_t, l_t = _add_exponentials(m_t, l_t, _row(t_ptr, j, C, stride_tc, target), inv_temperature)
+    inv_l_s, inv_l_t = 1.0 / l_s, 1.0 / l_t
+    shift = (m_s - m_t) * inv_temperature + tl.log(tl.div_rn(l_s, l_t))  # exactly 0 at a match
+
+    kl = tl.zeros((BLOCK,), tl.float32)
+    excess = tl.zeros((BLOCK,), tl.float32)
+    for j0 in range(0, C, BLOCK):
+        j = j0 + tl.arange(0, BLOCK)
+        s, t = _row(s_ptr, j, C, stride_sc, target), _row(t_ptr, j, C, stride_tc, target)
+        _, q, u, x = _difference(s, t, m_s, m_t, inv_l_s, inv_l_t, shift, inv_temperature)
+        kl += x - tl.where(q == 0.0, 0.0, u * q)
+        excess += x
+    value = beta * tl.sum(kl, 0)
+    # Σ (p - q) = 0: what is left of it is the rounding of the sums that p and q were divided by.
+    of_p = beta * tl.sum(excess, 0)
+    of_target = 0.0
+    if HAS_TARGET:
+        # One number a row, in float64: near a match these are small differences.
+        at_s, at_t = tl.load(s_ptr + target * stride_sc), tl.load(t_ptr + target * stride_tc)
+        odds_p = ((at_s.to(tl.float32) - m_s) * inv_temperature - tl.log(l_s)).to(tl.float64)
+        odds_q = ((at_t.to(tl.float32) - m_t) * inv_temperature - tl.log(l_t)).to(tl.float64)
+        value += alpha * (_half(odds_p, odds_q) + _half(-odds_p, -odds_q)).to(tl.float32)
+        of_target = alpha * (_probability(odds_p) - _probability(odds_q)).to(tl.float32)
+        of_p += of_target
+    tl.store(kl_ptr + b, value)
+
+    if HAS_GRAD:
+        for j0 in range(0, C, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            s, t = _row(s_ptr, j, C, stride_sc, target), _row(t_ptr, j, C, stride_tc, target)
+            p, _, _, x = _difference(s, t, m_s, m_t, inv_l_s, inv_l_t, shift, inv_temperature)
+            dz = tl.where(j == target, of_target, beta * x - p * of_p)
+            tl.store(ds_ptr + j, dz * inv_temperature, mask=j < C)
+
+
+def softmax_kl(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    B, C = student.shape
+    kl = student.new_empty(B, dtype=torch.float32)
+    dstudent = student.new_empty((B, C) if with_grad else (0,), dtype=torch.float32)
+    BLOCK, num_warps = next((block for block in BLOCKS if C <= block[0]), BLOCKS[-1])
+    _softmax_kl_kernel[(B,)](
+        student, teacher, student if target is None else target.contiguous(), kl, dstudent,
+        *student.stride(), *teacher.stride(), C, alpha, beta, 1 / temperature,
+        HAS_TARGET=target is not None, HAS_GRAD=with_grad, BLOCK=BLOCK, num_warps=num_warps,
+    )  # fmt: skip
+    return kl, dstudent
