@@ -3,8 +3,8 @@
 //
 // A group is a channel (or a channel of an image); its items are the elements averaged. A block of kX x kY threads
 // takes kX threads' groups, kY threads' items at a time, so that neighbouring threads read neighbouring addresses:
-// along channels for channels-last, along positions for planes, 16 bytes a thread where alignment allows. Partial
-// moments merge pairwise in a fixed order: no atomics.
+// along channels for channels-last, along positions for planes, 16 bytes a thread (8 of short planes) where alignment
+// allows. Partial moments merge pairwise in a fixed order: no atomics.
 #include "common.cuh"
 
 #include <ATen/Dispatch.h>
@@ -17,7 +17,8 @@ namespace fastkd {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBatch = 4;  // loads a thread has in flight: their mean first, then their deviations from it
+constexpr int kResident = 2;  // blocks that share a multiprocessor at least: 32 KB of loads in flight cover its latency
+constexpr int kWaves = 16;    // blocks of a layer for each multiprocessor, where it has so many
 constexpr int kWarp = 32;
 // Layers of a launch: they are a kernel argument, of at most 4 KB before CUDA 12.1 and 32 KB since.
 #if defined(CUDART_VERSION) && CUDART_VERSION >= 12010
@@ -26,7 +27,7 @@ constexpr int kLayers = 96;
 constexpr int kLayers = 12;
 #endif
 
-enum class Mode : int { kPlanes, kPlanesVector, kColumns, kColumnsVector };
+enum class Mode : int { kPlanes, kPlanesHalf, kPlanesVector, kColumns, kColumnsVector };
 
 template <typename acc_t>
 struct Moments {
@@ -48,7 +49,8 @@ struct Layer {
   void* out;           // y (null without a batch norm) or dx
   PlaneStrides s, g, d;
   int64_t C, HW, W, groups, items, split, first, partial;
-  int64_t block;  // of the launch, its first
+  int64_t pass_n, pass_p;  // images and positions from one load of a thread to its next
+  int64_t block;           // of the launch, its first
   int64_t tiles;
   int splits;
   Mode mode;
@@ -72,19 +74,33 @@ __device__ const Layer& layer_of(const Layers& layers, int64_t block) {
   return layers.layer[low];
 }
 
-__device__ int64_t offset_of(const Layer& l, const PlaneStrides& s, bool per_image, int64_t group, int64_t item) {
-  int64_t n, c, position;
-  if (per_image) {
-    n = group / l.C, c = group % l.C, position = item;
-  } else if (l.items <= 0x7fffffff) {  // 32-bit divisions are several times cheaper
-    const auto i = static_cast<uint32_t>(item), hw = static_cast<uint32_t>(l.HW);
-    n = i / hw, c = group, position = i % hw;
-  } else {
-    n = item / l.HW, c = group, position = item % l.HW;
-  }
-  if (l.HW == l.W) return n * s.b + c * s.c + position * s.w;
-  return n * s.b + c * s.c + position / l.W * s.h + position % l.W * s.w;
+__device__ int64_t group_offset(const Layer& l, const PlaneStrides& s, bool per_image, int64_t group) {
+  return per_image ? group / l.C * s.b + group % l.C * s.c : group * s.c;
 }
+
+// Where a thread's items lie: a division for the first of them, none on the way.
+struct Cursor {
+  int64_t n, position;
+
+  __device__ Cursor(const Layer& l, int64_t item) {
+    if (l.items <= 0x7fffffff) {  // 32-bit divisions are several times cheaper
+      const auto i = static_cast<uint32_t>(item), hw = static_cast<uint32_t>(l.HW);
+      n = i / hw, position = i % hw;
+    } else {
+      n = item / l.HW, position = item % l.HW;
+    }
+  }
+
+  __device__ void advance(const Layer& l) {
+    n += l.pass_n, position += l.pass_p;
+    if (position >= l.HW) position -= l.HW, ++n;
+  }
+
+  __device__ int64_t offset(const Layer& l, const PlaneStrides& s) const {
+    if (l.HW == l.W) return n * s.b + position * s.w;
+    return n * s.b + position / l.W * s.h + position % l.W * s.w;
+  }
+};
 
 template <typename scalar_t, int V>
 struct alignas(sizeof(scalar_t) * V) Vector {
@@ -110,6 +126,10 @@ struct Shape {
   static constexpr int kGroups = kX * kLanes;        // groups of a block
   static constexpr int kStep = is_columns ? 1 : V;   // items of a thread
   static constexpr int kPass = kY * kStep;           // items of a block in one load each
+  // Loads that a thread has in flight, fewer where the sums of eight groups take its registers. Forward takes the mean
+  // of a batch first, then its deviations from it.
+  static constexpr int kBatch = kLanes > 4 ? 3 : 4;
+  static constexpr int kBatchBackward = kLanes > 4 ? 2 : 4;
 };
 
 // Moments of one split of the items of a block's groups; y as well where there is one.
@@ -122,24 +142,25 @@ __device__ void partial_moments(
     Moments<acc_t>* __restrict__ shared,
     Moments<acc_t>* __restrict__ partial) {  // (splits, groups) of the layer
   using S = Shape<V, is_columns>;
-  const int64_t block = blockIdx.x - l.block, k = block / l.tiles;
+  const int64_t block = blockIdx.x - l.block, split = block / l.tiles;
   const int tx = threadIdx.x % S::kX, ty = threadIdx.x / S::kX;
   const int64_t group = block % l.tiles * S::kGroups + tx * S::kLanes;
-  const int64_t begin = k * l.split, end = min(begin + l.split, l.items);
-  const auto* x = static_cast<const scalar_t*>(l.x);
+  const int64_t begin = split * l.split, end = min(begin + l.split, l.items);
+  const auto* x = static_cast<const scalar_t*>(l.x) + group_offset(l, l.s, per_image, group);
   auto* y = static_cast<scalar_t*>(l.out);
+  Cursor at(l, begin + ty * S::kStep);
   Moments<acc_t> sum[S::kLanes];
 #pragma unroll
   for (int j = 0; j < S::kLanes; ++j) sum[j] = {0, 0, 0};
   if (group < l.groups) {
-    for (int64_t i0 = begin + ty * S::kStep; i0 < end; i0 += kBatch * S::kPass) {
-      Vector<scalar_t, V> v[kBatch];
+    for (int64_t i0 = begin + ty * S::kStep; i0 < end; i0 += S::kBatch * S::kPass) {
+      Vector<scalar_t, V> v[S::kBatch];
+      Cursor from = at;
       int loaded = 0;
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int64_t i = i0 + b * S::kPass;
-        if (i >= end) continue;
-        v[b] = load<scalar_t, V>(x + offset_of(l, l.s, per_image, group, i));
+      for (int b = 0; b < S::kBatch; ++b, at.advance(l)) {
+        if (i0 + b * S::kPass >= end) continue;
+        v[b] = load<scalar_t, V>(x + at.offset(l, l.s));
         ++loaded;
       }
 #pragma unroll
@@ -147,13 +168,13 @@ __device__ void partial_moments(
         acc_t total = 0, m2 = 0;
         const auto count = static_cast<acc_t>(loaded * S::kStep);
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b)
+        for (int b = 0; b < S::kBatch; ++b)
 #pragma unroll
           for (int e = 0; e < S::kStep; ++e)
             if (b < loaded) total += static_cast<acc_t>(v[b].x[is_columns ? j : e]);
         const acc_t mean = total / count;
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b)
+        for (int b = 0; b < S::kBatch; ++b)
 #pragma unroll
           for (int e = 0; e < S::kStep; ++e)
             if (b < loaded) {
@@ -163,15 +184,16 @@ __device__ void partial_moments(
         sum[j].merge({count, mean, m2});
       }
       if (y == nullptr) continue;
+      const int64_t group_y = group_offset(l, l.d, per_image, group);
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
+      for (int b = 0; b < S::kBatch; ++b, from.advance(l)) {
         if (b >= loaded) continue;
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           const int64_t c = is_columns ? group + e : group;
           v[b].x[e] = static_cast<scalar_t>(scale[c] * static_cast<acc_t>(v[b].x[e]) + shift[c]);
         }
-        store(y + offset_of(l, l.d, per_image, group, i0 + b * S::kPass), v[b]);
+        store(y + group_y + from.offset(l, l.d), v[b]);
       }
     }
   }
@@ -189,12 +211,12 @@ __device__ void partial_moments(
   // Row 0 was last written by the threads that read it here.
   if (ty == 0 && group < l.groups)
 #pragma unroll
-    for (int j = 0; j < S::kLanes; ++j) partial[k * l.groups + group + j] = shared[tx * S::kLanes + j];
+    for (int j = 0; j < S::kLanes; ++j) partial[split * l.groups + group + j] = shared[tx * S::kLanes + j];
 }
 
 // Each block reduces one split of the items of some groups of one layer.
 template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) moments_partial_kernel(
+__global__ void __launch_bounds__(kThreads, kResident) moments_partial_kernel(
     const __grid_constant__ Layers layers,
     bool per_image,
     const acc_t* __restrict__ scale,
@@ -207,6 +229,8 @@ __global__ void __launch_bounds__(kThreads) moments_partial_kernel(
   switch (l.mode) {
     case Mode::kPlanes:
       return partial_moments<scalar_t, acc_t, 1, false>(l, per_image, scale, shift, shared, own);
+    case Mode::kPlanesHalf:
+      return partial_moments<scalar_t, acc_t, V / 2, false>(l, per_image, scale, shift, shared, own);
     case Mode::kPlanesVector:
       return partial_moments<scalar_t, acc_t, V, false>(l, per_image, scale, shift, shared, own);
     case Mode::kColumns:
@@ -256,45 +280,52 @@ __device__ void backward(
     const acc_t* __restrict__ mean,
     const acc_t* __restrict__ scale) {
   using S = Shape<V, is_columns>;
-  const int64_t block = blockIdx.x - l.block, k = block / l.tiles;
+  const int64_t block = blockIdx.x - l.block, split = block / l.tiles;
   const int tx = threadIdx.x % S::kX, ty = threadIdx.x / S::kX;
   const int64_t group = block % l.tiles * S::kGroups + tx * S::kLanes;
   if (group >= l.groups) return;
-  const int64_t begin = k * l.split, end = min(begin + l.split, l.items);
-  const auto *x = static_cast<const scalar_t*>(l.x), *dy = static_cast<const scalar_t*>(l.dy);
-  auto* dx = static_cast<scalar_t*>(l.out);
+  const int64_t begin = split * l.split, end = min(begin + l.split, l.items);
+  const auto* x = static_cast<const scalar_t*>(l.x) + group_offset(l, l.s, per_image, group);
+  const auto* dy = static_cast<const scalar_t*>(l.dy);
+  auto* dx = static_cast<scalar_t*>(l.out) + group_offset(l, l.d, per_image, group);
+  const bool has_dy = dy != nullptr;
+  if (has_dy) dy += group_offset(l, l.g, per_image, group);
   const auto M = static_cast<acc_t>(l.items);
   acc_t a[S::kLanes], b[S::kLanes], center[S::kLanes], alpha[S::kLanes];
 #pragma unroll
   for (int j = 0; j < S::kLanes; ++j) {
     const int64_t at = l.first + group + j;
     a[j] = dmean[at] / M, b[j] = dvar[at] * (2 / M), center[j] = mean[at];
-    alpha[j] = dy == nullptr ? acc_t(0) : scale[group + j];
+    alpha[j] = has_dy ? scale[group + j] : acc_t(0);
   }
-#pragma unroll 2
-  for (int64_t i = begin + ty * S::kStep; i < end; i += S::kPass) {
-    auto v = load<scalar_t, V>(x + offset_of(l, l.s, per_image, group, i));
-    if (dy == nullptr) {
+  Cursor at(l, begin + ty * S::kStep);
+  for (int64_t i0 = begin + ty * S::kStep; i0 < end; i0 += S::kBatchBackward * S::kPass) {
+    // All loads before the first store, past which the compiler moves none.
+    Vector<scalar_t, V> v[S::kBatchBackward], g[S::kBatchBackward];
+    Cursor from = at;
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const int j = is_columns ? e : 0;
-        v.x[e] = static_cast<scalar_t>(a[j] + b[j] * (static_cast<acc_t>(v.x[e]) - center[j]));
-      }
-    } else {
-      const auto g = load<scalar_t, V>(dy + offset_of(l, l.g, per_image, group, i));
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const int j = is_columns ? e : 0;
-        v.x[e] = static_cast<scalar_t>(
-            a[j] + b[j] * (static_cast<acc_t>(v.x[e]) - center[j]) + alpha[j] * static_cast<acc_t>(g.x[e]));
-      }
+    for (int k = 0; k < S::kBatchBackward; ++k, at.advance(l)) {
+      if (i0 + k * S::kPass >= end) continue;
+      v[k] = load<scalar_t, V>(x + at.offset(l, l.s));
+      if (has_dy) g[k] = load<scalar_t, V>(dy + at.offset(l, l.g));
     }
-    store(dx + offset_of(l, l.d, per_image, group, i), v);
+#pragma unroll
+    for (int k = 0; k < S::kBatchBackward; ++k, from.advance(l)) {
+      if (i0 + k * S::kPass >= end) continue;
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const int j = is_columns ? e : 0;
+        acc_t d = a[j] + b[j] * (static_cast<acc_t>(v[k].x[e]) - center[j]);
+        if (has_dy) d += alpha[j] * static_cast<acc_t>(g[k].x[e]);
+        v[k].x[e] = static_cast<scalar_t>(d);
+      }
+      store(dx + from.offset(l, l.d), v[k]);
+    }
   }
 }
 
 template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) moments_bwd_kernel(
+__global__ void __launch_bounds__(kThreads, kResident) moments_bwd_kernel(
     const __grid_constant__ Layers layers,
     bool per_image,
     const acc_t* __restrict__ dmean,
@@ -306,6 +337,8 @@ __global__ void __launch_bounds__(kThreads) moments_bwd_kernel(
   switch (l.mode) {
     case Mode::kPlanes:
       return backward<scalar_t, acc_t, 1, false>(l, per_image, dmean, dvar, mean, scale);
+    case Mode::kPlanesHalf:
+      return backward<scalar_t, acc_t, V / 2, false>(l, per_image, dmean, dvar, mean, scale);
     case Mode::kPlanesVector:
       return backward<scalar_t, acc_t, V, false>(l, per_image, dmean, dvar, mean, scale);
     case Mode::kColumns:
@@ -319,13 +352,13 @@ int64_t groups_of(const at::Tensor& x, bool per_image) {
   return per_image ? x.size(0) * x.size(1) : x.size(1);
 }
 
-// Whether 16 bytes of p may be read at each step of V along the dimension whose stride is 1.
-bool is_aligned(const void* p, const PlaneStrides& s, int64_t V, bool is_columns) {
+// Whether V elements of p may be read at once, at each step of V along the dimension whose stride is 1.
+bool is_aligned(const void* p, const PlaneStrides& s, int64_t V, int64_t size, bool is_columns) {
   const bool rest = s.b % V == 0 && s.h % V == 0 && (is_columns ? s.w % V == 0 : s.c % V == 0);
-  return rest && (is_columns ? s.c : s.w) == 1 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  return rest && (is_columns ? s.c : s.w) == 1 && reinterpret_cast<uintptr_t>(p) % (V * size) == 0;
 }
 
-// Layers gathered for one launch: enough blocks to fill the card, at least one full pass of items each.
+// Layers gathered for one launch: enough blocks to fill the card, at least four loads of a thread each.
 struct Launch {
   Layers layers{};
   int64_t blocks = 0, partials = 0, first = 0, groups = 0;
@@ -343,18 +376,28 @@ struct Launch {
     l.s = folded->strides[0], l.d = folded->strides[1], l.g = folded->strides[2];
     l.C = folded->C, l.W = folded->W, l.HW = folded->H * folded->W;
     l.groups = per_image ? folded->B * l.C : l.C, l.items = per_image ? l.HW : folded->B * l.HW;
-    const int64_t V = 16 / x.element_size();
+    const int64_t size = x.element_size(), most = 16 / size;
     const bool is_columns = l.s.c == 1 && l.C > 1;
-    bool is_vector = is_columns ? l.C % V == 0 : l.W % V == 0;
-    is_vector = is_vector && is_aligned(l.x, l.s, V, is_columns) && (!has_out || is_aligned(l.out, l.d, V, is_columns));
-    is_vector = is_vector && (!has_dy || is_aligned(l.dy, l.g, V, is_columns));
-    l.mode = is_columns ? (is_vector ? Mode::kColumnsVector : Mode::kColumns)
-                        : (is_vector ? Mode::kPlanesVector : Mode::kPlanes);
-    const int64_t wide = is_columns ? (is_vector ? 8 * V : 32) : 1, step = is_vector && !is_columns ? V : 1;
-    const int64_t pass = kBatch * step * kThreads / (is_columns ? (is_vector ? 8 : 32) : 1);
+    const auto fits = [&](int64_t V) {
+      return (is_columns ? l.C : l.W) % V == 0 && is_aligned(l.x, l.s, V, size, is_columns) &&
+             (!has_out || is_aligned(l.out, l.d, V, size, is_columns)) &&
+             (!has_dy || is_aligned(l.dy, l.g, V, size, is_columns));
+    };
+    const bool is_vector = fits(most), is_half = !is_vector && !is_columns && most > 2 && fits(most / 2);
+    l.mode = is_columns  ? (is_vector ? Mode::kColumnsVector : Mode::kColumns)
+             : is_vector ? Mode::kPlanesVector
+             : is_half   ? Mode::kPlanesHalf
+                         : Mode::kPlanes;
+    // As Shape has them: kX, kGroups, kStep, kPass.
+    const int64_t across = !is_columns ? 1
+                           : is_vector ? 8
+                                       : 32,
+                  wide = is_columns && is_vector ? across * most : across;
+    const int64_t step = is_columns ? 1 : is_vector ? most : is_half ? most / 2 : 1, pass = kThreads / across * step;
+    l.pass_n = pass / l.HW, l.pass_p = pass % l.HW;
     l.tiles = (l.groups + wide - 1) / wide;
-    const int64_t most = (l.items + pass - 1) / pass;
-    const int64_t wanted = std::clamp<int64_t>(8 * multiprocessors() / l.tiles, 1, most);
+    const int64_t most_splits = (l.items + 4 * pass - 1) / (4 * pass);
+    const int64_t wanted = std::clamp<int64_t>(kWaves * multiprocessors() / l.tiles, 1, most_splits);
     l.split = ((l.items + wanted - 1) / wanted + step - 1) / step * step;
     l.splits = static_cast<int>((l.items + l.split - 1) / l.split);
     l.first = first_group, l.block = blocks, l.partial = partials;
