@@ -58,7 +58,7 @@ class Ahead {
   int64_t pace() const { return pace_; }
 
  private:
-  static constexpr int64_t kMost = 3;
+  static constexpr int64_t kMost = 4;
   struct Piece {
     const char* first;
     int64_t bytes;
@@ -108,7 +108,7 @@ FASTKD_AVX512 void tile(
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) {
-      auto* out = reinterpret_cast<Vector*>(c + i * ldc + v * kPanel);
+      Vector* out = reinterpret_cast<Vector*>(c + i * ldc + v * kPanel);
       *out = add ? *out + sum[i][v] : sum[i][v];
     }
 }

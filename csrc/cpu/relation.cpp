@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -29,6 +30,8 @@ constexpr int64_t kStrip = 64;       // rows of a strip of the maps, at most
 constexpr int64_t kColumns = 1024;   // columns of a piece of a strip: two float32 pieces are 512 KB, a share of L2
 constexpr int64_t kPanelRows = 256;  // rows of a block of the maps on our own kernels, at most,
 constexpr int64_t kPanelBytes = 600 << 10;  // and what they may take of L2
+constexpr int64_t kFewGroups = 8;           // a thread: more hide that some threads have one less
+constexpr int64_t kSharedWork = 16 << 20;   // operations of a group that threads share
 constexpr int64_t kGramRows = 128;          // rows of a block of the Gram algorithm
 constexpr int64_t kGramColumns = 96;        // columns of a block of a Gram's triangle
 
@@ -203,9 +206,8 @@ FASTKD_MULTIVERSION void add_row(acc_t* to, const acc_t* from, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] += from[j];
 }
 
-// dS_i = c (U_i - s_i r_i² <s_i, U_i>); c U_i where rows are not normalised.
 template <typename scalar_t, typename acc_t, typename out_t>
-FASTKD_MULTIVERSION void finish_row(
+FASTKD_INLINE void project_row(
     const acc_t* u,
     const scalar_t* s,
     int64_t stride,
@@ -216,15 +218,30 @@ FASTKD_MULTIVERSION void finish_row(
     out_t* out) {
   acc_t dot = 0;
   if (normalize) {
-    if (stride == 1) {
 #pragma omp simd reduction(+ : dot)
-      for (int64_t d = 0; d < D; ++d) dot += u[d] * static_cast<acc_t>(s[d]);
-    } else {
-      for (int64_t d = 0; d < D; ++d) dot += u[d] * static_cast<acc_t>(s[d * stride]);
-    }
+    for (int64_t d = 0; d < D; ++d) dot += u[d] * static_cast<acc_t>(s[d * stride]);
     dot *= r * r;
   }
+#pragma omp simd
   for (int64_t d = 0; d < D; ++d) out[d] = static_cast<out_t>(c * (u[d] - dot * static_cast<acc_t>(s[d * stride])));
+}
+
+// dS_i = c (U_i - s_i r_i² <s_i, U_i>); c U_i where rows are not normalised. out may be u.
+template <typename scalar_t, typename acc_t, typename out_t>
+FASTKD_MULTIVERSION void finish_row(
+    const acc_t* u,
+    const scalar_t* s,
+    int64_t stride,
+    int64_t D,
+    acc_t r,
+    acc_t c,
+    bool normalize,
+    out_t* out) {
+  if (stride == 1) {
+    project_row(u, s, 1, D, r, c, normalize, out);
+  } else {
+    project_row(u, s, stride, D, r, c, normalize, out);
+  }
 }
 
 // One term: the maps of a scope, and what they add to U.
@@ -245,6 +262,7 @@ struct Term {
   void store(int64_t g, int64_t begin, int64_t end, acc_t* rows, int64_t ld, const acc_t* inverse) const {
     for (int64_t i = begin; u && i < end; ++i) {
       acc_t *sum = u + s.token(g, i) * s.D, *own = rows + (i - begin) * ld;
+      if (own == sum) break;  // added up where it belongs
       if (add) add_row<acc_t>(own, sum, s.D);
       if (!dstudent.defined()) std::copy_n(own, s.D, sum);
     }
@@ -553,6 +571,15 @@ double tile_bf16(const Term<float>& term) {
   return sum_of(sums);
 }
 
+// The maps of a group in square blocks: whole panels of rows, as even as possible.
+struct Blocks {
+  int64_t n, count;
+
+  int64_t begin(int64_t k) const { return std::min(n, padded(n) / kPanel * k / count * kPanel); }
+  int64_t rows(int64_t k) const { return begin(k + 1) - begin(k); }
+  int64_t height() const { return (padded(n) / kPanel + count - 1) / count * kPanel; }
+};
+
 // Rows of a group, packed, and their inverse norms; as rows too where asked for.
 struct PanelRows {
   Buffer<float> panels, inverse, copy, zeros;
@@ -615,190 +642,236 @@ struct PanelRows {
   Right right_rows() const { return {data, ld, kPanel}; }
 };
 
-// A thread's work in float32, on kernels of our own: the maps of a group in square blocks.
+// What the blocks of a group share: its inverse norms, and where U adds up: the gradient itself where tiles fit it.
+struct GroupSums {
+  Buffer<float> r, q, own;
+  float* u = nullptr;
+  int64_t g = -1, ld = 0;
+
+  void start(const Term<float>& term, int64_t group) {
+    g = group;
+    r.resize(padded(term.s.n));
+    q.resize(padded(term.s.n));
+    if (!term.with_grad()) return;
+    ld = padded(term.s.D);
+    if (in_place(term)) {
+      u = term.u + term.s.token(g, 0) * ld;
+    } else {
+      own.resize(term.s.n * ld);
+      u = own.data();
+    }
+  }
+
+  static bool in_place(const Term<float>& term) { return term.u && term.s.D % kPanel == 0 && !term.s.across; }
+};
+
+// A thread's work in float32, on kernels of our own: blocks of the maps, each of which serves the rows of both sides.
 struct PanelSweep {
   const Term<float>& term;
-  int64_t height, width;  // rows of a block, of U
+  Blocks blocks;
   PanelRows s_i, t_i, s_j, t_j;
-  Buffer<float> w, pt, u;
-  Buffer<float> r, q;  // inverse norms of a group
+  int64_t held_g = -1, held_j = -1;  // whose rows s_j and t_j are
+  Buffer<float> w, pt;
   Ahead ahead;
-  int64_t after = 0;  // the group that comes next; G or more where none does
+  double sum = 0;  // Σ E²
 
-  PanelSweep(const Term<float>& term, int64_t height)
+  PanelSweep(const Term<float>& term, Blocks blocks)
       : term(term),
-        height(height),
-        width(padded(term.s.D)),
-        w(padded(height) * pitch(height)),
-        pt(kTileRows * pitch(height)) {}
+        blocks(blocks),
+        w(blocks.height() * pitch(blocks.height())),
+        pt(kTileRows * pitch(blocks.height())) {}
 
   // Elements between rows of W: an odd number of cache lines, or a column of it would share a few sets of the cache.
   static int64_t pitch(int64_t columns) { return padded(columns) | kPanel; }
 
-  int64_t blocks() const { return (term.s.n + height - 1) / height; }
+  struct Block {
+    int64_t g, k;
+  };
 
-  // While `pairs` elements of the maps are formed, each of them known by symmetry to two rows, fetch block k of group g
-  // (past the last: the first of the group that comes next), and the gradient that a group of one block writes.
-  void look_ahead(double pairs, int64_t g, int64_t k) {
-    const auto fetch = [&](const at::Tensor& x, int64_t first, int64_t elements) {
-      const int64_t size = x.element_size();
-      ahead.add(static_cast<const char*>(x.const_data_ptr()) + first * size, elements * size);
-    };
+  // While `elements` of the maps are formed, each of them known by symmetry to two rows, fetch the rows of the blocks
+  // that come next and the gradient that `own` writes first.
+  void look_ahead(double elements, const Block* own, at::ArrayRef<Block> next) {
     ahead.clear();
-    const int64_t n = term.s.n, Ds = term.s.D;
-    if (term.dstudent.defined() && !term.s.across && blocks() == 1) fetch(term.dstudent, g * n * Ds, n * Ds);
-    if (k == blocks()) g = after, k = 0;
-    const int64_t begin = k * height, count = std::min(n - begin, height);
-    for (const Groups* x : {&term.s, &term.t})
-      if (g < term.s.G && x->row_stride == x->D && x->x.stride(2) == 1) fetch(x->x, x->offset(g, begin), count * x->D);
+    const auto fetch = [&](const at::Tensor& x, int64_t first, int64_t count) {
+      const int64_t size = x.element_size();
+      ahead.add(static_cast<const char*>(x.const_data_ptr()) + first * size, count * size);
+    };
+    const int64_t Ds = term.s.D;
+    if (own && term.dstudent.defined() && GroupSums::in_place(term))
+      fetch(term.dstudent, term.s.token(own->g, blocks.begin(own->k)) * Ds, blocks.rows(own->k) * Ds);
+    for (const Block& block : next)
+      for (const Groups* x : {&term.s, &term.t})
+        if (block.g < term.s.G && x->row_stride == x->D && x->x.stride(2) == 1)
+          fetch(x->x, x->offset(block.g, blocks.begin(block.k)), blocks.rows(block.k) * x->D);
     const int64_t products = Ds + term.t.D + (term.with_grad() ? 2 * Ds : 0);
-    ahead.spread(pairs * products / (kTileRows * kTileVectors * kPanel));
+    ahead.spread(elements * products / (kTileRows * kTileVectors * kPanel));
   }
 
-  // As load, of a block that was loaded before.
-  void load_again(int64_t g, int64_t k, PanelRows& s, PanelRows& t) {
-    const int64_t begin = k * height, end = std::min(term.s.n, begin + height);
-    if (!s.refer(term.s, g, begin, end, r.data() + begin) || !t.refer(term.t, g, begin, end, q.data() + begin))
-      load(g, k, s, t);
+  void load(Block block, PanelRows& s, PanelRows& t) {
+    const int64_t begin = blocks.begin(block.k), end = blocks.begin(block.k + 1);
+    s.load(term.s, block.g, begin, end, term.normalize, term.eps, term.with_grad());
+    t.load(term.t, block.g, begin, end, term.normalize, term.eps, false);
   }
 
-  void load(int64_t g, int64_t k, PanelRows& s, PanelRows& t) {
-    const int64_t begin = k * height, end = std::min(term.s.n, begin + height);
-    s.load(term.s, g, begin, end, term.normalize, term.eps, term.with_grad());
-    t.load(term.t, g, begin, end, term.normalize, term.eps, false);
+  // Block j to the right of the products.
+  void hold(Block j) {
+    if (held_g != j.g || held_j != j.k) load(j, s_j, t_j);
+    held_g = j.g;
+    held_j = j.k;
   }
 
-  // W of a block, s and t its rows, s_j and t_j its columns; returns Σ E², `times` over. A diagonal block is formed up
-  // to the panel that each row is in, which its symmetry leaves to know, and counts whole.
-  double maps(
-      const PanelRows& s,
-      const PanelRows& t,
-      const PanelRows& s_j,
-      const PanelRows& t_j,
-      bool diagonal,
-      int times) {
+  // W of a block, s and t its rows, s_j and t_j its columns. A diagonal block is formed up to the panel that each row
+  // is in, which its symmetry leaves to know; what lies off the map's diagonal counts twice.
+  void maps(const PanelRows& s, const PanelRows& t, bool diagonal) {
     const int64_t ld = pitch(s_j.rows);
-    double sum = 0;
     for (int64_t i = 0; i < s.rows; i += kTileRows) {
       const int64_t rows = std::min(kTileRows, s.rows - i), own = i / kPanel * kPanel;
-      const int64_t columns = diagonal ? own + kPanel : padded(s_j.rows), twice = diagonal     ? own
-                                                                                  : times == 2 ? columns
-                                                                                               : 0;
+      const int64_t columns = diagonal ? own + kPanel : padded(s_j.rows), twice = diagonal ? own : columns;
       float* p = w.data() + i * ld;
       tile_row(rows, columns / kPanel, t.left(i), {}, t_j.right(), pt.data(), ld, false, ahead);
       tile_row(rows, columns / kPanel, s.left(i), {}, s_j.right(), p, ld, false, ahead);
       const Scales scales{s.inverse.data() + i, t.inverse.data() + i, s_j.inverse.data(), t_j.inverse.data(), term.c};
       sum += static_cast<double>(differences(term.rectify, p, pt.data(), ld, rows, columns, twice, scales));
     }
-    return sum;
   }
 
-  // U of a block's rows: W X, W on the diagonal and known up to each row's panel.
-  void multiply_diagonal(const PanelRows& x, float* out, bool add) {
-    const int64_t n = x.rows, ld = pitch(n);
+  // Block j of the diagonal, before others of its row or column: writes its rows of U.
+  void diagonal(GroupSums& sums, int64_t j, at::ArrayRef<Block> next) {
+    const Block own{sums.g, j};
+    hold(own);
+    const int64_t n = s_j.rows, begin = blocks.begin(j), ld = pitch(n), width = padded(term.s.D);
+    std::copy_n(s_j.inverse.data(), n, sums.r.data() + begin);
+    std::copy_n(t_j.inverse.data(), n, sums.q.data() + begin);
+    look_ahead(n * n / 2.0, &own, next);
+    maps(s_j, t_j, true);
+    if (!term.with_grad()) return;
+    const bool add = term.add && GroupSums::in_place(term);
     for (int64_t i = 0; i < n; i += kTileRows) {
-      const int64_t known = std::min(n, i / kPanel * kPanel + kPanel);
+      const int64_t rows = std::min(kTileRows, n - i), known = std::min(n, i / kPanel * kPanel + kPanel);
       const Left row{w.data() + i * ld, ld, 1, known}, column{w.data() + known * ld + i, 1, ld, n - known};
-      float* u_i = out + i * width;
-      tile_row(std::min(kTileRows, n - i), width / kPanel, row, column, x.right_rows(), u_i, width, add, ahead);
+      float* u = sums.u + (begin + i) * sums.ld;
+      tile_row(rows, width / kPanel, row, column, s_j.right_rows(), u, sums.ld, add, ahead);
+      if (blocks.count == 1) store(sums, i, i + rows);  // while they are in L1
     }
   }
 
-  // W X, or Wᵀ X.
-  void multiply(bool transposed, int64_t rows, int64_t ld, const PanelRows& x, float* out, bool add) {
+  // Blocks (i, j) and, by symmetry, (j, i).
+  void pair(GroupSums& sums, int64_t i, int64_t j, at::ArrayRef<Block> next) {
+    hold({sums.g, j});
+    const int64_t begin = blocks.begin(i), end = blocks.begin(i + 1);
+    if (!s_i.refer(term.s, sums.g, begin, end, sums.r.data() + begin) ||
+        !t_i.refer(term.t, sums.g, begin, end, sums.q.data() + begin))
+      load({sums.g, i}, s_i, t_i);
+    look_ahead(s_i.rows * s_j.rows, nullptr, next);
+    maps(s_i, t_i, false);
+    if (!term.with_grad()) return;
+    const int64_t ld = pitch(s_j.rows);
+    add_product({w.data(), ld, 1, s_j.rows}, s_i.rows, s_j, sums.u + begin * sums.ld, sums.ld);
+    add_product({w.data(), 1, ld, s_i.rows}, s_j.rows, s_i, sums.u + blocks.begin(j) * sums.ld, sums.ld);
+  }
+
+  // W X added to out.
+  void add_product(const Left& weights, int64_t rows, const PanelRows& x, float* out, int64_t ld) {
     for (int64_t i = 0; i < rows; i += kTileRows) {
-      const Left left = transposed ? Left{w.data() + i, 1, ld, x.rows} : Left{w.data() + i * ld, ld, 1, x.rows};
-      float* u_i = out + i * width;
-      tile_row(std::min(kTileRows, rows - i), width / kPanel, left, {}, x.right_rows(), u_i, width, add, ahead);
+      const Left left{weights.data + i * weights.row, weights.row, weights.step, weights.count};
+      const int64_t vectors = padded(term.s.D) / kPanel;
+      tile_row(std::min(kTileRows, rows - i), vectors, left, {}, x.right_rows(), out + i * ld, ld, true, ahead);
     }
   }
 
-  // A whole group: blocks on and below the diagonal serve the rows of both sides.
-  double group(int64_t g, int64_t next) {
-    after = next;
-    const int64_t n = term.s.n;
-    double sum = 0;
-    r.resize(n);
-    q.resize(n);
-    const auto load_first = [&](int64_t k, PanelRows& s, PanelRows& t) {
-      load(g, k, s, t);
-      std::copy_n(s.inverse.data(), s.rows, r.data() + k * height);
-      std::copy_n(t.inverse.data(), t.rows, q.data() + k * height);
-    };
-    if (term.with_grad()) u.resize(n * width);
-    for (int64_t j = 0; j < blocks(); ++j) {
-      load_first(j, s_j, t_j);
-      float* u_j = u.data() + j * height * width;
-      look_ahead(s_j.rows * s_j.rows / 2.0, g, j + 1);
-      sum += maps(s_j, t_j, s_j, t_j, true, 2);
-      if (term.with_grad()) multiply_diagonal(s_j, u_j, j > 0);
-      for (int64_t i = j + 1; i < blocks(); ++i) {
-        if (j == 0) {
-          load_first(i, s_i, t_i);
-        } else {
-          load_again(g, i, s_i, t_i);
-        }
-        look_ahead(s_i.rows * s_j.rows, g, i + 1 < blocks() ? i + 1 : j + 1);
-        sum += maps(s_i, t_i, s_j, t_j, false, 2);
-        if (!term.with_grad()) continue;
-        const int64_t ld = pitch(s_j.rows);
-        multiply(false, s_i.rows, ld, s_j, u.data() + i * height * width, j > 0);
-        multiply(true, s_j.rows, ld, s_i, u_j, true);
-      }
-    }
-    if (term.with_grad()) term.store(g, 0, n, u.data(), width, r.data());
-    return sum;
+  // Rows of U that are complete.
+  void store(const GroupSums& sums, int64_t begin, int64_t end) const {
+    if (term.with_grad()) term.store(sums.g, begin, end, sums.u + begin * sums.ld, sums.ld, sums.r.data() + begin);
   }
 
-  // The rows of block i, which nobody else writes: with a gradient they take all columns.
-  double rows(int64_t g, int64_t i) {
-    const bool with_grad = term.with_grad();
-    load(g, i, s_i, t_i);
-    if (with_grad) u.resize(height * width);
-    double sum = maps(s_i, t_i, s_i, t_i, true, 2);
-    if (with_grad) multiply_diagonal(s_i, u.data(), false);
-    for (int64_t j = 0; j < (with_grad ? blocks() : i); ++j) {
-      if (j == i) continue;
-      load(g, j, s_j, t_j);
-      sum += maps(s_i, t_i, s_j, t_j, false, with_grad ? 1 : 2);
-      if (with_grad) multiply(false, s_i.rows, pitch(s_j.rows), s_j, u.data(), true);
+  // A whole group; `after` comes next, if there is such a one.
+  void group(GroupSums& sums, int64_t g, int64_t after) {
+    sums.start(term, g);
+    const auto block = [&](int64_t k) { return k < blocks.count ? Block{g, k} : Block{after, 0}; };
+    for (int64_t j = 0; j < blocks.count; ++j) {
+      diagonal(sums, j, block(j == 0 ? 1 : 0));
+      for (int64_t i = 0; i < j; ++i) pair(sums, i, j, block(i + 1 < j ? i + 1 : j + 1));
     }
-    if (with_grad) term.store(g, i * height, i * height + s_i.rows, u.data(), width, s_i.inverse.data());
-    return sum;
+    if (blocks.count > 1) store(sums, 0, blocks.n);
   }
 };
 
-// Rows of a block, even ones and whole panels, so that two blocks' panels stay in L2.
-int64_t panel_block_rows(int64_t n, int64_t width, int64_t least_blocks) {
+// How many blocks keep their panels in L2.
+int64_t panel_blocks(int64_t n, int64_t width) {
   const int64_t most = std::clamp<int64_t>(kPanelBytes / (width * sizeof(float)), 4 * kPanel, kPanelRows);
-  const int64_t blocks = std::max((n + most - 1) / most, least_blocks);
-  return padded((n + blocks - 1) / blocks);
+  return (n + most - 1) / most;
+}
+
+// Groups [0, G), each by one thread. A thread goes through its share, whose next group it knows and fetches, and then
+// helps others with theirs.
+double whole_groups(const Term<float>& term, int64_t G, int64_t threads) {
+  const Blocks blocks{term.s.n, panel_blocks(term.s.n, term.s.D + term.t.D)};
+  std::vector<double> sums(G);
+  std::vector<std::atomic<int64_t>> next(threads);
+  for (int64_t k = 0; k < threads; ++k) next[k] = k * G / threads;
+  at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+    PanelSweep sweep(term, blocks);
+    GroupSums group;
+    for (int64_t k = 0; k < threads; ++k) {
+      const int64_t share = (own + k) % threads, end = (share + 1) * G / threads;
+      for (int64_t g = next[share]++; g < end; g = next[share]++) {
+        sweep.sum = 0;
+        sweep.group(group, g, g + 1 < end ? g + 1 : term.s.G);
+        sums[g] = sweep.sum;
+      }
+    }
+  });
+  return sum_of(sums);
+}
+
+// Groups [first, G) by all threads: in a round every block is in one pair, so that nobody else writes its rows.
+double shared_groups(const Term<float>& term, int64_t first, int64_t threads) {
+  using Block = PanelSweep::Block;
+  const int64_t groups = term.s.G - first, panels = padded(term.s.n) / kPanel;
+  const int64_t even = 2 * threads / std::gcd(groups, threads);  // blocks that give every thread as many pairs
+  const int64_t least = panel_blocks(term.s.n, term.s.D + term.t.D);
+  const int64_t count = std::min((least + even - 1) / even * even, panels / 2 * 2);
+  const int64_t pairs = count / 2, tasks = groups * pairs;
+  std::vector<GroupSums> sums(groups);
+  for (int64_t g = 0; g < groups; ++g) sums[g].start(term, first + g);
+  std::vector<PanelSweep> sweeps;
+  for (int64_t k = 0; k < threads; ++k) sweeps.emplace_back(term, Blocks{term.s.n, count});
+  // One block stays, the others go round it, such that the pairs of round 0 lie side by side.
+  const auto pair = [&](int64_t round, int64_t task) -> std::array<Block, 2> {
+    const int64_t g = first + task / pairs, k = task % pairs, others = count - 1;
+    const auto block = [&](int64_t place) { return Block{g, place < pairs ? 2 * place : 2 * (others - place) + 1}; };
+    return {block((round + k) % others), block(k == 0 ? others : (round + others - k) % others)};
+  };
+  for (int64_t round = 0; round < count - 1; ++round)
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        const int64_t from = thread * tasks / threads, to = (thread + 1) * tasks / threads;
+        for (int64_t task = from; task < to; ++task) {
+          auto& sweep = sweeps[thread];
+          auto& own = sums[task / pairs];
+          const auto [i, j] = pair(round, task);
+          if (round == 0) {
+            sweep.diagonal(own, i.k, j);
+            sweep.diagonal(own, j.k, i);
+          }
+          sweep.pair(own, i.k, j.k, task + 1 < to ? pair(round, task + 1) : pair(round + 1, from));
+          if (round < count - 2) continue;
+          for (const auto& x : {i, j}) sweep.store(own, sweep.blocks.begin(x.k), sweep.blocks.begin(x.k + 1));
+        }
+      }
+    });
+  return std::accumulate(sweeps.begin(), sweeps.end(), 0.0, [](double x, const PanelSweep& y) { return x + y.sum; });
 }
 
 double tile_panels(const Term<float>& term) {
-  const int64_t G = term.s.G, threads = at::get_num_threads();
-  const int64_t height = panel_block_rows(term.s.n, term.s.D + term.t.D, G < threads ? threads : 1);
-  if (G >= threads) {
-    std::vector<double> sums(G);
-    // A thread goes through its share, whose next group it knows and fetches, and then helps others with theirs.
-    std::vector<std::atomic<int64_t>> next(threads);
-    for (int64_t k = 0; k < threads; ++k) next[k] = k * G / threads;
-    at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
-      PanelSweep sweep(term, height);
-      for (int64_t k = 0; k < threads; ++k) {
-        const int64_t share = (own + k) % threads, end = (share + 1) * G / threads;
-        for (int64_t g = next[share]++; g < end; g = next[share]++) sums[g] = sweep.group(g, g + 1 < end ? g + 1 : G);
-      }
-    });
-    return sum_of(sums);
-  }
-  const int64_t blocks = (term.s.n + height - 1) / height;
-  std::vector<double> sums(G * blocks);
-  at::parallel_for(0, G * blocks, 1, [&](int64_t begin, int64_t end) {
-    PanelSweep sweep(term, height);
-    for (int64_t k = begin; k < end; ++k) sums[k] = sweep.rows(k / blocks, k % blocks);
-  });
-  return sum_of(sums);
+  const int64_t G = term.s.G, n = term.s.n, threads = at::get_num_threads();
+  // Groups beyond as many for every thread are shared, where that outweighs the waiting.
+  const bool worth = G < kFewGroups * threads && n * n * (3 * term.s.D + term.t.D) > kSharedWork && n >= 4 * kPanel;
+  const int64_t whole = worth ? G / threads * threads : G;
+  double sum = 0;
+  if (whole > 0) sum += whole_groups(term, whole, threads);
+  if (whole < G) sum += shared_groups(term, whole, threads);
+  return sum;
 }
 
 bool both_bf16(const at::Tensor& student, const at::Tensor& teacher) {
