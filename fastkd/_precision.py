@@ -19,3 +19,8 @@ def has_fast_float64(device: torch.device) -> bool:
     if device.type == "cuda" and torch.version.hip is None:
         return torch.cuda.get_device_capability(device)[1] == 0
     return True
+
+
+def matrix_gain(device: torch.device, *tensors: Tensor) -> int:
+    """How many times faster these are multiplied than float32: tensors of 16 bits, on the matrix units of a GPU."""
+    return 8 if device.type == "cuda" and max(x.element_size() for x in tensors) == 2 else 1

@@ -79,7 +79,7 @@ CONFIGS: dict[tuple[str, int], Config] = {
     ("9.0", 2): Config(
         Map(128, 64, 8, 3),
         (Apply(128, 64, 128, 8, 3), Apply(64, 64, 64, 4, 3)),
-        {256: Fused(64, 64, 64, 64, 8, 3), 384: Fused(64, 32, 32, 128, 8, 3)},
+        {256: Fused(64, 64, 64, 64, 8, 3)},
     ),
     ("10.x", 2): Config(
         Map(128, 64, 8, 3),
@@ -141,8 +141,13 @@ def _drawn(index_ptr, layer, i, n, HAS_INDEX: tl.constexpr):
 
 @triton.jit
 def _row_pointers(ptr, group, i, run, stride_g, stride_o, stride_i):
-    i = i.to(tl.int64)
-    return ptr + group * stride_g + i // run * stride_o + i % run * stride_i
+    """Of rows in runs, whose division has as many bits as i; `run` is None where a group is one."""
+    rows = ptr + group * stride_g
+    if run is None:
+        rows += i.to(tl.int64) * stride_i
+    else:
+        rows += (i // run).to(tl.int64) * stride_o + (i % run).to(tl.int64) * stride_i
+    return rows
 
 
 @triton.jit
@@ -378,12 +383,15 @@ def _relation_apply_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of rows of a strip of W and of columns of the student."""
-    local = (tl.program_id(0) // row_tiles).to(tl.int64)
+    """One program per tile of rows of a strip of W and of columns of the student; those of the same rows run together,
+    so that W comes from memory once."""
+    pieces = tl.cdiv(Ds, BLOCK_D)
+    tile = tl.program_id(0) // pieces
+    local = (tile // row_tiles).to(tl.int64)
     group = first_group + local
-    i_w = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_w = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     i = first_row + i_w
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(0) % pieces * BLOCK_D + tl.arange(0, BLOCK_D)
     u = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     layer, g = group // G, group % G
     s = _of_layer(s_ptr, layer)
@@ -402,8 +410,8 @@ def _relation_apply_kernel(
     r_i = _inverse_norms(norms_ptr + group * n, i, mask, NORMALIZE)
     along = tl.zeros((BLOCK_M,), tl.float32)
     if NORMALIZE:
-        for tile in range(columns):
-            along += tl.load(along_ptr + (local * columns + tile) * n + i, mask=mask, other=0.0)
+        for column in range(columns):
+            along += tl.load(along_ptr + (local * columns + column) * n + i, mask=mask, other=0.0)
         if HAS_SCALE:
             along = along * tl.load(scale_ptr + group)
     row_i = _drawn(index_ptr, layer, i, n, HAS_INDEX)
@@ -552,15 +560,14 @@ def _largest(norms: Tensor, normalize: bool) -> Tensor:
     return norms.amax(2).square().sum(0)
 
 
-def _fill(
-    choices: tuple[Apply, ...], groups: int, rows: int, Ds: int, device: torch.device
-) -> tuple[tuple[int, int], Apply]:
-    """The first configuration with a program for every multiprocessor, else the last; and its grid."""
+def _fill(choices: tuple[Apply, ...], groups: int, rows: int, Ds: int, device: torch.device) -> tuple[int, int, Apply]:
+    """The first configuration with a program for every multiprocessor, else the last: programs, tiles of rows, it."""
     for apply in choices:
-        grid = groups * triton.cdiv(rows, apply.BLOCK_M), triton.cdiv(Ds, apply.BLOCK_D)
-        if grid[0] * grid[1] >= multiprocessors(device):
+        row_tiles = triton.cdiv(rows, apply.BLOCK_M)
+        programs = groups * row_tiles * triton.cdiv(Ds, apply.BLOCK_D)
+        if programs >= multiprocessors(device):
             break
-    return grid, apply
+    return programs, row_tiles, apply
 
 
 def _tile(
@@ -582,7 +589,7 @@ def _tile(
     student, layers = students[0], len(students)
     B, N, Ds = student.shape
     Dt = teachers[0].shape[2]
-    G, n, run = {"intra": (B, N, N), "inter": (N, B, B), "batch": (1, B * N, N)}[scope]
+    G, n, run = {"intra": (B, N, None), "inter": (N, B, None), "batch": (1, B * N, N)}[scope]
     n = n if index is None else index.shape[1]
     every, total = layers * G, layers * G * n
     s_rows, t_rows = _rows(student, scope), _rows(teachers[0], scope)
@@ -613,8 +620,9 @@ def _tile(
     budget = (STRIP_BYTES + layers * student.numel() * student.itemsize) // (4 * pitch)  # rows of W
     triangle = columns * (columns + 1) // 2
 
-    # Drawn rows lie one after another: run of them take up run times a row.
-    d_rows = s_rows if dstudents is None else _rows(dstudents[0], scope) if index is None else Rows(0, run * Ds, Ds, 1)
+    d_rows = s_rows if dstudents is None else _rows(dstudents[0], scope)
+    if index is not None:  # drawn rows lie one after another: N of them take up N times a row
+        d_rows = Rows(0, N * Ds, Ds, 1)
     if dstudents is None:
         partial = student.new_empty(every * triangle, dtype=torch.float32)
         _relation_map_kernel[(every * triangle,)](
@@ -656,10 +664,10 @@ def _tile(
                 )  # fmt: skip
                 done += here * tiles
                 rows = min(tall * BLOCK_M, n - first_tile * BLOCK_M)
-                grid, apply = _fill(config.apply, here, rows, Ds, student.device)
-                _relation_apply_kernel[grid](
+                programs, apply_tiles, apply = _fill(config.apply, here, rows, Ds, student.device)
+                _relation_apply_kernel[(programs,)](
                     w, along, s, drawn, norms, scale, tuple(dstudents), *s_rows, *d_rows, n, G, run, Ds,
-                    g, first_tile * BLOCK_M, grid[0] // here, columns, pitch, w.stride(1), w.stride(0), factor,
+                    g, first_tile * BLOCK_M, apply_tiles, columns, pitch, w.stride(1), w.stride(0), factor,
                     HAS_SCALE=has_scale, IS_ADDED=is_added, **flags, **apply._asdict(),
                 )  # fmt: skip
 
@@ -668,27 +676,38 @@ def _tile(
 
 
 def _gram(student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str, normalize: bool, eps: float) -> Tensor:
-    """||SSᵀ - TTᵀ||² = ||SᵀS||² - 2||SᵀT||² + ||TᵀT||², dŜ = 4/(G n²) (S(SᵀS) - T(TᵀS)); Grams in float64."""
+    """||SSᵀ - TTᵀ||² = ||SᵀS||² - 2||SᵀT||² + ||TᵀT||², dŜ = 4/(G n²) (S(SᵀS) - T(TᵀS)), in float64.
+
+    Both networks' rows stand side by side, Z = [S T]: a piece takes three launches for ZᵀZ and one product for dŜ.
+    """
     Ds, Dt = student.shape[2], teacher.shape[2]
 
     def folded(x: Tensor) -> Tensor:  # (G, runs, rows of a run, D), a view
         return x[None] if scope == "batch" else (x if scope == "intra" else x.transpose(0, 1))[:, None]
 
-    def unit(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.float()
-        if not normalize:
-            return x, x.new_ones(())
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inv = norm.reciprocal().masked_fill_(norm <= eps, 0)
-        return x * inv, inv
+    def inverse_norms(x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return norm.reciprocal().masked_fill_(norm <= eps, 0)
 
-    s, t = folded(student), folded(teacher)
+    networks = [(x, inverse_norms(x) if normalize else None) for x in (folded(student), folded(teacher))]
     ds = None if dstudent is None else folded(dstudent)
+    (s, r), _ = networks
     G, runs, run = s.shape[:3]
     n = runs * run
     scale = 1 / (G * n * n)
     total = student.new_zeros((), dtype=torch.float64)
-    groups = min(max(GRAM_CHUNK // (Ds * Ds + Ds * Dt + Dt * Dt), 1), G)
+
+    def side_by_side(at: tuple[slice, ...]) -> Tensor:  # (groups, rows, Ds + Dt), of float32 unit rows
+        shape = s[at].shape[:3]
+        z = total.new_empty((*shape, Ds + Dt))
+        for (x, inv), columns in zip(networks, (slice(0, Ds), slice(Ds, None)), strict=True):
+            if inv is None:
+                z[..., columns] = x[at]
+            else:
+                torch.mul(x[at], inv[at], out=z[..., columns])
+        return z.flatten(1, 2)
+
+    groups = min(max(GRAM_CHUNK // (Ds + Dt) ** 2, 1), G)
     long = min(max(GRAM_CHUNK // (groups * (Ds + Dt)), 1), run)
     many = max(GRAM_CHUNK // (groups * long * (Ds + Dt)), 1) if long == run else 1
     for g0 in range(0, G, groups):
@@ -696,25 +715,23 @@ def _gram(student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str,
         pieces = [
             (g, slice(a, a + many), slice(b, b + long)) for a in range(0, runs, many) for b in range(0, run, long)
         ]
-        shape = len(s[g])
-        ss, st, tt = (total.new_zeros((shape, a, b)) for a, b in ((Ds, Ds), (Ds, Dt), (Dt, Dt)))
+        zz = total.new_zeros((len(s[g]), Ds + Dt, Ds + Dt))
         for at in pieces:
-            s64, t64 = (unit(x[at])[0].double().flatten(1, 2) for x in (s, t))
-            ss.baddbmm_(s64.mT, s64)
-            st.baddbmm_(s64.mT, t64)
-            tt.baddbmm_(t64.mT, t64)
+            z = side_by_side(at)
+            zz.baddbmm_(z.mT, z)
+        ss, st, tt = zz[:, :Ds, :Ds], zz[:, :Ds, Ds:], zz[:, Ds:, Ds:]
         for gram, weight in ((ss, 1), (st, -2), (tt, 1)):
             total += weight * torch.linalg.vector_norm(gram).square()
         if ds is None:
             continue
-        ss, ts = ss.float(), st.mT.float()
+        factor = torch.cat([ss, -st.mT], 1).mul_(4 * scale)
         for at in pieces:
-            (s_hat, inv), t_hat = unit(s[at]), unit(t[at])[0]
-            flat = torch.baddbmm(s_hat.flatten(1, 2) @ ss, t_hat.flatten(1, 2), ts, alpha=-1).mul_(4 * scale)
-            ds_hat = flat.view_as(s_hat)
-            if normalize:
-                ds_hat = inv * (ds_hat - s_hat * (s_hat * ds_hat).sum(-1, keepdim=True))
-            ds[at] = ds_hat.to(ds.dtype)
+            z = side_by_side(at)
+            d = (z @ factor).view(ds[at].shape)
+            if r is not None:
+                s_hat = z[..., :Ds].view_as(d)
+                d = d.addcmul_(s_hat, (s_hat * d).sum(-1, keepdim=True), value=-1).mul_(r[at])
+            ds[at] = d
     return (total.clamp_min(0) * scale).float()  # rounding alone can take a zero below 0
 
 

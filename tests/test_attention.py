@@ -342,9 +342,11 @@ def test_scores_by_grams(
         check(x, divergence="score_mse", reduction=reduction, backend=backend, **options)
 
 
-@pytest.mark.parametrize(("n", "expected"), [(197, "tile"), (1024, "gram")], ids=str)
-def test_the_cheaper_algorithm_is_taken(n: int, expected: str) -> None:
-    assert pick_algorithm(n, n, 64, 64, torch.device("cpu")) == expected
+@pytest.mark.parametrize(
+    ("gain", "n", "expected"), [(1, 197, "tile"), (1, 1024, "gram"), (8, 1024, "tile"), (8, 4097, "gram")]
+)
+def test_the_cheaper_algorithm_is_taken(gain: int, n: int, expected: str) -> None:
+    assert pick_algorithm(n, n, 64, 64, torch.device("cpu"), gain) == expected
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -237,6 +237,50 @@ def first_index(rank: Rank) -> None:
     rank.value = [drawn.item(), given.item()]
 
 
+def sent_along(rank: Rank) -> None:
+    """From the third call alike on, features go out before the ranks agree; what else is called then finds its way."""
+    if rank.world == 1:
+        return
+    s, t, _ = rank.batch()
+    first, last = rank.own.start, rank.own.stop
+
+    def loss(own: slice, everyone: slice, **options) -> list[Tensor]:
+        leaf = s[own].clone().requires_grad_()
+        losses = [distributed.manifold_loss(leaf, t[own], index=INDEX, group=rank.group, **options)]
+        losses.append(fastkd.manifold_loss(s[everyone], t[everyone], index=INDEX, **options))
+        assert relative_difference(*losses) <= 1e-5
+        return [losses[0].detach(), *torch.autograd.grad(losses[0], leaf)]
+
+    def sent_later(**options) -> int:
+        gather = distributed._Ranks.gather
+        with mock.patch.object(distributed._Ranks, "gather", autospec=True, side_effect=gather) as sent:
+            found = loss(rank.own, slice(None), **options)
+        assert options or all(map(torch.equal, found, expected))
+        return sent.call_count
+
+    distributed.batch_moments(s[rank.own].mT, group=rank.group)
+    expected = loss(rank.own, slice(None))
+    assert [sent_later() for _ in range(3)] == [1, 0, 0]
+    assert [sent_later(inter=2.0) for _ in range(3)] == [1, 1, 0]
+    # The last rank has an image less, then all are back.
+    odd = rank.rank == rank.world - 1
+    fewer = slice(first, last - 1) if odd else rank.own
+    loss(fewer, slice(sum(rank.sizes) - 1))
+    assert [sent_later() for _ in range(3)] == [1, 1, 0]
+    # One has arguments of its own while features are expected, or calls another function.
+    for _ in range(2):
+        with pytest.raises(ValueError, match="inter"):
+            distributed.manifold_loss(s[rank.own], t[rank.own], inter=-1.0 if odd else 1.0, group=rank.group)
+        assert [sent_later() for _ in range(3)] == [1, 1, 0]
+    call = distributed.relation_loss if odd else distributed.manifold_loss
+    with pytest.raises(ValueError, match="function: "):
+        call(s[rank.own], t[rank.own], group=rank.group)
+    assert [sent_later() for _ in range(3)] == [1, 1, 0]
+    mean, _ = distributed.batch_moments(s[rank.own].mT, group=rank.group)
+    assert sent_later() == 1
+    rank.value = mean.tolist()
+
+
 def index_out_of_range(rank: Rank) -> None:
     s, t, _ = rank.batch()
     index = torch.tensor([0, sum(rank.sizes) * N])
@@ -414,7 +458,8 @@ CHECKS = {
     **{
         check.__name__: check
         for check in (
-            oracle, auto, first_index, index_out_of_range, disagreement, refusal, modules, far_mean, modes, compiled
+            oracle, auto, first_index, sent_along, index_out_of_range, disagreement, refusal, modules, far_mean, modes,
+            compiled,
         )
     },
 }  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import compat, losses, reference
+from fastkd._precision import matrix_gain
 from fastkd.eager import _common
 from fastkd.ops._dispatch import INTERPRETED
 from fastkd.ops.relation import pick_algorithm
@@ -75,25 +76,31 @@ def test_tile_matches_oracle(
 @pytest.mark.parametrize(
     ("scope", "shape"),
     [
+        ("intra", (1, 650, 48, 80)),  # shared by all threads
         ("intra", (2, 517, 48, 80)),  # three blocks of a map, the last of few rows, operands read in place
-        ("intra", (2, 300, 24, 40)),  # copied, for their rows are no whole vectors
-        ("inter", (270, 2, 32, 48)),  # copied, for their rows lie far apart
+        ("intra", (4, 517, 24, 40)),  # copied, for their rows are no whole vectors
+        ("inter", (517, 2, 32, 48)),  # copied, for their rows lie far apart
         ("intra", (1, 70, 4100, 16)),  # a block of so wide rows is a quarter of others
         ("intra", (7, 40, 32, 48)),  # threads with unequal shares of the groups
     ],
     ids=str,
 )
 def test_blocks_of_a_map(scope: str, shape: tuple[int, ...], threads: int) -> None:
-    """A thread takes a group's blocks in pairs; threads beyond the groups share them, each writing its own rows."""
+    """A thread takes a group's blocks in pairs; what is no whole round of groups is shared by the threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         student, teacher = features(*shape)
         n = shape[0 if scope == "inter" else 1]
         check(student, teacher, n, scope=scope, rectify="teacher", backend="native", algorithm="tile")
-        loss = fastkd.relation_loss(student, teacher, scope=scope, backend="native", algorithm="tile")
+        options = {"scope": scope, "backend": "native", "algorithm": "tile"}
+        loss = fastkd.relation_loss(student, teacher, **options)
         expected = reference.relation_loss(student.double(), teacher.double(), scope=scope)
         assert relative_difference(loss, expected) < 1e-5
+        once, again = (
+            loss_and_gradients(lambda s: fastkd.relation_loss(s, teacher, **options), [student]) for _ in range(2)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))  # whoever was faster
     finally:
         torch.set_num_threads(before)
 
@@ -437,6 +444,27 @@ def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
         assert all(relative_difference(a, b) < limit for a, b in zip(own, alone, strict=True)), scope
 
 
+@pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
+def test_terms_add_up_in_shared_groups() -> None:
+    """One gradient takes all three terms, though threads share the last one's groups."""
+    student, teacher = features(2, 517, 48, 80)
+    index = torch.randperm(2 * 517)[:600]
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        t = teacher.to(dtype)
+        return loss_and_gradients(
+            lambda s: fastkd.manifold_loss(s, t, index=index, backend="native"), [student.to(dtype)]
+        )
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        actual, oracle = run(torch.float32), run(torch.float64)
+    finally:
+        torch.set_num_threads(before)
+    assert all(relative_difference(a, o) < 1e-5 for a, o in zip(actual, oracle, strict=True))
+
+
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
 def test_alike_layers_share_their_launches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = pytest.importorskip("fastkd_kernels.relation")
@@ -540,6 +568,25 @@ def test_native_needs_little_beyond_the_gradient(shape: tuple[int, ...], scope: 
 )
 def test_the_cheaper_algorithm_is_taken(n: int, rectify: str, expected: str) -> None:
     assert pick_algorithm(n, 192, 384, rectify, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(("gain", "n", "expected"), [(1, 1024, "gram"), (8, 1024, "tile"), (8, 25088, "gram")])
+def test_matrix_units_move_the_switch(gain: int, n: int, expected: str) -> None:
+    """They multiply 16-bit rows, and no float64."""
+    assert pick_algorithm(n, 192, 384, "none", torch.device("cpu"), gain) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "dtypes", "expected"),
+    [
+        ("cuda", (torch.bfloat16, torch.float16), 8),
+        ("cuda", (torch.bfloat16, torch.float32), 1),
+        ("cuda", (torch.float32, torch.float32), 1),
+        ("cpu", (torch.bfloat16, torch.bfloat16), 1),
+    ],
+)
+def test_matrix_units_take_two_16_bit_operands(device: str, dtypes: tuple[torch.dtype, ...], expected: int) -> None:
+    assert matrix_gain(torch.device(device), *(torch.empty(1, dtype=dtype) for dtype in dtypes)) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastkd._precision import accumulator, has_fast_float64
+from fastkd._precision import accumulator, has_fast_float64, matrix_gain
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve
@@ -65,14 +65,14 @@ class _AttentionRows(torch.autograd.Function):
         return dq, dk, None, None, dbias, *(None,) * (len(ctx.options) + N_INPUTS - 3)
 
 
-def pick_algorithm(N_q: int, N_k: int, d_s: int, d_t: int, device: torch.device) -> str:
+def pick_algorithm(N_q: int, N_k: int, d_s: int, d_t: int, device: torch.device, gain: int = 1) -> str:
     """Cheaper of strips and Grams for score_mse, in float32 multiply-adds per head; a float64 one counts twice.
 
-    tile: N_q N_k (3 d_s + d_t).  gram: 2 (N_q + N_k) (2 d_s² + 2 d_s d_t + d_t²), without bias and causality, to a
-    scalar, and never on a GPU whose float64 is crippled.
+    tile: N_q N_k (3 d_s + d_t) / gain, matrix_gain's.  gram: 2 (N_q + N_k) (2 d_s² + 2 d_s d_t + d_t²), without bias
+    and causality, to a scalar, and never on a GPU whose float64 is crippled.
     """
     gram = 2 * (N_q + N_k) * (2 * d_s * d_s + 2 * d_s * d_t + d_t * d_t)
-    return "gram" if has_fast_float64(device) and gram < N_q * N_k * (3 * d_s + d_t) else "tile"
+    return "gram" if has_fast_float64(device) and gain * gram < N_q * N_k * (3 * d_s + d_t) else "tile"
 
 
 def _check_options(
@@ -276,7 +276,8 @@ def attention_loss(
     impl = resolve(backend, "attention_fwd", q_student, k_student, q_teacher, k_teacher, bias_s, bias_t)
     algorithm = "tile"
     if divergence == "score_mse" and reduction != "none" and bias_s is None and bias_t is None and not is_causal:
-        algorithm = pick_algorithm(q_student.shape[2], N_k, d_s, d_t, q_student.device)
+        gain = matrix_gain(q_student.device, q_student, k_student, q_teacher, k_teacher)
+        algorithm = pick_algorithm(q_student.shape[2], N_k, d_s, d_t, q_student.device, gain)
     is_shared = k_student is q_student and algorithm == "tile"
     inputs = _distinct(
         q_student, None if is_shared else k_student, q_teacher, k_teacher, bias_s, bias_t, key_mask, row_weight

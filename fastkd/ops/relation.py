@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastkd._precision import accumulator, has_fast_float64
+from fastkd._precision import accumulator, has_fast_float64, matrix_gain
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve
@@ -76,16 +76,16 @@ def _thirds(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tenso
     return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n :])
 
 
-def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device) -> Algorithm:
+def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device, gain: int = 1) -> Algorithm:
     """Cheaper of tile and gram, counted in float32 multiply-adds per row; a float64 one counts twice.
 
-    tile: n (2 Ds + Dt).  gram: 2 (Ds² + Ds Dt + Dt²) + Ds (Ds + Dt), never with rectification,
+    tile: n (2 Ds + Dt) / gain, matrix_gain's.  gram: 2 (Ds² + Ds Dt + Dt²) + Ds (Ds + Dt), never with rectification,
     and never on a GPU whose float64 is crippled (all but compute capability 8.0, 9.0 and 10.0).
     """
     if rectify != "none" or not has_fast_float64(device):
         return "tile"
     gram = 2 * (Ds * Ds + Ds * Dt + Dt * Dt) + Ds * (Ds + Dt)
-    return "gram" if gram < n * (2 * Ds + Dt) else "tile"
+    return "gram" if gain * gram < n * (2 * Ds + Dt) else "tile"
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -194,7 +194,8 @@ def relation_loss(
     B, N, Ds = student.shape
     if algorithm == "auto":
         n = {"intra": N, "inter": B, "batch": B * N}[scope]
-        algorithm = pick_algorithm(n, Ds, teacher.shape[-1], rectify, student.device)
+        gain = matrix_gain(student.device, student, teacher)
+        algorithm = pick_algorithm(n, Ds, teacher.shape[-1], rectify, student.device, gain)
     impl = resolve(backend, "relation_fwd", student, teacher)
     return _Relation.apply(
         student, teacher, impl, wants_grad(student), scope, normalize, rectify, float(eps), algorithm
@@ -300,7 +301,8 @@ def manifold_layers(
     for s, t in zip(students, teachers, strict=True):
         B, N, Ds = s.shape
         separate |= (s.dtype, s.device) != (students[0].dtype, students[0].device)
-        separate |= any(pick_algorithm(n, Ds, t.shape[-1], "none", s.device) == "gram" for n in (N, B))
+        gain = matrix_gain(s.device, s, t)
+        separate |= any(pick_algorithm(n, Ds, t.shape[-1], "none", s.device, gain) == "gram" for n in (N, B))
     if not separate:
         indices = [_checked_index(index, s) for index, s in zip(indices, students, strict=True)]
         impl = resolve(backend, "manifold_fwd", *students, *teachers)
