@@ -28,7 +28,7 @@ from fastkd.train.clock import LossClock  # noqa: E402
 from fastkd.train.data import Batches, Digits, create_loaders, find_unreadable, leave_out, open_data  # noqa: E402
 from fastkd.train.loop import Trainee, evaluate  # noqa: E402
 from fastkd.train.plan import plan  # noqa: E402
-from fastkd.train.ranks import Ranks  # noqa: E402
+from fastkd.train.ranks import Ranks, keep_to_own_cores  # noqa: E402
 from fastkd.train.settings import Settings, Stage, as_json, from_json, stages  # noqa: E402
 from fastkd.train.tasks import ManifoldTask  # noqa: E402
 
@@ -342,6 +342,32 @@ def test_sample_depends_on_seed_epoch_and_index_alone(folder):
     rest = [images for images, _ in second.epoch(3, start=2)]
     assert len(whole) == 4 and all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
     assert not any(torch.equal(a, b) for a, (b, _) in zip(whole, first.epoch(4), strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind threads to cores")
+@pytest.mark.parametrize(
+    ("local_world", "threads", "allowed", "kept"),
+    [
+        (2, 1, 5, {2, 3}),
+        (2, 2, 5, {2, 3}),
+        (2, 3, 5, None),
+        (5, 1, 5, {1}),
+        (6, 1, 5, None),
+        (2, 1, 4, None),
+        (1, 1, 5, None),
+    ],
+)
+def test_processes_keep_to_their_share_of_the_cores(monkeypatch, local_world, threads, allowed, kept):
+    """Not with more threads than that, nor where the user has chosen the cores."""
+    found = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: found.append(set(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    keep_to_own_cores()
+    assert found == ([] if kept is None else [kept])
 
 
 def test_ranks_share_each_batch():

@@ -24,7 +24,7 @@ from fastkd._version import __version__
 from fastkd.info import cpu_name
 
 from . import DataError, DivergedError, InputError, InterruptedRun, checkpoint, ranks, report
-from .loop import LOOK_EVERY, Trainee, not_finite
+from .loop import Trainee, not_finite
 from .models import pretrained_cfg
 from .prepare import Setup, fingerprint, prepare
 from .report import Row
@@ -245,9 +245,9 @@ class Run:
         bar.set_description(f"{trainee.label} {epoch + 1}/{trainee.epochs}")
         every = self.setup.settings.checkpoint_every
         if start < trainee.steps(epoch):
-            for step in trainee.train_epoch(epoch, bar, start):
+            for step in trainee.train_epoch(epoch, bar, start, lambda: stop.signal):
                 self.steps += 1
-                if stop.asked(step):
+                if stop.asked(trainee.wished):
                     self._save(Place(entry, step))
                     stop.leave(self.out)
                 if every and self.steps >= every and step < trainee.steps(epoch):
@@ -354,17 +354,11 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def asked(self, step: int) -> bool:
-        """Whether any rank was asked to stop; ranks agree at each step on CPU, at every 20th on a GPU."""
-        if self.ranks.world == 1:
-            return self.signal != 0
-        cuda = torch.distributed.get_backend() == "nccl"
-        if cuda and step % LOOK_EVERY:
-            return False
-        wish = torch.tensor(float(self.signal), device="cuda" if cuda else "cpu")
-        torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
-        self.signal = int(wish)
-        return self.signal != 0
+    def asked(self, wished: int) -> bool:
+        """Whether the run ends here; of several ranks by the signal that all of them know some rank got."""
+        known = self.signal if self.ranks.world == 1 else wished
+        self.signal = known or self.signal
+        return known != 0
 
     def leave(self, out: Path) -> None:
         raise InterruptedRun(f"interrupted; go on with: fastkd train --resume {out}", 128 + self.signal)

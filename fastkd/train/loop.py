@@ -79,6 +79,8 @@ class Trainee:
         self.autocast = torch.autocast(device.type, AMP_DTYPES[settings.amp], enabled=settings.amp != "none")
         self.ema = None if ema is None else ModelEmaV3(network, decay=ema, use_warmup=True)
         self.stage = self.epoch = -1
+        self.wish: Callable[[], int] = lambda: 0
+        self.wished = 0  # the largest of what the ranks wished at the last look
         self.record = Record(device, ranks)
 
     def steps(self, epoch: int) -> int:
@@ -125,16 +127,17 @@ class Trainee:
             epoch -= stage.epochs
         raise IndexError(f"{self.label} has no epoch {epoch}")
 
-    def train_epoch(self, epoch: int, bar: tqdm, start: int = 0) -> Iterator[int]:
+    def train_epoch(self, epoch: int, bar: tqdm, start: int = 0, wish: Callable[[], int] = lambda: 0) -> Iterator[int]:
         """The steps of an epoch from `start` on; yields how many are done after each.
 
-        Order and augmentation are the same for each network with the same seed.
+        Order and augmentation are the same for each network with the same seed. What this rank wishes goes out with
+        its losses; `wished` is what all ranks then know.
 
         Raises:
             DivergedError: a loss that is not finite; on CPU before it reaches the weights.
             DataError: more unreadable images than the settings allow.
         """
-        self.epoch = epoch
+        self.epoch, self.wish = epoch, wish
         stage, own_epoch = self.at(epoch)
         if stage != self.stage:
             self.begin(stage)
@@ -155,6 +158,7 @@ class Trainee:
             if self.record.shown + SHOW_EVERY < time.perf_counter() and self.record.seen == self.record.steps:
                 self.record.show(bar, self)
             yield step + 1
+        self.record.send(wish())
         self._look(epoch, [])
         self._check_images()
 
@@ -221,6 +225,7 @@ class Trainee:
         return module
 
     def _step(self, epoch: int, step: int, group: list[Batch]) -> None:
+        looks = self.device.type == "cpu" or (step + 1) % LOOK_EVERY == 0
         seed_all(self.settings.seed, epoch, step, self.ranks.rank)
         group = [self._mixed(images, targets) for images, targets in group]
         self.optimizer.zero_grad()
@@ -235,9 +240,11 @@ class Trainee:
             with nullcontext() if last else self.task.no_sync():
                 with self.autocast:
                     result = self.task(images, targets, **known)
+                self.record.add(result, step, len(group))
+                if last and looks:
+                    self.record.send(self.wish())  # it arrives while backward runs
                 self.scaler.scale(result["loss"] / len(group)).backward()
-            self.record.add(result, step, len(group))
-        if self.device.type == "cpu" or (step + 1) % LOOK_EVERY == 0:
+        if looks:
             self._look(epoch, group)
         if self.settings.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
@@ -257,6 +264,7 @@ class Trainee:
     def _look(self, epoch: int, group: list[Batch]) -> None:
         """Brings the loss to the host; stops where it is not finite, and says where that began."""
         found = self.record.look()
+        self.wished = self.record.wished
         if found is None:
             return
         step, values = found
@@ -319,7 +327,9 @@ class Record:
         self.seen = 0  # and brought to the host
         self.seconds = self.loss_seconds = self.shown = 0.0
         self.began = time.perf_counter()
+        self.wished = 0
         self._pending: dict[int, Tensor] = {}  # step -> its loss and parts
+        self._sent: Callable[[], Tensor] | None = None  # on its way
         self._names: list[str] = []
 
     def add(self, result: dict[str, Any], step: int, parts: int) -> None:
@@ -333,13 +343,25 @@ class Record:
             self._pending[step] = values
             self.steps += 1
 
+    def send(self, wish: int) -> None:
+        """Starts to tell all ranks what is pending, and a number that this one wishes."""
+        if self._pending:
+            values = torch.cat(list(self._pending.values()))
+            self._sent = self.ranks.start_gather(torch.cat([values, values.new_tensor([wish])]))
+
     def look(self) -> tuple[int, dict[str, float]] | None:
-        """Brings what is pending to the host; (step, its parts) of the first that is not finite."""
+        """Brings what is pending to the host, as means over ranks; (step, its parts) of the first not finite."""
         if not self._pending:
             return None
-        steps, table = list(self._pending), self.ranks.mean(torch.stack(list(self._pending.values())))
-        self._pending = {}
-        for step, values in zip(steps, table.tolist(), strict=True):
+        if self._sent is None:
+            self.send(0)
+        assert self._sent is not None
+        *columns, wishes = zip(*self._sent().tolist(), strict=True)
+        means = [sum(of_ranks) / len(of_ranks) for of_ranks in columns]
+        steps, width = list(self._pending), len(self._names)
+        self._pending, self._sent, self.wished = {}, None, int(max(wishes))
+        for number, step in enumerate(steps):
+            values = means[number * width : (number + 1) * width]
             if not all(map(math.isfinite, values)):
                 return step, dict(zip(self._names, values, strict=True))
             for name, value in zip(self._names, values, strict=True):

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd import distributed
+
 T = TypeVar("T")
 
 
@@ -20,12 +22,12 @@ class Ranks(NamedTuple):
         """For the losses that span images; None: this process alone."""
         return dist.group.WORLD if self.world > 1 else None
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(x)
-            x /= self.world
-        return x
+    def start_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """Sends x to every rank; what it returns waits for all of them, (ranks, ...)."""
+        if self.world == 1:
+            return lambda: x[None]
+        wait = distributed.start_gather(x[None], [1] * self.world, self.group)
+        return lambda: torch.cat(wait())
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -60,6 +62,22 @@ class Ranks(NamedTuple):
 ALONE = Ranks()
 
 
+def mean_at_once(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """A communication hook of DistributedDataParallel for gradients that all ranks can send to all in one round.
+
+    gloo's all-reduce goes round a ring, in pieces, and waits for most of its time.
+    """
+    gradients = bucket.buffer()
+    world = dist.get_world_size(group)
+    first, *others = distributed.start_gather(gradients, [len(gradients)] * world, group)()
+    mean = first / world
+    for other in others:  # in the order of the ranks: the same bits everywhere
+        mean.add_(other, alpha=1 / world)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(mean)
+    return done
+
+
 def join(device: torch.device) -> tuple[Ranks, torch.device]:
     """Joins the processes that torchrun started; each gets a GPU of its own.
 
@@ -70,9 +88,26 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    else:
+        keep_to_own_cores()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def keep_to_own_cores() -> None:
+    """Gives each process of a machine its share of the cores if its threads fit in there, and nobody chose others.
+
+    Else gloo's threads wake up on cores where another process computes, and that one waits for what they bring.
+    """
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_world == 1 or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // local_world
+    if len(cores) == os.cpu_count() and torch.get_num_threads() <= share:
+        first = int(os.environ["LOCAL_RANK"]) * share
+        os.sched_setaffinity(0, cores[first : first + share])  # threads started from here on inherit it
 
 
 def leave() -> None:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.models import group_parameters
 from timm.task import TrainingTask
 from timm.utils import ModelEmaV3, unwrap_model
@@ -235,9 +236,18 @@ class DistillationTask(TrainingTask):
         task_weight, weight, logit_weight = self.trainable.weights
         to_the_end = task_weight or (self.trainable.logits is not None and logit_weight)
         ddp_kwargs.setdefault("find_unused_parameters", not (to_the_end and weight))
-        self.trainable_module = nn.parallel.DistributedDataParallel(
-            self.trainable_module, device_ids=device_ids, **ddp_kwargs
-        )
+        trained = self.trainable_parameters
+        all_bytes = dist.get_world_size(self.process_group) * sum(p.numel() * p.itemsize for p in trained)
+        at_once = all_bytes <= distributed.SMALL and all(p.device.type == "cpu" for p in trained)
+        if at_once:
+            ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+            ddp_kwargs.setdefault("bucket_cap_mb", 25)  # PyTorch's own, for the first bucket too: one message
+        ddp = nn.parallel.DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        if at_once:
+            from fastkd.train.ranks import mean_at_once  # not in a PyTorch that was built without processes
+
+            ddp.register_comm_hook(self.process_group, mean_at_once)
+        self.trainable_module = ddp
         return self
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
