@@ -166,6 +166,22 @@ def test_a_stored_gradient_is_scaled_in_float32_and_rounded_once(
         assert torch.equal(scaled(gradient, dloss, dtype), (gradient.float() * dloss).to(dtype))
 
 
+def test_a_stored_gradient_on_a_gpu_is_scaled_by_one_kernel() -> None:
+    """Whatever its size: a launch takes as long as 65,536 elements do."""
+
+    class Kernels(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += func.overloadpacket is torch.ops.aten.mul
+            return func(*args, **(kwargs or {}))
+
+    stored = torch.empty(300_000, dtype=torch.bfloat16, device="meta")  # has no kernels, but all that calls them
+    with Kernels() as kernels:
+        scaled(stored, torch.empty((), device="meta"), torch.bfloat16)
+    assert kernels.calls == 1
+
+
 def test_a_stored_gradient_is_handed_out_once() -> None:
     """A backward that frees its graph gives the stored gradient itself; others leave it as it is."""
     student, teacher = torch.randn(2, 5, 8, device=DEVICE, requires_grad=True), torch.randn(2, 5, 8, device=DEVICE)
@@ -189,6 +205,17 @@ def test_a_stored_gradient_is_handed_out_once() -> None:
     assert torch.equal(gradient(again, torch.ones(3, device=DEVICE), is_grads_batched=True)[2], kept)
     (fastkd.relation_loss(student, teacher) + fastkd.relation_loss(student, teacher)).backward()
     assert torch.equal(student.grad, kept * 2)
+
+
+@pytest.mark.skipif(not _dispatch.HAS_TRITON or _dispatch.INTERPRETED, reason="needs compiled Triton")
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_too_old_for_the_triton_kernels_is_told(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    reason = _dispatch.why_not("relation_fwd", "triton", "cuda", torch.float32)
+    assert reason is None if runs else "compute capability 8.0, this GPU has 7.5" in str(reason)
 
 
 def test_backends_by_name() -> None:

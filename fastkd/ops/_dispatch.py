@@ -73,6 +73,10 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
             return f"Triton needs CUDA tensors, got {device} ones (cpu ones under TRITON_INTERPRET=1, for tests)"
         if dtype == torch.float64:
             return "Triton kernels take float32, bfloat16 and float16, got float64"
+        if device == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            if major < 8:
+                return f"the Triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
     return None
 
 
