@@ -62,13 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     head = report.header(args.device)
     print(report.title(head), flush=True)
     begin, done = time.monotonic(), []
+    is_whole = len(cases) == len(select(CASES, args.device, None, "*"))
+    path = args.json or (report.RESULTS if is_whole and args.rounds is None else None)
     for case in cases:
         done.append(measure(case if args.thorough else quick(case), args.rounds, args.seconds))
         print(report.block(done[-1]), flush=True)
+        if args.json is not None:  # what is there when the run is cut short
+            report.write(args.json, head, report.rows(done))
     print(report.bars(done))
     print(f"{len(done)} cases in {time.monotonic() - begin:.0f} s")
-    is_whole = len(cases) == len(select(CASES, args.device, None, "*"))
-    path = args.json or (report.RESULTS if is_whole and args.rounds is None else None)
     if path is not None:
         print(f"written to {report.write(path, head, report.rows(done))}")
     return int(any(m.figures["fastkd"].failure for m in done))

@@ -17,7 +17,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes of a block
+# Bytes of a block; what is compiled for sm_80 also runs on consumer cards, of compute capability 8.6 to 12.x.
+SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 TENSOR_MEMORY = 512  # columns, where there is one
 DTYPES = ("fp32", "bf16", "fp16")
 ARCHITECTURES = {"sm_80": "8.x", "sm_90": "9.0", "sm_100": "10.x", "gfx942": "cdna"}

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import aot, report, sanitize, scaling
-from benchmarks.case import ALLOWANCE, COPY, Bar, Provider
+from benchmarks.case import ALLOWANCE, COPY, Bar, Case, Provider
 from benchmarks.cases import CASES
 from benchmarks.cases.relation import case
 from benchmarks.measure import Measured, interleave, measure
@@ -85,6 +85,22 @@ def test_json_and_command(tiny: Measured, monkeypatch: pytest.MonkeyPatch, tmp_p
     (row,) = out["cases"]
     assert row["case"] == "relation/tiny" and row["providers"]["fastkd"]["median"] > 0
     assert "MISS" in capsys.readouterr().out
+
+
+def test_a_run_cut_short_leaves_what_it_has(tiny: Measured, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    measured = iter([tiny])
+
+    def interrupted(case: Case, rounds: int, seconds: float) -> Measured:
+        try:
+            return next(measured)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(command, "CASES", (tiny.case, tiny.case))
+    monkeypatch.setattr(command, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--device", "cpu", "--json", str(tmp_path / "cases.json")])
+    assert len(json.loads((tmp_path / "cases.json").read_text())["cases"]) == 1
 
 
 def slower(results: dict, factor: float) -> dict:
@@ -199,6 +215,24 @@ def test_a_sanitizer_that_refuses_is_no_failure(said, expected, tmp_path, monkey
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert str(sanitize.check("memcheck", ["true"])) == expected
+
+
+def test_a_late_sanitizer_takes_its_program_along(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool, alive = tmp_path / "compute-sanitizer", tmp_path / "alive"
+    tool.write_text(f"#!/bin/sh\n(sleep 2; touch {alive}) &\nwait\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert str(sanitize.check("memcheck", ["true"], seconds=0.2)) == "memcheck: not run, longer than 0.2 s"
+    time.sleep(2.5)
+    assert not alive.exists()
+
+
+def test_a_failed_program_is_no_clean_bill(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 0 errors'\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert str(sanitize.check("memcheck", ["true"])) == "memcheck: not run, its program ended with status 1"
 
 
 def test_gpu_report_says_what_is_missing_and_what_failed(tiny: Measured, tmp_path, capsys) -> None:
