@@ -94,6 +94,28 @@ def test_mean_far_above_the_spread(backend: str) -> None:
         assert ((var - expected) / expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels", "sliced"])
+@pytest.mark.parametrize("dims", ["batch", "image"])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 5), (4, 3, 40, 50), (9, 20, 3, 3)], ids=str)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+def test_an_infinite_element(backend: str, shape: tuple[int, ...], dims: str, layout: str) -> None:
+    """Makes its channel's mean infinite, not NaN, wherever it stands. Other channels are whole."""
+    infinity = float("inf")
+    for values in ((infinity,), (-infinity,), (float("nan"),), (infinity, infinity), (infinity, -infinity)):
+        for position in (0, shape[2] * shape[3] // 2, -1):
+            x = activations(shape, torch.float32)
+            for image, value in zip((1, -1), values, strict=False):
+                x[image, 1].view(-1)[position] = value
+            x = strided(x, layout)
+            expected = reference.batch_moments(x, dims=dims)
+            for a, e in zip(fastkd.batch_moments(x, dims=dims, backend=backend), expected, strict=True):
+                torch.testing.assert_close(a, e, equal_nan=True)
+            if dims == "batch":
+                zeros, ones = torch.zeros(shape[1], device=DEVICE), torch.ones(shape[1], device=DEVICE)
+                _, *moments = fastkd.batch_norm_moments(x, zeros, ones, backend=backend)
+                torch.testing.assert_close(moments, list(expected), equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", backends("moments_fwd", torch.float64))
 def test_gradcheck(backend: str) -> None:
     x = activations((2, 3, 4, 5), torch.float64).requires_grad_()

@@ -4,6 +4,7 @@
 // Forward reads x once. A block is summed about a pivot, the mean of its first elements: for n elements and k of these,
 // (pivot - mean)^2 <= n/k var, so a mean far above the spread costs 5 bits at the most. Blocks merge pairwise in double
 // (Chan et al.) in a fixed order, so the result does not depend on the number of threads.
+#include "blocks.h"
 #include "common.h"
 #include "vector.h"
 
@@ -385,6 +386,29 @@ void layer_moments(
   if (rest > 1) at::parallel_for(0, groups, std::max<int64_t>(1, 4096 / rest), finish);
 }
 
+// The means that an infinity among the inputs spoilt: differences turn it into NaN, their sum does not.
+template <typename scalar_t, typename acc_t>
+void mend_means(
+    const scalar_t* x,
+    int64_t B,
+    int64_t C,
+    int64_t H,
+    int64_t W,
+    const PlaneStrides s,
+    bool per_image,
+    acc_t* mean) {  // (C) or (B, C)
+  const int64_t groups = per_image ? B * C : C, images = per_image ? 1 : B;
+  for (int64_t i = 0; i < groups; ++i) {
+    if (std::isfinite(mean[i])) continue;
+    const scalar_t* p = x + (per_image ? i / C * s.b : 0) + i % C * s.c;
+    double sum = 0;
+    for (int64_t b = 0; b < images; ++b)
+      for (int64_t h = 0; h < H; ++h)
+        for (int64_t w = 0; w < W && !std::isnan(sum); ++w) sum += static_cast<double>(p[b * s.b + h * s.h + w * s.w]);
+    mean[i] = static_cast<acc_t>(sum / static_cast<double>(images * H * W));
+  }
+}
+
 int64_t groups_of(const at::Tensor& x, bool per_image) {
   return per_image ? x.size(0) * x.size(1) : x.size(1);
 }
@@ -413,8 +437,9 @@ std::tuple<at::Tensor, at::Tensor> moments_fwd_cpu(
           s.w = W == 1 ? s.b : s.w;
           W *= std::exchange(B, 1);
         }
-        layer_moments<scalar_t, acc_t>(
-            x.const_data_ptr<scalar_t>(), B, folded->C, folded->H, W, s, per_image, {}, mean_ptr, var_ptr);
+        const auto* p = x.const_data_ptr<scalar_t>();
+        layer_moments<scalar_t, acc_t>(p, B, folded->C, folded->H, W, s, per_image, {}, mean_ptr, var_ptr);
+        mend_means<scalar_t, acc_t>(p, B, folded->C, folded->H, W, s, per_image, mean_ptr);
       }
       mean_ptr += n;
       var_ptr += n;
@@ -576,7 +601,7 @@ at::Tensor layer_backward(
     int64_t first,
     bool per_image,
     const Normalised& norm = {}) {
-  auto dx = at::empty_like(x);
+  auto dx = empty_gradient(x);
   if (x.numel() == 0) return dx;
   const auto& dy = norm.dy;
   const bool has_dy = dy.defined();
@@ -684,17 +709,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cpu(
     for (size_t c = 0; c < beta.size() && added != nullptr; ++c) beta[c] += added[c];
     const Output<scalar_t, acc_t> output{
         out.mutable_data_ptr<scalar_t>(), folded->strides[1], alpha.data(), beta.data()};
-    layer_moments<scalar_t, acc_t>(
-        x.const_data_ptr<scalar_t>(),
-        folded->B,
-        folded->C,
-        folded->H,
-        folded->W,
-        folded->strides[0],
-        false,
-        output,
-        mean.mutable_data_ptr<acc_t>(),
-        var.mutable_data_ptr<acc_t>());
+    const auto* p = x.const_data_ptr<scalar_t>();
+    auto *mean_ptr = mean.mutable_data_ptr<acc_t>(), *var_ptr = var.mutable_data_ptr<acc_t>();
+    const auto [B, C, H, W, strides] = *folded;
+    layer_moments<scalar_t, acc_t>(p, B, C, H, W, strides[0], false, output, mean_ptr, var_ptr);
+    mend_means<scalar_t, acc_t>(p, B, C, H, W, strides[0], false, mean_ptr);
   });
   if (!out.is_same(y)) y.copy_(out);
   return {y, mean, var};

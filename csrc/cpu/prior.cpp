@@ -3,6 +3,7 @@
 // Forward reads each plane once, a row beside the one above it: the four differences that end in a row need no other.
 // Backward forms each difference once, adds it to the gradient of its row and takes it from that of the row above, and
 // writes each pixel once.
+#include "blocks.h"
 #include "common.h"
 #include "vector.h"
 
@@ -271,7 +272,7 @@ at::Tensor prior_bwd_cpu(
     const at::Tensor& tv_l2,      // (4)
     const at::Tensor& norms) {    // (B)
   const int64_t B = images.size(0), C = images.size(1), H = images.size(2), W = images.size(3);
-  auto dimages = at::empty_like(images);
+  auto dimages = empty_gradient(images);
   const auto dtype = accumulator(images);
   const auto dtv_l1 = dtv_l1_in.to(dtype).contiguous(), dtv_l2 = dtv_l2_in.to(dtype).contiguous();
   const auto dnorms = dnorms_in.to(dtype).contiguous();

@@ -18,8 +18,9 @@ def _layer_moments(x: Tensor, per_image: bool) -> tuple[Tensor, Tensor]:
     means, variances = [], []
     for c in (channels := chunks(x.shape[1], x[:, 0].numel())):
         # var_mean subtracts the mean before it squares, so a far-off mean costs no digits.
-        var, mean = torch.var_mean(x[:, c : c + channels.step].to(acc), over, correction=0)
-        means.append(mean)
+        chunk = x[:, c : c + channels.step].to(acc)
+        var, mean = torch.var_mean(chunk, over, correction=0)
+        means.append(torch.where(mean.isnan(), chunk.mean(over), mean))  # its updates turn an infinity into NaN
         variances.append(var)
     return torch.cat(means, -1).flatten(), torch.cat(variances, -1).flatten()
 

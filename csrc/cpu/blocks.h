@@ -1,0 +1,166 @@
+// Memory of gradients that serves the next step again.
+//
+// glibc returns a large block to the kernel when it is freed, or splits it; the next one then has its pages handed out
+// and cleared anew, as they are first touched: of 100 MB that takes several times as long as to compute them. Here a
+// freed block is kept for the next tensor of its size. What was freed last lies as it is, the rest as MADV_FREE: the
+// kernel takes those pages when memory runs short. Blocks are made of huge pages where the system has them, because
+// MADV_FREE and the next write are costly page by page.
+//
+// What is mapped in all never exceeds the most that was in use at once. FASTKD_KEEP_BLOCKS=0 in the environment leaves
+// everything to PyTorch's allocator, as does any other system than Linux.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#if defined(__linux__)
+#include <ATen/EmptyTensor.h>
+#include <c10/core/CPUAllocator.h>
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <iterator>
+#include <mutex>
+#include <string_view>
+#include <vector>
+#endif
+
+namespace fastkd {
+
+#if defined(__linux__)
+class Blocks final : public c10::Allocator {
+ public:
+  static constexpr size_t kSmallest = size_t(256) << 10;  // bytes of a block; less is PyTorch's
+  static constexpr size_t kReady = size_t(64) << 20;      // that lie as they are
+  static constexpr size_t kKept = size_t(1) << 30;        // that lie free in all
+
+  // Never destroyed: tensors may outlive every static object.
+  static Blocks& instance() {
+    static auto* const blocks = new Blocks;
+    return *blocks;
+  }
+
+  c10::DataPtr allocate(size_t n) override {
+    const Block block = n < kSmallest || !is_on_ ? Block{} : take((n + kPage - 1) / kPage * kPage);
+    if (block.data == nullptr) return c10::GetCPUAllocator()->allocate(n);  // or its error
+    c10::profiledCPUMemoryReporter().New(block.data, block.bytes);
+    return {block.data, new Block(block), &give_back, at::kCPU};
+  }
+
+  void copy_data(void* dest, const void* src, size_t count) const override { default_copy_data(dest, src, count); }
+
+ private:
+  static constexpr size_t kPage = 4096, kHuge = size_t(2) << 20;
+
+  struct Block {
+    void* data = nullptr;
+    size_t bytes = 0;
+    bool is_offered = false;  // to the kernel
+  };
+
+  Blocks() {
+    const char* setting = std::getenv("FASTKD_KEEP_BLOCKS");
+    is_on_ = setting == nullptr || std::string_view(setting) != "0";
+    // A child that is forked while another thread holds the lock would wait for it forever.
+    pthread_atfork([] { instance().mutex_.lock(); }, unlock, unlock);
+  }
+
+  static void unlock() { instance().mutex_.unlock(); }
+
+  // The block freed last among those of this size, or a new one.
+  Block take(size_t bytes) {
+    std::vector<Block> surplus;
+    {
+      const std::lock_guard lock(mutex_);
+      in_use_ += bytes;
+      most_ = std::max(most_, in_use_);
+      const auto found = std::find_if(free_.rbegin(), free_.rend(), [=](const Block& b) { return b.bytes == bytes; });
+      if (found != free_.rend()) {
+        const Block block = *found;
+        free_.erase(std::next(found).base());
+        kept_ -= bytes;
+        return block;
+      }
+      surplus = remove_beyond(most_ - in_use_);
+    }
+    unmap(surplus);
+    const Block block = map(bytes);
+    if (block.data == nullptr) {
+      const std::lock_guard lock(mutex_);
+      in_use_ -= bytes;
+    }
+    return block;
+  }
+
+  static void give_back(void* context) {
+    Block block = *static_cast<Block*>(context);
+    delete static_cast<Block*>(context);
+    c10::profiledCPUMemoryReporter().Delete(block.data);
+    instance().keep(block);
+  }
+
+  void keep(Block block) {
+    std::vector<Block> surplus;
+    {
+      const std::lock_guard lock(mutex_);
+      block.is_offered = false;
+      free_.push_back(block);
+      in_use_ -= block.bytes;
+      kept_ += block.bytes;
+      surplus = remove_beyond(kKept);
+      size_t newer = 0;
+      for (auto b = free_.rbegin(); b != free_.rend() && !b->is_offered; ++b) {
+        newer += b->bytes;
+        // Under the lock: whoever takes the block may write at once. Linux before 4.5 refuses, and keeps the pages.
+        if (newer > kReady) b->is_offered = madvise(b->data, b->bytes, MADV_FREE) == 0;
+      }
+    }
+    unmap(surplus);
+  }
+
+  // Takes out the blocks freed first until no more than `most` bytes lie free.
+  std::vector<Block> remove_beyond(size_t most) {
+    auto last = free_.begin();
+    for (; kept_ > most; ++last) kept_ -= last->bytes;
+    std::vector<Block> surplus(free_.begin(), last);
+    free_.erase(free_.begin(), last);
+    return surplus;
+  }
+
+  // Starts on a huge page.
+  static Block map(size_t bytes) {
+    void* const all = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (all == MAP_FAILED) return {};
+    const size_t before = kHuge - reinterpret_cast<uintptr_t>(all) % kHuge;  // 4 KB to 2 MB
+    char* const data = static_cast<char*>(all) + before;
+    munmap(all, before);
+    if (before < kHuge) munmap(data + bytes, kHuge - before);
+    madvise(data, bytes, MADV_HUGEPAGE);
+    return {data, bytes};
+  }
+
+  static void unmap(const std::vector<Block>& blocks) {
+    for (const Block& block : blocks) munmap(block.data, block.bytes);
+  }
+
+  bool is_on_;
+  std::mutex mutex_;
+  std::vector<Block> free_;                  // in the order in which they were freed
+  size_t in_use_ = 0, most_ = 0, kept_ = 0;  // bytes: handed out, the most there were, lying free
+};
+#endif
+
+// at::empty_like for a gradient that is written once and soon freed.
+inline at::Tensor empty_gradient(const at::Tensor& x) {
+#if defined(__linux__)
+  if (x.nbytes() >= Blocks::kSmallest && x.is_non_overlapping_and_dense())
+    return at::Tensor(
+        at::detail::empty_strided_generic(
+            x.sizes(), x.strides(), &Blocks::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type()));
+#endif
+  return at::empty_like(x);
+}
+
+}  // namespace fastkd
