@@ -67,6 +67,7 @@ struct MomentsNode : Function<MomentsNode> {
     auto inputs = ctx->get_saved_variables();
     const Tensor mean = std::move(inputs.back());
     inputs.pop_back();
+    const at::AutoDispatchBelowADInplaceOrView guard;  // else PyTorch boxes the call, to look for what it should record
     auto dinputs = bwd.call(grads[0], grads[1], inputs, mean, ctx->saved_data["per_image"].toBool());
     dinputs.emplace_back();  // per_image has none
     return dinputs;
@@ -131,7 +132,10 @@ struct BatchNormNode : Function<BatchNormNode> {
     const bool with_dweight = weight && ctx->needs_input_grad(3);
     const bool with_dbias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(weight ? 4 : 3);
     Tensor dx, dweight, dbias;
-    if (ctx->needs_input_grad(0)) dx = bwd.call(dy, grads[1], grads[2], x, mean, running_var, weight, eps);
+    if (ctx->needs_input_grad(0)) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      dx = bwd.call(dy, grads[1], grads[2], x, mean, running_var, weight, eps);
+    }
     if (with_dweight || with_dbias) {
       // A trained teacher is not what this is for: PyTorch's own sums, in a pass of their own.
       // Contiguous: it sums some planes of one row or column wrongly where dy lies otherwise than x.
