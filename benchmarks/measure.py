@@ -16,6 +16,7 @@ from fastkd.testing import assert_matches_oracle
 SECONDS = 6.0  # of timed rounds a case; its oracle, compilation and memory come on top
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
+SETTLE = 1e-2  # seconds of calls before a sample, one at least
 
 
 @dataclass
@@ -153,16 +154,17 @@ def _sample(call: Callable[[], object], repeats: int, device: str) -> float:
 def interleave(
     calls: Mapping[str, Callable[[], object]], device: str, rounds: int | None, seconds: float
 ) -> dict[str, list[float]]:
-    """Time every call once a round, starting with another one each round; as many rounds as the seconds allow.
+    """Time every call once a round, in another order each round; as many rounds as the seconds allow.
 
-    Before its sample a call runs once uncounted: it then finds the caches and the allocator as it left them itself, as
-    in a loop of its own, not as its neighbour did. A first round, not counted, says how long each call takes.
+    Before its sample a call runs uncounted: it then finds the caches and the allocator as it left them itself, as in a
+    loop of its own, not as its neighbour did. A first round, not counted, says how long each call takes.
     """
     names = list(calls)
     estimate = {name: _sample(calls[name], 1, device) for name in names}
     repeats = {name: max(1, min(100, int(SAMPLE / max(t, 1e-9)))) for name, t in estimate.items()}
+    before = {name: max(1, min(100, int(SETTLE / max(t, 1e-9)))) for name, t in estimate.items()}
     if rounds is None:
-        a_round = sum(estimate[name] * (1 + repeats[name]) for name in names)
+        a_round = sum(estimate[name] * (before[name] + repeats[name]) for name in names)
         fewest = MIN_ROUNDS if MIN_ROUNDS * a_round < 3 * seconds else 3
         rounds = max(fewest, min(MAX_ROUNDS, int(seconds / a_round)))
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -170,9 +172,9 @@ def interleave(
     gc.disable()
     try:
         for r in range(rounds):
-            for i in range(len(names)):
-                name = names[(r + i) % len(names)]
-                calls[name]()
+            # Forwards and backwards by turns: nobody always follows the same one.
+            for name in (names[r % len(names) :] + names[: r % len(names)])[:: -1 if r % 2 else 1]:
+                _sample(calls[name], before[name], device)
                 times[name].append(_sample(calls[name], repeats[name], device))
     finally:
         gc.enable()
