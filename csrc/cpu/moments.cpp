@@ -148,13 +148,14 @@ FASTKD_MULTIVERSION void row_moments(
     const Output<scalar_t, acc_t> out,
     Moments* moments) {
   constexpr bool kConverts = !std::is_same_v<scalar_t, acc_t>;
+  constexpr int64_t kPiece = kConverts ? 256 : kBlock;  // elements converted while those before are added up
   const bool is_direct = !kConverts && s.w == 1;
-  acc_t held[kBlock];
+  acc_t held[kPiece];
   Block<acc_t> block;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
-      for (int64_t i = 0; i < W; i += kBlock) {
-        const int64_t m = std::min(kBlock, W - i);
+      for (int64_t i = 0; i < W; i += kPiece) {
+        const int64_t m = std::min(kPiece, W - i);
         const scalar_t* p = x + b * s.b + h * s.h + i * s.w;
         const acc_t* v = held;
         if (is_direct) {
