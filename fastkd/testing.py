@@ -87,11 +87,14 @@ def backends(op: str, dtype: torch.dtype = torch.float32) -> list[str]:
 
 def strided(x: Tensor, layout: str) -> Tensor:
     """The values of x in other strides: "contiguous", "permuted" (first two dimensions swapped in memory), "sliced"
-    (the tail of a longer second dimension) or "channels" (second dimension innermost)."""
+    (the tail of a longer second dimension), "offset" (dense, an element past an aligned address) or "channels" (second
+    dimension innermost)."""
     if layout == "permuted":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "sliced":
         return torch.cat([x[:, :1], x], 1)[:, 1:]
+    if layout == "offset":
+        return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
     if layout == "channels":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()

@@ -272,7 +272,7 @@ def test_a_key_that_one_network_lacks(backend: str) -> None:
                 assert all(g.isfinite().all() for g in grads), (who, divergence)
 
 
-@pytest.mark.parametrize("layout", ["permuted", "sliced", "channels"])
+@pytest.mark.parametrize("layout", ["permuted", "sliced", "offset", "channels"])
 @pytest.mark.parametrize("divergence", ["kl", "score_mse"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides(backend: str, divergence: str, layout: str) -> None:

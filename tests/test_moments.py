@@ -62,7 +62,7 @@ def check(x: Tensor, dims: str, backend: str) -> None:
         assert_matches_oracle(a, e, o, x.numel() // mean.numel(), name)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels", "permuted", "sliced"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels", "permuted", "sliced", "offset"])
 @pytest.mark.parametrize("dims", ["batch", "image"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -280,7 +280,7 @@ def test_nan_goes_through(backend: str) -> None:
     assert mean.isnan().tolist() == var.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels", "sliced"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels", "sliced", "offset"])
 @pytest.mark.parametrize("shape", [(3, 5, 7, 7), (4, 70, 2, 2), (2, 33, 3), (2, 3, 41, 50)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("backend", BACKENDS)

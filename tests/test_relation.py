@@ -171,7 +171,7 @@ def test_a_trained_student(backend: str, dtype: torch.dtype) -> None:
     check(student.detach().to(dtype), teacher.to(dtype), 131, 2.0**14, backend=backend, algorithm="tile")
 
 
-@pytest.mark.parametrize("layout", ["permuted", "sliced", "channels"])
+@pytest.mark.parametrize("layout", ["permuted", "sliced", "offset", "channels"])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_and_mixed_dtypes(backend: str, scope: str, layout: str) -> None:
