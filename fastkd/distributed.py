@@ -113,12 +113,14 @@ class _Ranks:
             error = caught
         digest_bytes = hashlib.blake2b(repr(own.about).encode(), digest_size=8).digest()
         digest = int.from_bytes(digest_bytes, "big", signed=True)
-        state = torch.zeros(_STATE, dtype=torch.uint8)
+        state = torch.zeros(_STATE, dtype=torch.uint8, device="cpu")
         on_host = own.generator is None or own.generator.device.type == "cpu"
         if own.generator is not None and self.rank == 0:
             drawn_from = own.generator.get_state()
             state[: len(drawn_from)] = drawn_from
-        row = torch.tensor([digest, own.size, own.fast_float64, own.with_grad, on_host, error is not None])
+        row = torch.tensor(
+            [digest, own.size, own.fast_float64, own.with_grad, on_host, error is not None], device="cpu"
+        )
         # On the host where the group can: nothing then waits for the device.
         config = dist.get_backend_config(self.group)
         message = torch.cat([row.view(torch.uint8), state])[None]
@@ -126,7 +128,7 @@ class _Ranks:
         wait = start_gather(message, [1] * self.world, self.group)
         past, images = _PAST.pop(self.group, None), None
         if past is not None and past.again:
-            images = torch.empty(sum(past.bytes), dtype=torch.uint8)
+            images = torch.empty(sum(past.bytes), dtype=torch.uint8, device="cpu")
             parts = images.split(past.bytes)
             if (digest, own.size) == (past.digest, past.sizes[self.rank]):
                 _pack(parts[self.rank], own.features)
@@ -807,6 +809,8 @@ def manifold_layers(
 def _source(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
     """PyTorch's own for None."""
     if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         return generator
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 

@@ -77,4 +77,5 @@ def merge_moments(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     n = n_a + n_b
     share = n_b / tl.maximum(n, 1.0)
     delta = tl.where(n_a > 0, mean_b - mean_a, 0.0)
-    return n, tl.where(n_a > 0, mean_a + delta * share, mean_b), m2_a + m2_b + delta * delta * n_a * share
+    step = tl.where(tl.abs(delta) < float("inf"), delta * share, mean_b)  # infinities add up, and do not cancel
+    return n, tl.where(n_a > 0, mean_a + step, mean_b), m2_a + m2_b + delta * delta * n_a * share

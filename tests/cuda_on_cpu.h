@@ -142,6 +142,7 @@ T __shfl_down_sync(unsigned, T value, unsigned by) {
   return emulation::shuffle_down(value, by);
 }
 
+using std::isfinite;
 using std::max;
 using std::min;
 using std::sqrt;

@@ -366,7 +366,7 @@ def test_processes_keep_to_their_share_of_the_cores(monkeypatch, local_world, th
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)))
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: found.append(set(cores)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    keep_to_own_cores()
+    keep_to_own_cores(0)
     assert found == ([] if kept is None else [kept])
 
 

@@ -2,8 +2,8 @@
 //
 // glibc returns a large block to the kernel when it is freed, or splits it; the next one then has its pages handed out
 // and cleared anew, as they are first touched: of 100 MB that takes several times as long as to compute them. Here a
-// freed block is kept for the next tensor of its size. What was freed last lies as it is, the rest as MADV_FREE: the
-// kernel takes those pages when memory runs short. Blocks are made of huge pages where the system has them, because
+// freed block is kept for the next tensor of about its size. What was freed last lies as it is, the rest as MADV_FREE:
+// the kernel takes those pages when memory runs short. Blocks are made of huge pages where the system has them, because
 // MADV_FREE and the next write are costly page by page.
 //
 // What is mapped in all never exceeds the most that was in use at once. FASTKD_KEEP_BLOCKS=0 in the environment leaves
@@ -52,7 +52,7 @@ class Blocks final : public c10::Allocator {
   void copy_data(void* dest, const void* src, size_t count) const override { default_copy_data(dest, src, count); }
 
  private:
-  static constexpr size_t kPage = 4096, kHuge = size_t(2) << 20;
+  static constexpr size_t kPage = size_t(64) << 10, kHuge = size_t(2) << 20;  // kPage: whole pages of any system
 
   struct Block {
     void* data = nullptr;
@@ -69,18 +69,22 @@ class Blocks final : public c10::Allocator {
 
   static void unlock() { instance().mutex_.unlock(); }
 
-  // The block freed last among those of this size, or a new one.
+  // The smallest that lies free, is large enough and at most twice so, of several the one freed last; or a new one.
   Block take(size_t bytes) {
     std::vector<Block> surplus;
+    size_t before = 0;
     {
       const std::lock_guard lock(mutex_);
-      in_use_ += bytes;
+      before = most_;
+      auto found = free_.rend();
+      for (auto b = free_.rbegin(); b != free_.rend(); ++b)
+        if (b->bytes >= bytes && b->bytes / 2 <= bytes && (found == free_.rend() || b->bytes < found->bytes)) found = b;
+      in_use_ += found == free_.rend() ? bytes : found->bytes;
       most_ = std::max(most_, in_use_);
-      const auto found = std::find_if(free_.rbegin(), free_.rend(), [=](const Block& b) { return b.bytes == bytes; });
       if (found != free_.rend()) {
         const Block block = *found;
         free_.erase(std::next(found).base());
-        kept_ -= bytes;
+        kept_ -= block.bytes;
         return block;
       }
       surplus = remove_beyond(most_ - in_use_);
@@ -90,6 +94,7 @@ class Blocks final : public c10::Allocator {
     if (block.data == nullptr) {
       const std::lock_guard lock(mutex_);
       in_use_ -= bytes;
+      most_ = std::max(before, in_use_);
     }
     return block;
   }
@@ -133,7 +138,7 @@ class Blocks final : public c10::Allocator {
   static Block map(size_t bytes) {
     void* const all = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (all == MAP_FAILED) return {};
-    const size_t before = kHuge - reinterpret_cast<uintptr_t>(all) % kHuge;  // 4 KB to 2 MB
+    const size_t before = kHuge - reinterpret_cast<uintptr_t>(all) % kHuge;  // at most 2 MB
     char* const data = static_cast<char*>(all) + before;
     munmap(all, before);
     if (before < kHuge) munmap(data + bytes, kHuge - before);

@@ -164,6 +164,7 @@ std::tuple<at::Tensor, at::Tensor> softmax_kl_cpu(
   const auto options = student.options().dtype(at::promote_types(accumulator(student), accumulator(teacher)));
   auto kl = at::empty({B}, options);
   auto dstudent = with_grad ? at::empty({B, C}, options) : at::empty({0}, options);
+  if (student.numel() == 0) return {kl.zero_(), dstudent};
   const auto index = target ? target->contiguous() : at::Tensor();
   AT_DISPATCH_FLOATING_TYPES(kl.scalar_type(), "softmax_kl_cpu", [&] {
     const Rows<scalar_t> rows{

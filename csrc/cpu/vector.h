@@ -166,7 +166,7 @@ FASTKD_INLINE float exp_of(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
   const float e = bits_of<float>(bits_of<uint32_t>(p) + (bits_of<uint32_t>(t) << 23));
-  return x < kLowest ? 0.f : e;
+  return x < kLowest ? 0.f : x == x ? e : x;  // a NaN's bits would carry into the exponent
 }
 
 FASTKD_INLINE double exp_of(double x) {

@@ -37,7 +37,7 @@ struct Moments {
     if (other.count == 0) return;
     if (count == 0) return void(*this = other);
     const acc_t total = count + other.count, delta = other.mean - mean, share = other.count / total;
-    mean += delta * share;
+    mean = isfinite(delta) ? mean + delta * share : mean + other.mean;  // infinities add up, and do not cancel
     m2 += other.m2 + delta * delta * count * share;
     count = total;
   }

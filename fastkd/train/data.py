@@ -246,15 +246,20 @@ class Images(Dataset):
 class Stream(IterableDataset):
     """The same for data that can only be read in order."""
 
-    def __init__(self, source: Any, transform: Callable[[Image.Image], Any], seed: int, rank: int) -> None:
+    def __init__(
+        self, source: Any, transform: Callable[[Image.Image], Any], seed: int, rank: int, batch_size: int
+    ) -> None:
         self.source, self.transform, self.seed, self.rank, self.epoch = source, transform, seed, rank, 0
+        self.batch_size = batch_size  # to which timm's reader, that stages share, rounds what a worker gives
         self.source.transform = None
 
     def __len__(self) -> int:
+        self.source.reader.batch_size = self.batch_size
         return len(self.source)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         worker = get_worker_info()
+        self.source.reader.batch_size = self.batch_size
         samples = iter(self.source)
         for number in count():
             try:
@@ -354,7 +359,7 @@ class Loader:
                 raise InputError("--aug-repeats: needs data with random access, such as a folder or hfds/")
             if workers < 1:
                 raise InputError("--workers: data that is read in order needs 1 at least; without, its order goes on")
-            self.images = Stream(source, transform, seed, ranks.rank)
+            self.images = Stream(source, transform, seed, ranks.rank, batch_size)
             self.images.source.set_loader_cfg(num_workers=workers)
             loader = DataLoader(self.images, batch_size=batch_size, drop_last=shuffle, **common)
         else:

@@ -262,6 +262,8 @@ class Run:
             sys.stdout.flush()
         self._export(entry)
         self._save(Place(entry + 1, 0))
+        if entry + 1 < len(self.plan) and stop.asked(trainee.wished):
+            stop.leave(self.out)
 
     def _export(self, entry: int) -> None:
         """Weights that timm loads, the log, the picture."""

@@ -371,7 +371,8 @@ class Record:
 
     def show(self, bar: tqdm, trainee: Trainee) -> None:
         self.stop(trainee.clock)
-        images = self.steps * trainee.settings.accumulate * trainee.settings.batch_size * self.ranks.world
+        batch_size = cast(int, trainee.stages[trainee.stage].batch_size)
+        images = self.steps * trainee.settings.accumulate * batch_size * self.ranks.world
         parts = [f"{name} {value / self.steps:.4g}" for name, value in self.sums.items()]
         share = [] if trainee.clock is None else [f"in loss {self.loss_seconds / self.seconds:.1%}"]
         bar.set_postfix_str(", ".join([*parts, f"{images / self.seconds:.0f} images/s", *share]), refresh=False)

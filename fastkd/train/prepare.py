@@ -65,7 +65,7 @@ def prepare(settings: Settings) -> Setup:
         seed=settings.seed,
     )
     check_settings(settings)
-    own, device = ranks.join(choose_device(settings))
+    own, device = ranks.join(choose_device(settings), settings.workers)
     check_processes(settings, own)
     nets = create_networks(settings, len(data.classes), device)
     skipped = own.first(lambda: find_unreadable(data)) if settings.check else []

@@ -78,7 +78,7 @@ def mean_at_once(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Te
     return done
 
 
-def join(device: torch.device) -> tuple[Ranks, torch.device]:
+def join(device: torch.device, workers: int = 0) -> tuple[Ranks, torch.device]:
     """Joins the processes that torchrun started; each gets a GPU of its own.
 
     timm's init_distributed_device also takes a Slurm job's variables for ranks, whatever started this process.
@@ -89,14 +89,15 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        keep_to_own_cores()
+        keep_to_own_cores(workers)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size()), device
 
 
-def keep_to_own_cores() -> None:
-    """Gives each process of a machine its share of the cores if its threads fit in there, and nobody chose others.
+def keep_to_own_cores(workers: int) -> None:
+    """Gives each process of a machine its share of the cores if its threads and those of its loaders' workers fit in
+    there, and nobody chose others.
 
     Else gloo's threads wake up on cores where another process computes, and that one waits for what they bring.
     """
@@ -105,7 +106,7 @@ def keep_to_own_cores() -> None:
         return
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // local_world
-    if len(cores) == os.cpu_count() and torch.get_num_threads() <= share:
+    if len(cores) == os.cpu_count() and torch.get_num_threads() + workers <= share:
         first = int(os.environ["LOCAL_RANK"]) * share
         os.sched_setaffinity(0, cores[first : first + share])  # threads started from here on inherit it
 

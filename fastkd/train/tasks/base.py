@@ -237,7 +237,8 @@ class DistillationTask(TrainingTask):
         to_the_end = task_weight or (self.trainable.logits is not None and logit_weight)
         ddp_kwargs.setdefault("find_unused_parameters", not (to_the_end and weight))
         trained = self.trainable_parameters
-        all_bytes = dist.get_world_size(self.process_group) * sum(p.numel() * p.itemsize for p in trained)
+        group = ddp_kwargs["process_group"]
+        all_bytes = dist.get_world_size(group) * sum(p.numel() * p.itemsize for p in trained)
         at_once = all_bytes <= distributed.SMALL and all(p.device.type == "cpu" for p in trained)
         if at_once:
             ddp_kwargs.setdefault("gradient_as_bucket_view", True)
@@ -246,7 +247,7 @@ class DistillationTask(TrainingTask):
         if at_once:
             from fastkd.train.ranks import mean_at_once  # not in a PyTorch that was built without processes
 
-            ddp.register_comm_hook(self.process_group, mean_at_once)
+            ddp.register_comm_hook(group, mean_at_once)
         self.trainable_module = ddp
         return self
 
