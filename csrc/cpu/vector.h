@@ -153,7 +153,8 @@ FASTKD_INLINE To bits_of(From x) {
 
 // e^x for x <= 0, to about 1 ulp; 0 where it would be subnormal. NaN stays.
 FASTKD_INLINE float exp_of(float x) {
-  constexpr float kLowest = -87.33f, kMagic = 12582912.f;  // adding 1.5 2^23 rounds to an integer, in the low bits
+  // Adding 1.5 2^23 rounds to an integer, in the low bits; 127 more make it the exponent of its power of two.
+  constexpr float kLowest = -87.33f, kMagic = 12582912.f + 127.f;
   const float c = x < kLowest ? kLowest : x;
   const float t = c * 1.442695041f + kMagic, n = t - kMagic;
   float r = c - n * 0.693359375f;
@@ -165,8 +166,8 @@ FASTKD_INLINE float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  const float e = bits_of<float>(bits_of<uint32_t>(p) + (bits_of<uint32_t>(t) << 23));
-  return x < kLowest ? 0.f : x == x ? e : x;  // a NaN's bits would carry into the exponent
+  const float e = p * bits_of<float>(bits_of<uint32_t>(t) << 23);
+  return x < kLowest ? 0.f : e;
 }
 
 FASTKD_INLINE double exp_of(double x) {
