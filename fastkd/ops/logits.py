@@ -1,4 +1,7 @@
-"""Losses of logits (B, C), right at any size and near a match. The divergence of two softmaxes has kernels."""
+"""Losses of logits (B, C), right at extreme values and near a match. The divergence of two softmaxes has kernels.
+
+Where the logits of the two networks lie far apart as a whole, log p - log q has the digits that their difference has.
+"""
 
 import math
 from typing import Any, Literal, cast
