@@ -619,6 +619,20 @@ def test_hugging_face_data(folder, tmp_path):
         job.train(small(folder, tmp_path / "more", workers=2, **in_order))
 
 
+def test_processes_refuse_data_that_is_read_in_order(folder, tmp_path):
+    class InOrder(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    settings = small(folder, tmp_path / "run")
+    data = open_data(str(folder), 0.2)
+    for one in (data._replace(train=InOrder()), data._replace(val=InOrder())):
+        prepare.check_processes(settings, Ranks(), one)
+        with pytest.raises(InputError, match="is read in order, by one process"):
+            prepare.check_processes(settings, Ranks(0, 2), one)
+    prepare.check_processes(settings, Ranks(0, 2), data)
+
+
 def test_tensorboard(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match="--tensorboard: needs the package tensorboard"):

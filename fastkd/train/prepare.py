@@ -66,7 +66,7 @@ def prepare(settings: Settings) -> Setup:
     )
     check_settings(settings)
     own, device = ranks.join(choose_device(settings), settings.workers)
-    check_processes(settings, own)
+    check_processes(settings, own, data)
     nets = create_networks(settings, len(data.classes), device)
     skipped = own.first(lambda: find_unreadable(data)) if settings.check else []
     leave_out(data, skipped, settings.skip_images)
@@ -114,7 +114,12 @@ def check_settings(settings: Settings) -> None:
         )
 
 
-def check_processes(settings: Settings, own: Ranks) -> None:
+def check_processes(settings: Settings, own: Ranks, data: Data) -> None:
+    if own.world > 1 and any(isinstance(part, IterableDataset) for part in (data.train, data.val)):
+        # timm's readers share among the processes that there are when they are opened.
+        raise InputError(
+            f"--data: {settings.data} is read in order, by one process; take a folder or hfds/ for several"
+        )
     if settings.shard and own.world == 1:
         raise InputError("--shard: spreads the student over processes; start several with torchrun")
 
