@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -21,18 +22,24 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kBlock = 2048;       // elements of a block along a row: 8 KB of float32
-constexpr int64_t kPart = 4 * kBlock;  // positions of a channel that repay a unit of their own
-constexpr int64_t kPivot = 64;         // elements of a block that its pivot is the mean of
-constexpr int64_t kRows = 32;          // rows of a block of columns
+constexpr int64_t kBlock = 4096;       // elements of a block along a row: 16 KB of float32
+constexpr int64_t kPart = 2 * kBlock;  // positions of a channel that repay a unit of their own
+constexpr int64_t kPivot = 128;        // elements of a block that its pivot is the mean of
+constexpr int64_t kRows = 64;          // rows of a block of columns
+constexpr int64_t kImages = 32;        // images of a block of small planes
 constexpr int64_t kLead = 4;           // rows that are added up together, and those that the pivot is the mean of
 constexpr int64_t kColumns = 512;      // channels of a block of columns
-constexpr int64_t kSmall = 16;         // positions of a plane that make too short a row
+constexpr int64_t kSmall = 64;         // positions of a plane that make too short a row
+constexpr int64_t kPair = 2 * kLanes;  // elements of a vector of 16 bits each
+constexpr int64_t kGroup = 32;         // channels of short rows that are taken together, at the most
+constexpr int64_t kSpan = 1 << 14;     // about as many elements of them in an image
+constexpr int64_t kFewUnits = 64;      // units that keep all cores busy to the end
+constexpr int64_t kUnit = 8192;        // elements of a unit that repay it
 constexpr int64_t kUnits = 4096;       // about as many units as a forward is cut into
 constexpr int64_t kGrain = 1 << 15;    // elements per task below which threads cost more than they bring
 
 struct Moments {
-  double count = 0, mean = 0, m2 = 0;
+  double count, mean, m2;
 
   FASTKD_INLINE void merge(double n, double mean_n, double m2_n) {
     if (count == 0) {
@@ -61,71 +68,123 @@ FASTKD_INLINE void prefetch(const scalar_t* p, int64_t n) {
 #endif
 }
 
-// A block of rows under way: deviations from its pivot, and their squares.
+// Of n elements that are written, first those that make whole vectors; then what is left, together with enough of those
+// before it to make one: written twice is faster than one by one.
+FASTKD_INLINE std::pair<int64_t, int64_t> span_of(int64_t n, int part) {
+  const int64_t whole = n / kPair * kPair;
+  if (part == 0) return {0, whole};
+  return {whole == n ? n : std::max<int64_t>(0, n - kPair), n};
+}
+
+// kSums deviations of adjacent elements from center, in any order.
+constexpr int64_t kSums = 4 * kLanes;
+template <typename scalar_t, typename acc_t>
+FASTKD_INLINE void deviate(const scalar_t* v, acc_t center, acc_t* d) {
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {  // without taking vectors apart
+    for (int64_t l = 0; l < kSums / 2; ++l) {
+      uint32_t two;
+      std::memcpy(&two, v + 2 * l, sizeof two);
+      d[l] = bits_of<float>(two << 16) - center;
+      d[kSums / 2 + l] = bits_of<float>(two & 0xffff0000u) - center;
+    }
+  } else {
+    for (int64_t l = 0; l < kSums; ++l) d[l] = static_cast<acc_t>(v[l]) - center;
+  }
+}
+
+// A block of rows under way: deviations from its pivot, and their squares, added up in lanes. Loops of fixed length
+// over lanes become vectors of the widest instruction set, which stay in registers.
 template <typename acc_t>
 struct Block {
-  int64_t n = 0, limit = 0;  // elements
-  acc_t pivot = 0;
-  Wide<acc_t> deviation, deviation2, squares, squares2;  // two of each: as many additions are under way at once
+  alignas(64) acc_t deviation[kLanes];
+  acc_t squares[kLanes];
+  acc_t pivot;
+  int64_t n, limit;  // elements; 0 before the first
 
   FASTKD_INLINE bool has_room(int64_t m) const { return n == 0 || n + m <= limit; }
 
   // m adjacent elements; next is what will be read after them.
   template <typename scalar_t>
-  FASTKD_INLINE void add(const acc_t* v, int64_t m, const scalar_t* next) {
+  FASTKD_INLINE void add(const scalar_t* v, int64_t m, const scalar_t* next) {
     if (n == 0) start(v, m);
     n += m;
+    const acc_t center = pivot;
+    int64_t i = 0;
     if (m < kLanes) {
-      add_few(v, m);
+      for (; i < m; ++i) {
+        const acc_t d = static_cast<acc_t>(v[i]) - center;
+        deviation[i] += d;
+        squares[i] += d * d;
+      }
       return;
     }
-    const Wide<acc_t> center(pivot);
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= m; i += 2 * kLanes) {
-      prefetch(next + i, 2 * kLanes);
-      const auto d = Wide<acc_t>::load(v + i) - center, d2 = Wide<acc_t>::load(v + i + kLanes) - center;
-      deviation = deviation + d;
-      deviation2 = deviation2 + d2;
-      squares = squares + d * d;
-      squares2 = squares2 + d2 * d2;
+    acc_t d[kSums], sums[kSums], sums2[kSums];
+    if (m >= kSums) {  // as many additions are under way at once
+      prefetch(next, kSums);
+      deviate(v, center, d);
+      for (int64_t l = 0; l < kSums; ++l) {
+        sums[l] = d[l];
+        sums2[l] = d[l] * d[l];
+      }
+      for (i = kSums; i + kSums <= m; i += kSums) {
+        prefetch(next + i, kSums);
+        deviate(v + i, center, d);
+        for (int64_t l = 0; l < kSums; ++l) {
+          sums[l] += d[l];
+          sums2[l] += d[l] * d[l];
+        }
+      }
+      for (int64_t l = 0; l < kLanes; ++l) {
+        sums[l] = deviation[l] + (sums[l] + sums[kLanes + l] + (sums[2 * kLanes + l] + sums[3 * kLanes + l]));
+        sums2[l] = squares[l] + (sums2[l] + sums2[kLanes + l] + (sums2[2 * kLanes + l] + sums2[3 * kLanes + l]));
+      }
+    } else {
+      prefetch(next, m);
+      std::memcpy(sums, deviation, sizeof deviation);
+      std::memcpy(sums2, squares, sizeof squares);
     }
-    for (int64_t left = m - i; left > 0; left -= kLanes) {  // the last vector again, without what has been added
-      const int64_t fresh = std::min(left, kLanes);
-      const auto d = (Wide<acc_t>::load(v + m - left - (kLanes - fresh)) - center) * Wide<acc_t>::last(fresh);
-      deviation = deviation + d;
-      squares = squares + d * d;
+    for (; i + kLanes <= m; i += kLanes)
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const acc_t e = static_cast<acc_t>(v[i + l]) - center;
+        sums[l] += e;
+        sums2[l] += e * e;
+      }
+    if (i < m) {  // the last vector, without what has been added
+      const scalar_t* p = v + m - kLanes;
+      const acc_t* keep = kLast<acc_t> + (m - i);
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const acc_t e = (static_cast<acc_t>(p[l]) - center) * keep[l];
+        sums[l] += e;
+        sums2[l] += e * e;
+      }
     }
+    std::memcpy(deviation, sums, sizeof deviation);
+    std::memcpy(squares, sums2, sizeof squares);
   }
 
   FASTKD_INLINE void merge_into(Moments* out) {
-    const double count = static_cast<double>(n), inverse = 1 / count, e = (deviation + deviation2).sum();
-    out->merge(count, pivot + e * inverse, (squares + squares2).sum() - e * e * inverse);
+    const double count = static_cast<double>(n), inverse = 1 / count, e = Lanes<acc_t>::load(deviation).sum();
+    out->merge(count, pivot + e * inverse, Lanes<acc_t>::load(squares).sum() - e * e * inverse);
     n = 0;
   }
 
  private:
-  FASTKD_INLINE void start(const acc_t* v, int64_t m) {
-    const int64_t lead = std::min(m, kPivot);
-    acc_t sum = 0;
-    if (lead == kPivot) {
-      Wide<acc_t> sums;
-      for (int64_t i = 0; i < kPivot; i += kLanes) sums = sums + Wide<acc_t>::load(v + i);
-      sum = sums.sum();
+  template <typename scalar_t>
+  FASTKD_INLINE void start(const scalar_t* v, int64_t m) {
+    for (int64_t l = 0; l < kLanes; ++l) deviation[l] = 0;
+    int64_t lead = std::min(m, kPivot);
+    acc_t total = 0;
+    if (m < kLanes) {
+      for (int64_t i = 0; i < lead; ++i) total += static_cast<acc_t>(v[i]);
     } else {
-      for (int64_t i = 0; i < lead; ++i) sum += v[i];
+      lead = lead / kLanes * kLanes;
+      for (int64_t i = 0; i < lead; i += kLanes)
+        for (int64_t l = 0; l < kLanes; ++l) deviation[l] += static_cast<acc_t>(v[i + l]);
+      total = Lanes<acc_t>::load(deviation).sum();
     }
-    pivot = sum / static_cast<acc_t>(lead);
+    pivot = total / static_cast<acc_t>(lead);
     limit = kBlock / kPivot * lead;
-    deviation = deviation2 = squares = squares2 = Wide<acc_t>();
-  }
-
-  FASTKD_INLINE void add_few(const acc_t* v, int64_t m) {
-    acc_t few[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) few[l] = pivot;
-    for (int64_t i = 0; i < m; ++i) few[i] = v[i];
-    const auto d = Wide<acc_t>::load(few) - Wide<acc_t>(pivot);
-    deviation = deviation + d;
-    squares = squares + d * d;
+    for (int64_t l = 0; l < kLanes; ++l) deviation[l] = squares[l] = 0;
   }
 };
 
@@ -137,7 +196,12 @@ struct Output {
   const acc_t *alpha = nullptr, *beta = nullptr;  // (C)
 };
 
-// One channel: B images of H rows of W elements.
+// Whether planes of W positions follow each other.
+FASTKD_INLINE bool is_dense(const PlaneStrides& s, int64_t W) {
+  return s.w == 1 && s.c == W;
+}
+
+// Mean and Σ (x - mean)² of each of C <= kGroup channels: B images of H rows of W elements each.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void row_moments(
     const scalar_t* x,
@@ -145,39 +209,99 @@ FASTKD_MULTIVERSION void row_moments(
     int64_t B,
     int64_t H,
     int64_t W,
+    int64_t C,
     const Output<scalar_t, acc_t> out,
-    Moments* moments) {
-  constexpr bool kConverts = !std::is_same_v<scalar_t, acc_t>;
-  constexpr int64_t kPiece = kConverts ? 256 : kBlock;  // elements converted while those before are added up
-  const bool is_direct = !kConverts && s.w == 1;
-  acc_t held[kPiece];
-  Block<acc_t> block;
+    double* mean,  // (C)
+    double* m2) {  // (C)
+  scalar_t held[kBlock];
+  Moments moments[kGroup];
+  Block<acc_t> blocks[kGroup];
+  for (int64_t c = 0; c < C; ++c) {
+    moments[c] = {0, 0, 0};
+    blocks[c].n = 0;
+  }
+  // Of rows that follow each other, how many elements, and how far ahead of them memory is asked for the next.
+  const int64_t span = H == 1 && is_dense(s, W) ? C * W : 0, ahead = std::min<int64_t>(span, 2048);
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
-      for (int64_t i = 0; i < W; i += kPiece) {
-        const int64_t m = std::min(kPiece, W - i);
-        const scalar_t* p = x + b * s.b + h * s.h + i * s.w;
-        const acc_t* v = held;
-        if (is_direct) {
-          if constexpr (!kConverts) v = p;
-        } else if (s.w == 1) {
-          for (int64_t k = 0; k < m; ++k) held[k] = static_cast<acc_t>(p[k]);
-        } else {
-          for (int64_t k = 0; k < m; ++k) held[k] = static_cast<acc_t>(p[k * s.w]);
-        }
-        if (!block.has_room(m)) block.merge_into(moments);
-        block.add(v, m, p + m);
-        if (out.y != nullptr) {
-          const acc_t alpha = *out.alpha, beta = *out.beta;
-          scalar_t* y = out.y + b * out.s.b + h * out.s.h + i * out.s.w;
-          if (out.s.w == 1) {
-            for (int64_t k = 0; k < m; ++k) y[k] = static_cast<scalar_t>(alpha * v[k] + beta);
-          } else {
-            for (int64_t k = 0; k < m; ++k) y[k * out.s.w] = static_cast<scalar_t>(alpha * v[k] + beta);
+      for (int64_t c = 0; c < C; ++c)
+        for (int64_t i = 0; i < W; i += kBlock) {
+          const int64_t m = std::min(kBlock, W - i);
+          const scalar_t* p = x + b * s.b + h * s.h + c * s.c + i * s.w;
+          const scalar_t* v = p;
+          if (s.w != 1) {
+            for (int64_t k = 0; k < m; ++k) held[k] = p[k * s.w];
+            v = held;
+          }
+          Block<acc_t>& block = blocks[c];
+          if (!block.has_room(m)) block.merge_into(moments + c);
+          const int64_t to_end = span - c * W - i;
+          block.add(v, m, p + (to_end > ahead ? ahead : span == 0 ? m : ahead + s.b - span));
+          if (out.y != nullptr) {
+            const acc_t alpha = out.alpha[c], beta = out.beta[c];
+            scalar_t* y = out.y + b * out.s.b + h * out.s.h + c * out.s.c + i * out.s.w;
+            for (int part = 0; part < 2; ++part) {
+              const auto [from, to] = span_of(m, part);
+              if (out.s.w == 1) {
+                for (int64_t k = from; k < to; ++k)
+                  y[k] = static_cast<scalar_t>(alpha * static_cast<acc_t>(v[k]) + beta);
+              } else {
+                for (int64_t k = from; k < to; ++k)
+                  y[k * out.s.w] = static_cast<scalar_t>(alpha * static_cast<acc_t>(v[k]) + beta);
+              }
+            }
           }
         }
+  for (int64_t c = 0; c < C; ++c) {
+    if (blocks[c].n > 0) blocks[c].merge_into(moments + c);
+    mean[c] = moments[c].mean;
+    m2[c] = moments[c].m2;
+  }
+}
+
+// Of C <= kColumns adjacent columns of `rows` rows, deviations from their pivots and squares of these, and y = alpha x
+// + beta if it is given. Of `left` rows in all those that come next are asked for.
+template <typename scalar_t, typename acc_t>
+FASTKD_INLINE void column_sums(
+    const scalar_t* x,
+    int64_t stride,
+    int64_t rows,
+    int64_t left,
+    int64_t C,
+    const acc_t* pivot,  // (C)
+    acc_t* deviation,    // (C)
+    acc_t* squares,      // (C)
+    const acc_t* alpha,  // (C)
+    const acc_t* beta,   // (C)
+    scalar_t* y,
+    int64_t y_stride) {
+  for (int64_t c = 0; c < C; ++c) deviation[c] = squares[c] = 0;
+  for (int64_t i = 0, n; i < rows; i += n) {
+    n = std::min(kLead, rows - i);
+    const scalar_t* p = x + i * stride;
+    // Rows that are read side by side are no stream to the processor.
+    for (int64_t r = 2 * kLead; r < 3 * kLead && i + r < left; ++r) prefetch(p + r * stride, C);
+    if (n == kLead) {  // one load and store of the sums for all of them
+      const scalar_t *x0 = p, *x1 = x0 + stride, *x2 = x1 + stride, *x3 = x2 + stride;
+      for (int64_t c = 0; c < C; ++c) {
+        const acc_t center = pivot[c];
+        const acc_t d0 = static_cast<acc_t>(x0[c]) - center, d1 = static_cast<acc_t>(x1[c]) - center;
+        const acc_t d2 = static_cast<acc_t>(x2[c]) - center, d3 = static_cast<acc_t>(x3[c]) - center;
+        deviation[c] += (d0 + d1) + (d2 + d3);
+        squares[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
       }
-  if (block.n > 0) block.merge_into(moments);
+    } else {
+      for (int64_t r = 0; r < n; ++r)
+        for (int64_t c = 0; c < C; ++c) {
+          const acc_t d = static_cast<acc_t>(p[r * stride + c]) - pivot[c];
+          deviation[c] += d;
+          squares[c] += d * d;
+        }
+    }
+    for (int64_t r = 0; r < n && y != nullptr; ++r)
+      for (int64_t c = 0; c < C; ++c)
+        y[(i + r) * y_stride + c] = static_cast<scalar_t>(alpha[c] * static_cast<acc_t>(p[r * stride + c]) + beta[c]);
+  }
 }
 
 // Mean and Σ (x - mean)² of each of C <= kColumns adjacent columns.
@@ -192,58 +316,23 @@ FASTKD_MULTIVERSION void column_moments(
     const Output<scalar_t, acc_t> out,
     double* mean,  // (C)
     double* m2) {  // (C)
-  constexpr bool kConverts = !std::is_same_v<scalar_t, acc_t>;
-  acc_t held[kConverts ? kLead * kColumns : 1], pivot[kColumns], deviation[kColumns], squares[kColumns];
+  acc_t pivot[kColumns], deviation[kColumns], squares[kColumns];
   double count = 0;
   for (int64_t c = 0; c < C; ++c) mean[c] = m2[c] = 0;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
-      for (int64_t i0 = 0; i0 < W; i0 += kRows) {
-        const int64_t m = std::min(kRows, W - i0);
-        const scalar_t* p = x + b * s.b + h * s.h + i0 * s.w;
-        for (int64_t i = 0; i < m; i += kLead) {
-          const int64_t rows = std::min(kLead, m - i);
-          const acc_t* v = held;
-          int64_t stride = C;
-          if constexpr (kConverts) {
-            for (int64_t r = 0; r < rows; ++r)
-              for (int64_t c = 0; c < C; ++c) held[r * C + c] = static_cast<acc_t>(p[(i + r) * s.w + c]);
-          } else {
-            v = p + i * s.w;
-            stride = s.w;
-          }
-          // Rows that are read side by side are no stream to the processor.
-          for (int64_t r = kLead; r < 2 * kLead && i0 + i + r < W; ++r) prefetch(p + (i + r) * s.w, C);
-          if (i == 0) {
-            for (int64_t c = 0; c < C; ++c) pivot[c] = v[c];
-            for (int64_t r = 1; r < rows; ++r)
-              for (int64_t c = 0; c < C; ++c) pivot[c] += v[r * stride + c];
-            const acc_t share = 1 / static_cast<acc_t>(rows);
-            for (int64_t c = 0; c < C; ++c) pivot[c] *= share;
-            for (int64_t c = 0; c < C; ++c) deviation[c] = squares[c] = 0;
-          }
-          if (rows == kLead) {  // one load and store of the sums for all of them
-            const acc_t *v0 = v, *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
-            for (int64_t c = 0; c < C; ++c) {
-              const acc_t d0 = v0[c] - pivot[c], d1 = v1[c] - pivot[c], d2 = v2[c] - pivot[c], d3 = v3[c] - pivot[c];
-              deviation[c] += (d0 + d1) + (d2 + d3);
-              squares[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
-            }
-          } else {
-            for (int64_t r = 0; r < rows; ++r)
-              for (int64_t c = 0; c < C; ++c) {
-                const acc_t d = v[r * stride + c] - pivot[c];
-                deviation[c] += d;
-                squares[c] += d * d;
-              }
-          }
-          if (out.y == nullptr) continue;
-          scalar_t* y = out.y + b * out.s.b + h * out.s.h + (i0 + i) * out.s.w;
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < C; ++c)
-              y[r * out.s.w + c] = static_cast<scalar_t>(out.alpha[c] * v[r * stride + c] + out.beta[c]);
-        }
-        // As merge_block, whose divisions are the same for all channels here.
+      for (int64_t i = 0, m; i < W; i += m) {
+        m = (W - i) / ((W - i + kRows - 1) / kRows);  // blocks as equal as can be
+        const int64_t lead = std::min(kLead, m);
+        const scalar_t* p = x + b * s.b + h * s.h + i * s.w;
+        for (int64_t c = 0; c < C; ++c) pivot[c] = static_cast<acc_t>(p[c]);
+        for (int64_t r = 1; r < lead; ++r)
+          for (int64_t c = 0; c < C; ++c) pivot[c] += static_cast<acc_t>(p[r * s.w + c]);
+        const acc_t part = 1 / static_cast<acc_t>(lead);
+        for (int64_t c = 0; c < C; ++c) pivot[c] *= part;
+        scalar_t* y = out.y == nullptr ? nullptr : out.y + b * out.s.b + h * out.s.h + i * out.s.w;
+        column_sums(p, s.w, m, W - i, C, pivot, deviation, squares, out.alpha, out.beta, y, out.s.w);
+        // As Moments::merge, whose divisions are the same for all channels here.
         const double total = count + static_cast<double>(m);
         const double inverse = 1 / static_cast<double>(m), share = static_cast<double>(m) / total;
         for (int64_t c = 0; c < C; ++c) {
@@ -255,34 +344,55 @@ FASTKD_MULTIVERSION void column_moments(
       }
 }
 
-// Joins the W columns of each of n channels, all of `count` elements: equal counts need no division.
 template <typename acc_t>
-FASTKD_MULTIVERSION void join_columns(
-    const double* mean_in,  // (n, W)
-    const double* m2_in,    // (n, W)
-    int64_t n,
+FASTKD_INLINE acc_t sum_of(const acc_t* x, int64_t n) {
+  acc_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+// C channels of B images in planes of W positions that follow each other, C W <= kColumns: too short to be rows.
+template <typename scalar_t, typename acc_t>
+FASTKD_MULTIVERSION void plane_moments(
+    const scalar_t* x,
+    int64_t stride,
+    int64_t B,
+    int64_t C,
     int64_t W,
-    double count,
-    acc_t* mean,   // (n)
-    acc_t* var) {  // (n)
-  const double inverse = 1 / static_cast<double>(W);
-  for (int64_t c = 0; c < n; ++c) {
-    const double *of = mean_in + c * W, *m2_of = m2_in + c * W;
-    double sum = 0, spread = 0, m2 = 0;
-#pragma omp simd reduction(+ : sum, m2)
-    for (int64_t w = 0; w < W; ++w) {
-      sum += of[w] - of[0];
-      m2 += m2_of[w];
+    const Output<scalar_t, acc_t> out,
+    acc_t* mean,   // (C)
+    acc_t* var) {  // (C)
+  acc_t pivot[kColumns], deviation[kColumns], squares[kColumns], alpha[kColumns], beta[kColumns];
+  Moments moments[kColumns];
+  for (int64_t c = 0; c < C; ++c) moments[c] = {0, 0, 0};
+  const int64_t n = C * W;
+  if (out.y != nullptr)
+    for (int64_t c = 0; c < C; ++c) {
+      std::fill_n(alpha + c * W, W, out.alpha[c]);
+      std::fill_n(beta + c * W, W, out.beta[c]);
     }
-    const double center = of[0] + sum * inverse;
-#pragma omp simd reduction(+ : spread)
-    for (int64_t w = 0; w < W; ++w) spread += (of[w] - center) * (of[w] - center);
-    mean[c] = static_cast<acc_t>(center);
-    var[c] = variance<acc_t>((m2 / count + spread) * inverse);
+  for (int64_t b = 0; b < B; b += kImages) {
+    const scalar_t* p = x + b * stride;
+    for (int64_t i = 0; i < n; ++i) deviation[i] = static_cast<acc_t>(p[i]);
+    const acc_t part = 1 / static_cast<acc_t>(W);
+    for (int64_t c = 0; c < C; ++c) std::fill_n(pivot + c * W, W, sum_of(deviation + c * W, W) * part);
+    const int64_t rows = std::min(kImages, B - b);
+    scalar_t* y = out.y == nullptr ? nullptr : out.y + b * out.s.b;
+    column_sums(p, stride, rows, B - b, n, pivot, deviation, squares, alpha, beta, y, out.s.b);
+    const double count = static_cast<double>(rows * W), inverse = 1 / count;
+    for (int64_t c = 0; c < C; ++c) {
+      const double e = sum_of(deviation + c * W, W), q = sum_of(squares + c * W, W);
+      moments[c].merge(count, pivot[c * W] + e * inverse, q - e * e * inverse);
+    }
+  }
+  for (int64_t c = 0; c < C; ++c) {
+    mean[c] = static_cast<acc_t>(moments[c].mean);
+    var[c] = variance<acc_t>(moments[c].m2 / moments[c].count);
   }
 }
 
-// Planes of a few positions: each position of a channel is a column over the images.
+// Planes of a few positions.
 template <typename scalar_t, typename acc_t>
 void small_plane_moments(
     const scalar_t* x,
@@ -295,27 +405,39 @@ void small_plane_moments(
     acc_t* var) {  // (C)
   const int64_t each = kColumns / W, units = (C + each - 1) / each;
   at::parallel_for(0, units, std::max<int64_t>(1, kGrain / (kColumns * B)), [&](int64_t begin, int64_t end) {
-    double mean_of[kColumns], m2_of[kColumns];
-    acc_t alpha[kColumns], beta[kColumns];
     for (int64_t c = begin * each; c < std::min(end * each, C); c += each) {
-      const int64_t n = std::min(each, C - c);
       auto here = out;
-      if (out.y != nullptr) {
-        for (int64_t k = 0; k < n; ++k) {
-          std::fill_n(alpha + k * W, W, out.alpha[c + k]);
-          std::fill_n(beta + k * W, W, out.beta[c + k]);
-        }
-        here = {out.y + c * W, {0, 1, 0, out.s.b}, alpha, beta};
-      }
-      column_moments<scalar_t, acc_t>(x + c * W, {0, 1, 0, stride_b}, 1, 1, B, n * W, here, mean_of, m2_of);
-      join_columns<acc_t>(mean_of, m2_of, n, W, static_cast<double>(B), mean + c, var + c);
+      if (out.y != nullptr) here = {out.y + c * W, out.s, out.alpha + c, out.beta + c};
+      const int64_t n = std::min(each, C - c);
+      plane_moments<scalar_t, acc_t>(x + c * W, stride_b, B, n, W, here, mean + c, var + c);
     }
   });
 }
 
-// Whether planes of W positions follow each other.
-bool is_dense(const PlaneStrides& s, int64_t W) {
-  return s.w == 1 && s.c == W;
+// Joins the pieces of n groups, `stride` apart, in order into the first of them.
+template <typename acc_t>
+FASTKD_MULTIVERSION void join_pieces(
+    double* mean_of,
+    double* m2_of,
+    int64_t stride,
+    int64_t pieces,
+    const double* counts,  // (pieces)
+    int64_t n,
+    acc_t* mean,   // (n)
+    acc_t* var) {  // (n)
+  double count = counts[0];
+  for (int64_t k = 1; k < pieces; ++k) {
+    const double *other = mean_of + k * stride, *m2_other = m2_of + k * stride;
+    const double total = count + counts[k], share = counts[k] / total, weight = count * share;
+    for (int64_t i = 0; i < n; ++i) {
+      const double delta = other[i] - mean_of[i];
+      mean_of[i] += delta * share;
+      m2_of[i] += m2_other[i] + delta * delta * weight;
+    }
+    count = total;
+  }
+  for (int64_t i = 0; i < n; ++i) mean[i] = static_cast<acc_t>(mean_of[i]);
+  for (int64_t i = 0; i < n; ++i) var[i] = variance<acc_t>(m2_of[i] / count);
 }
 
 // The moments of a layer whose positions fold; y too if out has one, whose layout is planes.strides[1].
@@ -332,59 +454,50 @@ void layer_moments(
     acc_t* mean,   // (C) or (B, C)
     acc_t* var) {  // as mean
   const bool columns = s.c == 1 && C > 1 && (out.y == nullptr || out.s.c == 1);
-  const bool is_small = W <= kSmall || (W <= kPivot && B >= kRows / 4);
-  if (!columns && !per_image && C > 1 && H == 1 && is_small && is_dense(s, W) &&
+  if (!columns && !per_image && C > 1 && H == 1 && W <= kSmall && is_dense(s, W) &&
       (out.y == nullptr || is_dense(out.s, W)))
     return small_plane_moments(x, B, C, W, s.b, out, mean, var);
 
   // A unit is one channel (or block of channels) of some images or of a part of a row. Their number depends on the
   // shape alone, and is small: each costs a merge.
-  const int64_t wanted =
-      std::clamp(B * H * W / (columns ? kRows : kPart), int64_t(1), std::max(kUnits / C, int64_t(16)));
+  const int64_t wanted = std::clamp(
+      columns ? (B * H * W + kRows - 1) / kRows : B * H * W / kPart, int64_t(1), std::max(kUnits / C, int64_t(16)));
   const int64_t sets = per_image ? B : std::min(wanted, B);
   const int64_t parts = per_image ? 1 : std::clamp(wanted / sets, int64_t(1), (W + kRows - 1) / kRows);
-  const int64_t tiles = columns ? (C + kColumns - 1) / kColumns : C;
-  const int64_t elements = std::max<int64_t>(1, B * C * H * W / (sets * parts * tiles));
-  const int64_t groups = per_image ? B * C : C, rest = per_image ? 1 : sets * parts;
-  std::vector<Moments> partial(sets * parts * C);  // (sets, parts, C)
+  const int64_t channel = std::max<int64_t>(1, B * H * W / (sets * parts));
+  const int64_t together = std::min(kSpan * parts / W, std::max(sets * parts * C / kFewUnits, kUnit / channel));
+  const int64_t each = columns ? kColumns : std::clamp(together, int64_t(1), kGroup);
+  const int64_t tiles = (C + each - 1) / each;
+  const int64_t groups = per_image ? B * C : C, pieces = per_image ? 1 : sets * parts;
+  std::vector<double> means(sets * parts * C), m2s(means.size()), counts(sets * parts);  // (sets, parts, C)
   const auto finish = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      Moments& total = partial[i];
-      for (int64_t k = 1; k < rest; ++k) {  // in order into the first
-        const Moments& other = partial[k * groups + i];
-        total.merge(other.count, other.mean, other.m2);
-      }
-      mean[i] = static_cast<acc_t>(total.mean);
-      var[i] = variance<acc_t>(total.m2 / total.count);
-    }
+    const int64_t n = end - begin;
+    join_pieces<acc_t>(&means[begin], &m2s[begin], groups, pieces, &counts[begin / C], n, mean + begin, var + begin);
   };
-  at::parallel_for(0, sets * parts * tiles, std::max<int64_t>(1, kGrain / elements), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t set = unit / tiles / parts, part = unit / tiles % parts;
-      const int64_t c = unit % tiles * (columns ? kColumns : 1);
-      const int64_t w0 = part * W / parts, w1 = (part + 1) * W / parts;
-      const int64_t b0 = set * B / sets, b1 = (set + 1) * B / sets;
-      auto here = out;
-      if (out.y != nullptr) {
-        here.y += b0 * out.s.b + c * out.s.c + w0 * out.s.w;
-        here.alpha += c;
-        here.beta += c;
-      }
-      const scalar_t* p = x + b0 * s.b + c * s.c + w0 * s.w;
-      const int64_t first = unit / tiles * C + c, n = columns ? std::min(kColumns, C - c) : 1;
-      Moments* moments = &partial[first];
-      if (columns) {
-        double mean_of[kColumns], m2_of[kColumns];
-        column_moments<scalar_t, acc_t>(p, s, b1 - b0, H, w1 - w0, n, here, mean_of, m2_of);
-        const auto count = static_cast<double>((b1 - b0) * H * (w1 - w0));
-        for (int64_t k = 0; k < n; ++k) moments[k] = {count, mean_of[k], m2_of[k]};
-      } else {
-        row_moments<scalar_t, acc_t>(p, s, b1 - b0, H, w1 - w0, here, moments);
-      }
-      if (rest == 1) finish(first, first + n);
-    }
-  });
-  if (rest > 1) at::parallel_for(0, groups, std::max<int64_t>(1, 4096 / rest), finish);
+  at::parallel_for(
+      0, sets * parts * tiles, std::max<int64_t>(1, kGrain / (channel * each)), [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t set = unit / tiles / parts, part = unit / tiles % parts;
+          const int64_t c = unit % tiles * each, n = std::min(each, C - c);
+          const int64_t w0 = part * W / parts, w1 = (part + 1) * W / parts;
+          const int64_t b0 = set * B / sets, b1 = (set + 1) * B / sets;
+          auto here = out;
+          if (out.y != nullptr) {
+            here.y += b0 * out.s.b + c * out.s.c + w0 * out.s.w;
+            here.alpha += c;
+            here.beta += c;
+          }
+          const scalar_t* p = x + b0 * s.b + c * s.c + w0 * s.w;
+          const int64_t piece = unit / tiles, first = piece * C + c;
+          counts[piece] = static_cast<double>((b1 - b0) * H * (w1 - w0));
+          if (columns)
+            column_moments<scalar_t, acc_t>(p, s, b1 - b0, H, w1 - w0, n, here, &means[first], &m2s[first]);
+          else
+            row_moments<scalar_t, acc_t>(p, s, b1 - b0, H, w1 - w0, n, here, &means[first], &m2s[first]);
+          if (pieces == 1) finish(first, first + n);
+        }
+      });
+  if (pieces > 1) at::parallel_for(0, groups, std::max<int64_t>(1, kGrain / pieces), finish);
 }
 
 // The means that an infinity among the inputs spoilt: differences turn it into NaN, their sum does not.
@@ -467,29 +580,30 @@ struct Backward {
 // Channels [begin, end) of image n.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void row_backward(const Backward<scalar_t, acc_t> k, int64_t n, int64_t begin, int64_t end) {
-  const bool adjacent = k.d.w == 1 && k.s.w == 1 && (k.dy == nullptr || k.g.w == 1);
+  const bool has_dy = k.dy != nullptr;
+  const bool is_adjacent = k.d.w == 1 && k.s.w == 1 && (!has_dy || k.g.w == 1);
   for (int64_t c = begin; c < end; ++c) {
     const int64_t stat = k.per_image ? n * k.C + c : c;
-    const acc_t a = k.a[stat], b = k.b[stat], mean = k.mean[stat], alpha = k.dy == nullptr ? 0 : k.alpha[c];
+    const acc_t a = k.a[stat], b = k.b[stat], mean = k.mean[stat], alpha = has_dy ? k.alpha[c] : acc_t(0);
     for (int64_t h = 0; h < k.H; ++h) {
       scalar_t* dx = k.dx + n * k.d.b + c * k.d.c + h * k.d.h;
       const scalar_t* x = k.x + n * k.s.b + c * k.s.c + h * k.s.h;
-      if (k.dy != nullptr) {
-        const scalar_t* dy = k.dy + n * k.g.b + c * k.g.c + h * k.g.h;
-        if (adjacent) {
-          for (int64_t w = 0; w < k.W; ++w)
+      const scalar_t* dy = has_dy ? k.dy + n * k.g.b + c * k.g.c + h * k.g.h : nullptr;
+      for (int part = 0; part < 2; ++part) {
+        const auto [from, to] = span_of(k.W, part);
+        if (is_adjacent && has_dy) {
+          for (int64_t w = from; w < to; ++w)
             dx[w] =
                 static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[w]) - mean) + alpha * static_cast<acc_t>(dy[w]));
+        } else if (is_adjacent) {
+          for (int64_t w = from; w < to; ++w) dx[w] = static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[w]) - mean));
         } else {
-          for (int64_t w = 0; w < k.W; ++w)
-            dx[w * k.d.w] = static_cast<scalar_t>(
-                a + b * (static_cast<acc_t>(x[w * k.s.w]) - mean) + alpha * static_cast<acc_t>(dy[w * k.g.w]));
+          for (int64_t w = from; w < to; ++w) {
+            acc_t d = a + b * (static_cast<acc_t>(x[w * k.s.w]) - mean);
+            if (has_dy) d += alpha * static_cast<acc_t>(dy[w * k.g.w]);
+            dx[w * k.d.w] = static_cast<scalar_t>(d);
+          }
         }
-      } else if (adjacent) {
-        for (int64_t w = 0; w < k.W; ++w) dx[w] = static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[w]) - mean));
-      } else {
-        for (int64_t w = 0; w < k.W; ++w)
-          dx[w * k.d.w] = static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[w * k.s.w]) - mean));
       }
     }
   }
@@ -506,12 +620,16 @@ FASTKD_INLINE void element_backward(
     const acc_t* mean,
     const acc_t* alpha,
     int64_t n) {
-  if (dy != nullptr) {
-    for (int64_t i = 0; i < n; ++i)
-      dx[i] = static_cast<scalar_t>(
-          a[i] + b[i] * (static_cast<acc_t>(x[i]) - mean[i]) + alpha[i] * static_cast<acc_t>(dy[i]));
-  } else {
-    for (int64_t i = 0; i < n; ++i) dx[i] = static_cast<scalar_t>(a[i] + b[i] * (static_cast<acc_t>(x[i]) - mean[i]));
+  for (int part = 0; part < 2; ++part) {
+    const auto [from, to] = span_of(n, part);
+    if (dy != nullptr) {
+      for (int64_t i = from; i < to; ++i)
+        dx[i] = static_cast<scalar_t>(
+            a[i] + b[i] * (static_cast<acc_t>(x[i]) - mean[i]) + alpha[i] * static_cast<acc_t>(dy[i]));
+    } else {
+      for (int64_t i = from; i < to; ++i)
+        dx[i] = static_cast<scalar_t>(a[i] + b[i] * (static_cast<acc_t>(x[i]) - mean[i]));
+    }
   }
 }
 

@@ -57,6 +57,11 @@ class Lanes {
   FASTKD_INLINE explicit Lanes(T x) {
     for (T& lane : x_) lane = x;
   }
+  FASTKD_INLINE static Lanes load(const T* p) {
+    Lanes v(0);
+    std::memcpy(v.x_, p, sizeof v.x_);
+    return v;
+  }
   FASTKD_INLINE T& operator[](int64_t l) { return x_[l]; }
   FASTKD_INLINE T sum() {
     fold_sum<kLanes / 2>();
