@@ -367,7 +367,6 @@ class _Slot:
         self.name = name
         self.module = module
         self.hint = hint
-        self.is_trained = any(p.requires_grad for p in module.parameters())
         self.is_open = True
         self.has_fired = False
         self.value: Any = None
@@ -375,7 +374,7 @@ class _Slot:
         self.result: Any = None
 
     def put(self, value: Any, state: _State) -> None:
-        if state.grad and not torch.is_grad_enabled() and (self.is_trained or state.input_grad):
+        if state.grad and not torch.is_grad_enabled() and (state.input_grad or _is_trained(self.module)):
             raise RuntimeError(
                 f"{self.name!r} runs without gradients inside a pass that records them, so a loss on it would train "
                 "nothing; use non-reentrant activation checkpointing (use_reentrant=False)"
@@ -429,6 +428,10 @@ def _hooked(
         for slot in slots:
             slot.reset()
             slot.is_open = False
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _recomputing() -> bool:

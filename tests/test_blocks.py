@@ -1,4 +1,4 @@
-"""Gradients lie in memory that is kept for the next one (csrc/cpu/blocks.h), and are tensors like any other."""
+"""Gradients and the outputs of batch norms lie in memory kept for the next one, and are tensors like any other."""
 
 import copy
 import io
@@ -42,6 +42,21 @@ def test_a_freed_block_serves_the_next_gradient() -> None:
     assert third.data_ptr() == addresses[1]
     assert (first == 1).all()
     assert (third == 3).all()
+
+
+def test_the_output_of_a_batch_norm_lies_there_too() -> None:
+    def output(value: float) -> Tensor:
+        x, zeros, ones = torch.full((2, 4, 300, 300), value), torch.zeros(4), torch.ones(4)
+        return fastkd.batch_norm_moments(x, zeros, ones, eps=1e-30, backend="native")[0]
+
+    first = output(1.0)
+    address = first.data_ptr()
+    assert address % HUGE == 0
+    assert (first == 1).all()
+    del first
+    second = output(2.0)
+    assert second.data_ptr() == address
+    assert (second == 2).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// Memory of gradients that serves the next step again.
+// Memory of gradients and activations that serves the next step again.
 //
 // glibc returns a large block to the kernel when it is freed, or splits it; the next one then has its pages handed out
 // and cleared anew, as they are first touched: of 100 MB that takes several times as long as to compute them. Here a
@@ -157,8 +157,8 @@ class Blocks final : public c10::Allocator {
 };
 #endif
 
-// at::empty_like for a gradient that is written once and soon freed.
-inline at::Tensor empty_gradient(const at::Tensor& x) {
+// at::empty_like for what is written once and freed before the next step: a gradient, an activation.
+inline at::Tensor empty_kept(const at::Tensor& x) {
 #if defined(__linux__)
   if (x.nbytes() >= Blocks::kSmallest && x.is_non_overlapping_and_dense())
     return at::Tensor(

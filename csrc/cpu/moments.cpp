@@ -720,7 +720,7 @@ at::Tensor layer_backward(
     int64_t first,
     bool per_image,
     const Normalised& norm = {}) {
-  auto dx = empty_gradient(x);
+  auto dx = empty_kept(x);
   if (x.numel() == 0) return dx;
   const auto& dy = norm.dy;
   const bool has_dy = dy.defined();
@@ -806,7 +806,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cpu(
     double eps) {
   auto x = x_in;
   const auto dtype = accumulator(x);
-  const auto y = at::empty_like(x);
+  const auto y = empty_kept(x);
   auto mean = at::empty({x.size(1)}, x.options().dtype(dtype)), var = at::empty_like(mean);
   if (x.numel() == 0) return {y, mean, var};
   auto out = y;

@@ -272,7 +272,7 @@ at::Tensor prior_bwd_cpu(
     const at::Tensor& tv_l2,      // (4)
     const at::Tensor& norms) {    // (B)
   const int64_t B = images.size(0), C = images.size(1), H = images.size(2), W = images.size(3);
-  auto dimages = empty_gradient(images);
+  auto dimages = empty_kept(images);
   const auto dtype = accumulator(images);
   const auto dtv_l1 = dtv_l1_in.to(dtype).contiguous(), dtv_l2 = dtv_l2_in.to(dtype).contiguous();
   const auto dnorms = dnorms_in.to(dtype).contiguous();
