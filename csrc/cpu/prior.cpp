@@ -14,7 +14,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <iterator>
+#include <type_traits>
 #include <vector>
 
 namespace fastkd {
@@ -38,62 +40,81 @@ std::array<double, kDirections> counts_of(const at::Tensor& images) {
   return counts;
 }
 
-// Σ |d| and Σ d² of a direction within a row.
+// Sums in lanes. Loops of fixed length over lanes become vectors of the widest instruction set.
 template <typename acc_t>
-struct Direction {
-  Wide<acc_t> absolute, square;
+struct LaneSums {
+  acc_t of[kSums][kLanes];
 
-  FASTKD_INLINE void add(const Wide<acc_t>& d) {
-    absolute = absolute + d.abs();
-    square = square + d * d;
-  }
-
-  FASTKD_INLINE void fold_into(Sums* sums, int64_t k) const {
-    sums->of[k] += static_cast<double>(absolute.sum());
-    sums->of[kDirections + k] += static_cast<double>(square.sum());
-  }
-};
-
-// The sums of a few rows; few, so that float32 holds them.
-template <typename acc_t>
-struct Part {
-  Direction<acc_t> row, column, diagonal, antidiagonal;
-  Wide<acc_t> norm;
+  FASTKD_INLINE void clear() { std::memset(of, 0, sizeof of); }
 
   // Adds the differences that end in row x (W), with `above` the row above it or null.
   FASTKD_INLINE void add_row(const acc_t* x, const acc_t* above, int64_t W, Sums* sums) {
-    const int64_t pairs = W - 1, whole = pairs / kLanes * kLanes;
-    for (int64_t w = 0; w < whole; w += kLanes) add(x + w, above == nullptr ? above : above + w, Wide<acc_t>(1));
-    // Rows have kLanes zeros before them, so that a short one has a vector that ends with it too.
-    const int64_t last = pairs - kLanes;
-    if (whole < pairs) add(x + last, above == nullptr ? above : above + last, Wide<acc_t>::last(pairs - whole));
+    if (above == nullptr)
+      add_pairs<false>(x, x, W - 1);
+    else
+      add_pairs<true>(x, above, W - 1);
     const double end = x[W - 1], d = above == nullptr ? 0 : static_cast<double>(x[W - 1] - above[W - 1]);
     sums->of[1] += std::abs(d);
     sums->of[kDirections + 1] += d * d;
     sums->of[kSums - 1] += end * end;
   }
 
+  // What `part` holds, which starts anew.
+  template <typename part_t>
+  FASTKD_INLINE void take(LaneSums<part_t>& part) {
+    for (int64_t k = 0; k < kSums; ++k)
+      for (int64_t l = 0; l < kLanes; ++l) of[k][l] += static_cast<acc_t>(part.of[k][l]);
+    part.clear();
+  }
+
   FASTKD_INLINE void fold_into(Sums* sums) {
-    row.fold_into(sums, 0);
-    column.fold_into(sums, 1);
-    diagonal.fold_into(sums, 2);
-    antidiagonal.fold_into(sums, 3);
-    sums->of[kSums - 1] += static_cast<double>(norm.sum());
-    *this = Part();
+    for (int64_t k = 0; k < kSums; ++k) sums->of[k] += static_cast<double>(Lanes<acc_t>::load(of[k]).sum());
   }
 
  private:
-  FASTKD_INLINE void add(const acc_t* x, const acc_t* above, const Wide<acc_t> keep) {
-    const auto x0 = Wide<acc_t>::load(x), x1 = Wide<acc_t>::load(x + 1), own = x0 * keep;
-    norm = norm + own * own;
-    row.add((x1 - x0) * keep);
-    if (above == nullptr) return;
-    const auto a0 = Wide<acc_t>::load(above), a1 = Wide<acc_t>::load(above + 1);
-    column.add((x0 - a0) * keep);
-    diagonal.add((x1 - a0) * keep);
-    antidiagonal.add((x0 - a1) * keep);
+  // Of pixels w < pairs and w + 1.
+  template <bool has_above>
+  FASTKD_INLINE void add_pairs(const acc_t* x, const acc_t* above, int64_t pairs) {
+    LaneSums sums = *this;
+    int64_t w = 0;
+    for (; w + kLanes <= pairs; w += kLanes)
+      for (int64_t l = w; l < w + kLanes; ++l) sums.template add<has_above>(x + l, above + l, acc_t(1), l - w);
+    // The last vector again, without what has been added: short rows have zeros before them.
+    const acc_t* keep = kLast<acc_t> + (pairs - w);
+    x += pairs - kLanes, above += pairs - kLanes;
+    for (int64_t l = 0; l < kLanes; ++l) sums.template add<has_above>(x + l, above + l, keep[l], l);
+    *this = sums;
+  }
+
+  // The differences between a pixel, its right neighbour and those above them.
+  template <bool has_above>
+  FASTKD_INLINE void add(const acc_t* x, const acc_t* above, acc_t keep, int64_t l) {
+    const acc_t d[] = {
+        x[1] - x[0],
+        has_above ? x[0] - above[0] : acc_t(0),
+        has_above ? x[1] - above[0] : acc_t(0),
+        has_above ? x[0] - above[1] : acc_t(0)};
+    for (int64_t k = 0; k < (has_above ? kDirections : 1); ++k) {
+      const acc_t e = keep == 0 ? acc_t(0) : d[k];  // an infinity times 0 is NaN
+      of[k][l] += std::abs(e);
+      of[kDirections + k][l] += e * e;
+    }
+    of[kSums - 1][l] += keep == 0 ? acc_t(0) : x[0] * x[0];
   }
 };
+
+// A row as acc_t: itself, or in `held`, which lies behind kLanes zeros, as a short one has to.
+template <typename scalar_t, typename acc_t>
+FASTKD_INLINE const acc_t* row_of(const scalar_t* x, int64_t stride, int64_t W, acc_t* held) {
+  if constexpr (std::is_same_v<scalar_t, acc_t>)
+    if (stride == 1 && W > kLanes) return x;
+  if (stride == 1) {
+    for (int64_t w = 0; w < W; ++w) held[w] = static_cast<acc_t>(x[w]);
+  } else {
+    for (int64_t w = 0; w < W; ++w) held[w] = static_cast<acc_t>(x[w * stride]);
+  }
+  return held;
+}
 
 // Rows [h0, h1) of a plane, and the differences that end in them.
 template <typename scalar_t, typename acc_t>
@@ -106,20 +127,19 @@ FASTKD_MULTIVERSION void add_plane(
     acc_t* held,  // 2 rows, each behind kLanes zeros
     Sums* sums) {
   const acc_t* above = nullptr;
-  Part<acc_t> part;
+  LaneSums<acc_t> part;  // of a few rows; few, so that float32 holds them
+  LaneSums<double> total;
+  part.clear();
+  total.clear();
   for (int64_t h = std::max<int64_t>(h0 - 1, 0); h < h1; ++h) {
-    acc_t* row = held + h % 2 * (kLanes + W) + kLanes;
     const scalar_t* p = x + h * s.h;
-    if (s.w == 1) {
-      for (int64_t w = 0; w < W; ++w) row[w] = static_cast<acc_t>(p[w]);
-    } else {
-      for (int64_t w = 0; w < W; ++w) row[w] = static_cast<acc_t>(p[w * s.w]);
-    }
+    const acc_t* row = row_of(p, s.w, W, held + h % 2 * (kLanes + W) + kLanes);
     if (h >= h0) part.add_row(row, above, W, sums);
-    if (h % kPart == kPart - 1) part.fold_into(sums);
+    if (h % kPart == kPart - 1) total.take(part);
     above = row;
   }
-  part.fold_into(sums);
+  total.take(part);
+  total.fold_into(sums);
 }
 
 PlaneStrides strides_of(const at::Tensor& x) {

@@ -92,62 +92,6 @@ template <typename T>
 constexpr T kLast[2 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
                                  1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// kLanes elements in registers: what the compiler would otherwise keep in memory between two loops.
-template <typename T>
-class Wide {
- public:
-  FASTKD_INLINE explicit Wide(T x = 0) {
-    for (int64_t l = 0; l < kLanes; ++l) x_[l] = x;
-  }
-  FASTKD_INLINE static Wide load(const T* p) {
-    Wide v;
-    std::memcpy(&v.x_, p, sizeof v.x_);
-    return v;
-  }
-  // 1 in the last n, 0 before: what a vector that ends with a row has not seen yet.
-  FASTKD_INLINE static Wide last(int64_t n) { return load(kLast<T> + n); }
-  FASTKD_INLINE T sum() const {
-    Lanes<T> lanes(0);
-    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = x_[l];
-    return lanes.sum();
-  }
-#if defined(__GNUC__)
-  FASTKD_INLINE Wide operator+(const Wide& y) const { return Wide(x_ + y.x_); }
-  FASTKD_INLINE Wide operator-(const Wide& y) const { return Wide(x_ - y.x_); }
-  FASTKD_INLINE Wide operator*(const Wide& y) const { return Wide(x_ * y.x_); }
-  FASTKD_INLINE Wide abs() const { return Wide(x_ < 0 ? -x_ : x_); }
-
- private:
-  typedef T Registers __attribute__((vector_size(kLanes * sizeof(T))));
-  FASTKD_INLINE explicit Wide(const Registers& x) : x_(x) {}
-  Registers x_;
-#else
-  Wide operator+(const Wide& y) const {
-    Wide z;
-    for (int64_t l = 0; l < kLanes; ++l) z.x_[l] = x_[l] + y.x_[l];
-    return z;
-  }
-  Wide operator-(const Wide& y) const {
-    Wide z;
-    for (int64_t l = 0; l < kLanes; ++l) z.x_[l] = x_[l] - y.x_[l];
-    return z;
-  }
-  Wide operator*(const Wide& y) const {
-    Wide z;
-    for (int64_t l = 0; l < kLanes; ++l) z.x_[l] = x_[l] * y.x_[l];
-    return z;
-  }
-  Wide abs() const {
-    Wide z;
-    for (int64_t l = 0; l < kLanes; ++l) z.x_[l] = x_[l] < 0 ? -x_[l] : x_[l];
-    return z;
-  }
-
- private:
-  T x_[kLanes];
-#endif
-};
-
 template <typename To, typename From>
 FASTKD_INLINE To bits_of(From x) {
   static_assert(sizeof(To) == sizeof(From));
