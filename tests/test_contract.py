@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -116,6 +117,12 @@ def test_transforms_are_refused(case: Case, backend: str) -> None:
         torch.func.grad(case.scalar)(*case.inputs())
     with pytest.raises(RuntimeError, match=r"does not support torch.vmap or torch.func.*fastkd\.reference"):
         torch.vmap(case.scalar)(*(x.unsqueeze(0) for x in case.inputs()))
+
+
+@each_case
+def test_forward_mode_is_refused(case: Case, backend: str) -> None:
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"jvp|forward AD"):
+        case.scalar(*(forward_ad.make_dual(x, torch.ones_like(x)) for x in case.inputs()))
 
 
 class _Recorder(TorchDispatchMode):

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastkd import _extension
 from fastkd._precision import accumulator
@@ -50,8 +51,13 @@ def _has_kernel(op: str, key: str) -> bool:
 
 
 def records_gradient(op: str, impl: str) -> bool:
-    """Whether an implementation records its own gradient (csrc/autograd.cpp). The compiler is shown Python's."""
-    return impl == "native" and not torch.compiler.is_compiling() and _has_kernel(op, "Autograd")
+    """Whether an implementation records its own gradient (csrc/autograd.cpp). The compiler is shown Python's.
+
+    So is forward-mode differentiation, which Python's refuses and C++'s would pass over.
+    """
+    if impl != "native" or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    return _has_kernel(op, "Autograd")
 
 
 def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
