@@ -218,6 +218,11 @@ def test_arguments_that_do_not_fit(trained):
         inverter(trained, competition=1.0)
     with pytest.raises(ValueError, match="32 px cannot be divided by pool 3"):
         inverter(trained, phases=(Phase(1, pool=3),))
+    with pytest.raises(ValueError, match=r"layer3.0.bn1 gets one element per channel at 16 px"):
+        inverter(trained, phases=(Phase(1, pool=2), Phase(1)), batch_size=1)
+    for wrong in ({"steps": 0}, {"pool": 0}, {"jitter": -1}):
+        with pytest.raises(ValueError, match="a phase needs"):
+            Phase(**{"steps": 1} | wrong)
 
 
 def test_presets_are_frozen():

@@ -12,6 +12,10 @@ class Phase:
     pool: int = 1  # the network sees the images averaged over pool x pool pixels
     jitter: int = 0  # most pixels, of what the network sees, by which a step rolls the images each way
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.pool < 1 or self.jitter < 0:
+            raise ValueError(f"a phase needs steps and pool of 1 at least and jitter of 0 at least, got {self}")
+
 
 @dataclass(frozen=True)
 class Preset:

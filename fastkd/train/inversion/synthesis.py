@@ -57,8 +57,8 @@ class Inverter:
         student: for the competition; sees full-sized images in its own normalisation.
 
     Raises:
-        ValueError: no batch norm, or one without running statistics, where `bn` is not 0; sizes that do not divide;
-            a competition without a student.
+        ValueError: no batch norm, one without running statistics, or a batch that has no variance there, where `bn`
+            is not 0; sizes that do not divide; a competition without a student.
     """
 
     def __init__(
@@ -70,9 +70,14 @@ class Inverter:
             if img_size % (phase.pool * preset.cell):
                 raise ValueError(f"{img_size} px cannot be divided by pool {phase.pool} x cell {preset.cell}")
         if preset.bn > 0:
-            blank = torch.zeros(2, 3, img_size, img_size, device=next(network.parameters()).device)
+            side = img_size // max((phase.pool for phase in preset.phases), default=1)
+            batch = min(2, preset.batch_size)
+            blank = torch.zeros(batch, 3, side, side, device=next(network.parameters()).device)
             with capture.bn_inputs(network) as bn:  # refuses what has no statistics
                 network.eval()(blank)
+                for name, x in zip(bn.names, bn.inputs, strict=True):
+                    if x[:, 0].numel() < 2:
+                        raise ValueError(f"{name} gets one element per channel at {side} px; needs a batch of 2 images")
             self.fused = _can_fuse(network, blank)
             self.layer_weights: list[float] | None = [preset.first_bn] + [1.0] * (len(bn.names) - 1)
         else:
