@@ -159,12 +159,22 @@ def study() -> str:
         told = [("better than none", won), ("worse", lost), ("within the spread", even)]
         text = "; ".join(f"{what}: {', '.join(names)}" for what, names in told if names)
         parts.append(f"- With {none['images']} images ({fraction:.0%}), {text}.")
-    apart = found["eager_against_fused"]
+    same = found["same"]
+    of_loss = {
+        name: [f"{point['loss']:.0e}" if point["loss"] else "0" for point in same[name]]
+        for name in ("eager", "threads")
+    }
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts += [
-        f"\nThe first manifold run on {whole:.0%} of the images once more with the eager losses: "
-        f"{found['eager_top1']:.1f}% against {found['fused_top1']:.1f}%. Epoch by epoch the losses differ by at most "
-        f"{apart['loss']:.1e} of their value, top-1 by at most {apart['top1']:.1f} points.\n",
+        f"\nThe first manifold run on {whole:.0%} of the images, once more with the eager losses, and once more with "
+        "the fused ones on another number of threads, which rounds otherwise: "
+        f"{same['top1']['fused']:.1f}%, {same['top1']['eager']:.1f}% and {same['top1']['threads']:.1f}%. "
+        "Apart from the first run, after each epoch:\n",
+        table(
+            ["difference of the loss, of its value", *(str(i + 1) for i in range(len(same["eager"])))],
+            [["eager losses", *of_loss["eager"]], ["other threads", *of_loss["threads"]]],
+        )
+        + "\n",
         "![Top-1 against the number of training images](pictures/study.svg)\n",
         f"Measured on {found['machine']} ({versions}), {found['date']}.\n",
     ]
