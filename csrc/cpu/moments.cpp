@@ -470,6 +470,11 @@ void layer_moments(
   const int64_t tiles = (C + each - 1) / each;
   const int64_t groups = per_image ? B * C : C, pieces = per_image ? 1 : sets * parts;
   std::vector<double> means(sets * parts * C), m2s(means.size()), counts(sets * parts);  // (sets, parts, C)
+  for (int64_t i = 0; i < sets * parts; ++i) {
+    const int64_t set = i / parts, part = i % parts;
+    const int64_t images = (set + 1) * B / sets - set * B / sets, width = (part + 1) * W / parts - part * W / parts;
+    counts[i] = static_cast<double>(images * H * width);
+  }
   const auto finish = [&](int64_t begin, int64_t end) {
     const int64_t n = end - begin;
     join_pieces<acc_t>(&means[begin], &m2s[begin], groups, pieces, &counts[begin / C], n, mean + begin, var + begin);
@@ -489,7 +494,6 @@ void layer_moments(
           }
           const scalar_t* p = x + b0 * s.b + c * s.c + w0 * s.w;
           const int64_t piece = unit / tiles, first = piece * C + c;
-          counts[piece] = static_cast<double>((b1 - b0) * H * (w1 - w0));
           if (columns)
             column_moments<scalar_t, acc_t>(p, s, b1 - b0, H, w1 - w0, n, here, &means[first], &m2s[first]);
           else
