@@ -35,7 +35,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def results(body: str) -> list[Row]:
-    """The committed files that hold such a table: "cases", "sweeps" or "parts"."""
+    """The committed files that hold such a table: "cases", "sweeps", "parts" or "training"."""
     loaded = (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
     return [found for found in loaded if body in found and "header" in found]
 
@@ -241,6 +241,35 @@ def profiles() -> str:
     return "\n".join(parts) or NONE
 
 
+def training() -> str:
+    """What the trainer must reach, and what it does."""
+
+    def shown(row: Row, key: str) -> str:
+        if row[key] is None:
+            return "-"
+        if row["unit"] == "seconds":
+            return f"{row[key] * 1e3:.2f} ms"
+        return f"{row[key]:.1%}" if row["unit"] == "share" else f"{row[key]:.2f}"
+
+    parts = []
+    for found in results("training"):
+        lines = [
+            [
+                row["figure"],
+                row["setting"],
+                shown(row, "value"),
+                "-" if row["goal"] is None else f"at most {shown(row, 'goal')}",
+                {True: "reached", False: "missed", None: ""}[row["reached"]],
+                ms(row["seconds"]),
+                ms(row["against"]),
+            ]
+            for row in found["training"]
+        ]
+        head = ["figure", "setting", "measured", "goal", "", "step or image, ms", "the loss or the other, ms"]
+        parts.append(f"{machine(found['header'])}\n{table(head, lines)}")
+    return "\n".join(parts) or NONE
+
+
 def _aot() -> Row | None:
     path = RESULTS / "aot.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -303,7 +332,7 @@ def aot() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     section.__name__: section
-    for section in (demo, demo_datafree, study, headline, cases, bars, scaling, profiles, rooflines, aot)
+    for section in (demo, demo_datafree, study, headline, cases, bars, scaling, profiles, training, rooflines, aot)
 }
 
 

@@ -1,6 +1,6 @@
 """Relation losses: maps as their papers' codes build them, the Gram identity, fastkd."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -66,6 +66,12 @@ def _manifold(loss: Callable[[Tensor, Tensor], Tensor], *tensors: Tensor) -> Ten
         intra, inter = loss(s, t), _scoped(loss, "inter", s, t)
         terms.append(4 * intra + 0.1 * inter + 0.2 * loss(*rows))
     return torch.stack(terms).mean()
+
+
+def manifold_by_maps(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    """The manifold loss with its maps; the rows of its random term are drawn as ManifoldLoss draws them."""
+    rows = [torch.randperm(s.shape[0] * s.shape[1], device=s.device)[:192] for s in students]
+    return _manifold(difference_of_maps, *students, *teachers, *rows)
 
 
 def _manifold_fastkd(*tensors: Tensor) -> Tensor:
