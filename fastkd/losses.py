@@ -68,6 +68,9 @@ class ManifoldLoss(nn.Module):
         backend: "auto", "eager", "native" or "triton".
         process_group: relate the images of all its ranks (fastkd.distributed; torch.distributed.group.WORLD for all,
             which is None before init_process_group); None, those of this process.
+
+    Raises:
+        TypeError, ValueError: a weight or number out of its range.
     """
 
     def __init__(
@@ -81,6 +84,9 @@ class ManifoldLoss(nn.Module):
         process_group: distributed.Group = None,
     ) -> None:
         super().__init__()
+        for name, weight in (("intra", intra), ("inter", inter), ("random", random)):
+            check.number(name, weight, low=0)
+        check.positive_int("num_samples", num_samples)
         self.intra, self.inter, self.random = intra, inter, random
         self.num_samples, self.backend, self.process_group = num_samples, backend, process_group
 

@@ -1,9 +1,12 @@
 """The command line: whole runs in a process of their own, and what it says to input that cannot work."""
 
 import csv
+import dataclasses
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +22,7 @@ Image = pytest.importorskip("PIL.Image")
 
 from fastkd.train import InputError, checkpoint  # noqa: E402
 from fastkd.train.cli import app, settings_from  # noqa: E402
-from fastkd.train.settings import Stage  # noqa: E402
+from fastkd.train.settings import Settings, Stage  # noqa: E402
 
 SMALL = ["--device=cpu", "--batch-size=64", "--epochs=1", "--teacher-epochs=1", "--teacher-layers=layer2,layer4"]
 SMALL += [f"--student-arg={pair}" for pair in ("embed_dim=32", "num_heads=2", "depth=2")]
@@ -102,6 +105,35 @@ def test_torchrun(tmp_path):
         assert [row["steps"] for row in csv.DictReader(file)] == ["7", "7"]  # 898 images, 2 x 64 in a step
 
 
+def test_what_one_process_lacks_ends_both_and_is_told_once(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for number in range(2):
+        folder = tmp_path / "0" / "images" / f"class{number}"
+        folder.mkdir(parents=True)
+        for name in "abcde":
+            Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+    (tmp_path / "1").mkdir()
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    arguments = ["train", "--device=cpu", "--data=images", "--teacher=resnet18", "--out=run"]
+    processes = [
+        subprocess.Popen(
+            fastkd(*arguments),
+            cwd=tmp_path / rank,
+            env=environment() | common | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    told = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "fastkd train" not in told[0] and "Traceback" not in told[0] + told[1]
+    assert told[1].count("fastkd train: ") == told[1].count("fastkd train: --data: images is not a folder") == 1
+    assert not (tmp_path / "0" / "run").exists()
+
+
 def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = testing.CliRunner().invoke(app, ["train", *SMALL, "--dry-run"])
@@ -121,15 +153,30 @@ def test_recipe_prints_what_it_stands_for(tmp_path, monkeypatch):
     for row in RECIPES[name].rows():
         assert not row[2] or (row[0] in result.stdout and row[1] in result.stdout and row[2] in result.stdout)
     assert "batch_size: 7" in result.stdout
+    shown = re.findall(r"^(\w+)", result.stdout, re.MULTILINE)
+    assert {item.name for item in dataclasses.fields(Settings)} - set(shown) <= {
+        "data", "epochs", "recipe", "stages", "task", "task_args"  # its stages say
+    }  # fmt: skip
     settings = settings_from({"recipe": name, "data": "images", "batch_size": 7})
     assert (settings.batch_size, settings.student) == (7, RECIPES[name].student)
     assert settings.stages == RECIPES[name].stages
     assert settings_from({"recipe": name, "task": "soft"}).stages == ()
+    assert settings.teacher_pretrained
+    # A given checkpoint needs no other weights fetched first.
+    assert not settings_from({"recipe": name, "data": "images", "teacher_checkpoint": "t.pth"}).teacher_pretrained
+
+
+def test_dry_run_of_a_recipe_is_a_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastkd.train.plan.plan", lambda settings: f"planned {settings.recipe} on {settings.data}")
+    arguments = ["train", "--recipe", "vitkd-deit-tiny", "--data", str(tmp_path), "--dry-run"]
+    assert testing.CliRunner().invoke(app, arguments).stdout == f"planned vitkd-deit-tiny on {tmp_path}\n"
 
 
 def test_stages_on_the_command_line():
     settings = settings_from({"stage": ["dearkd:250:weight=0.5,lr=1e-3", "none:50"]})
     assert settings.stages == (Stage("dearkd", 250, {"weight": 0.5}, lr=1e-3), Stage("none", 50))
+    (stage,) = settings_from({"stage": ["none:1:opt_args={'betas': (0.8, 0.9), 'eps': 1e-6},lr=1e-3"]}).stages
+    assert stage == Stage("none", 1, lr=1e-3, opt_args={"betas": (0.8, 0.9), "eps": 1e-6})
     with pytest.raises(InputError, match="--stage: needs TASK:EPOCHS"):
         settings_from({"stage": ["dearkd"]})
 
@@ -176,8 +223,12 @@ def bad(tmp_path_factory) -> Path:
         ("--data broken --no-check", ["--teacher", "timm model"]),
         ("--data broken --no-check --teacher vit_tiny_patch16_224", ["--batch-size", "64", "6 training images"]),
         ("--student vit_tinny_patch16_224", ["--student", "vit_tinny", "vit_tiny_patch16_224"]),
+        ("--data few --teacher resnet18 --num-classes 5", ["--num-classes", "few has 2", "got 5"]),
+        ("--num-classes 5", ["--num-classes", "digits has 10", "got 5"]),
         ("--teacher resnet1x", ["--teacher", "resnet1x"]),
+        ("--teacher-arg num_classes=7", ["--teacher-arg", "num_classes=7", "10 classes"]),
         ("--student-arg colour=blue", ["--student", "colour"]),
+        ("--student-arg num_classes=7", ["--student-arg", "num_classes", "10", "7"]),
         ("--student-arg colour", ["--student-arg", "KEY=VALUE"]),
         ("--student-layers blocks.0,blocks.7", ["--student-layers", "blocks.7", "blocks.0, blocks.1"]),
         ("--teacher-layers layer9", ["--teacher-layers", "layer9", "layer2"]),
@@ -193,19 +244,28 @@ def bad(tmp_path_factory) -> Path:
         ("--out . --teacher-checkpoint other.safetensors", ["--out", "--teacher-checkpoint"]),
         ("--out file/below", ["--out", "file/below"]),
         ("--device tpu9", ["--device", "tpu9"]),
+        ("--device meta", ["--device", "meta"]),
         ("--amp int8", ["--amp", "int8"]),
         ("--opt none_such", ["--opt", "none_such"]),
         ("--sched none_such", ["--sched", "none_such"]),
         ("--mixup 0.5 --batch-size 31", ["--mixup", "even", "31"]),
         ("--task none_such", ["--task", "none_such", "manifold"]),
         ("--task-arg colour=blue", ["--task", "colour", "num_samples"]),
+        ("--task-arg intra=-1", ["--task", "manifold", "intra", ">= 0", "-1"]),
+        ("--task soft --task-arg logit_weight=much", ["--task", "soft", "much"]),
         ("--stage none", ["--stage", "TASK:EPOCHS"]),
         ("--stage none:0", ["--stage", "epoch"]),
+        ("--stage cikd:1:lr=abc", ["--stage: cikd needs a number as lr, got 'abc'"]),
+        ("--stage none:1:weight_decay=(1,2)", ["--stage: none needs a number as weight_decay, got (1, 2)"]),
+        ("--stage none:1:warmup_epochs=0.5", ["--stage: none needs a whole number as warmup_epochs, got 0.5"]),
+        ("--stage none:1:opt=3", ["--stage: none needs a name as opt, got 3"]),
+        ("--stage none:1:opt_args=3", ["--stage: none needs a mapping as opt_args, got 3"]),
         ("--recipe none_such", ["--recipe", "none_such"]),
         ("--resume nowhere", ["--resume", "nowhere", "no run"]),
         ("--resume finished", ["--resume", "finished"]),
         ("--shard", ["--shard", "torchrun"]),
         ("--teacher-cache c", ["--teacher-cache", "--no-augment"]),
+        ("--task soft --no-augment --teacher-cache file/c", ["--teacher-cache", "file/c", "that can be written"]),
         ("--augment-arg colour=blue", ["--augment-arg", "colour"]),
         ("--opt-arg colour=blue", ["--opt", "colour"]),
         ("--data wds/none --teacher resnet18 --data-root .", ["--data", "wds/none"]),

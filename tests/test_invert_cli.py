@@ -20,8 +20,10 @@ pytest.importorskip("timm.task")
 testing = pytest.importorskip("typer.testing")
 Image = pytest.importorskip("PIL.Image")
 
+from runs import start  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from fastkd.train import checkpoint  # noqa: E402
 from fastkd.train.checkpoint import write_weights  # noqa: E402
 from fastkd.train.cli import app  # noqa: E402
 from fastkd.train.data import Digits  # noqa: E402
@@ -155,6 +157,39 @@ def test_kill_and_resume(whole, place):
         assert_same(out, whole)
 
 
+def create_and_die(out: Path, moment: str) -> None:
+    """SIGKILL within the creation of the folder, before its manifest is there."""
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "folder":
+        checkpoint._locked = die
+    else:
+        Path.replace = die
+    with checkpoint.alone(out):
+        Store.create(out, {"classes": []})
+
+
+@pytest.mark.parametrize("moment", ["folder", "manifest", "class folders"])
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_killed_before_the_manifest(place, tmp_path, moment, resume):
+    """What is there then counts as nothing, to a start as to a resume."""
+    out = tmp_path / "out"
+    if moment == "class folders":
+        (out / "train" / "0").mkdir(parents=True)
+    else:
+        (process,) = start(1, create_and_die, out, moment)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert out.is_dir() and not (out / MANIFEST).exists()
+    teacher = ["--teacher-checkpoint", str(place / "teacher.safetensors"), "--out", str(out)]
+    result = invert(*teacher, "--images=6", *resume)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == {"train", GRID, MANIFEST}
+    assert len(Store.open(out).entries) == 6
+
+
 def test_more_images_go_on(whole, place):
     out = place / "more"
     teacher = ["--teacher-checkpoint", str(place / "teacher.safetensors"), "--out", str(out), *RIVAL]
@@ -219,6 +254,11 @@ def test_full_disk(place, monkeypatch):
         ("--teacher-checkpoint teacher.safetensors --intra 1 --batch-size 1", ["--intra", "--batch-size"]),
         ("--teacher-checkpoint teacher.safetensors --amp int8", ["--amp", "int8"]),
         ("--teacher-checkpoint teacher.safetensors --device tpu9", ["--device", "tpu9"]),
+        ("--teacher-checkpoint teacher.safetensors --device meta", ["--device", "meta"]),
+        (
+            "--teacher-checkpoint teacher.safetensors --bn 0 --batch-size 1 --competition 1 --student resnet18",
+            ["--batch-size", "student", "1 image"],
+        ),
         ("--teacher-checkpoint teacher.safetensors --teacher-arg colour", ["--teacher-arg", "KEY=VALUE"]),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd.losses import DKDLoss, EarlyDistillationLoss, NKDLoss, SoftTargetLoss, ViTKDLoss
+from fastkd.losses import DKDLoss, EarlyDistillationLoss, ManifoldLoss, NKDLoss, SoftTargetLoss, ViTKDLoss
 from fastkd.testing import loss_and_gradients, relative_difference
 
 both = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -114,6 +114,8 @@ LOW_S, LOW_T, HIGH_S, HIGH_T = features()
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: ManifoldLoss(intra=-1), ValueError, "intra must be a finite number >= 0"),
+        (lambda: ManifoldLoss(num_samples=0), ValueError, "num_samples must be at least 1"),
         (lambda: ViTKDLoss(0, 4), ValueError, "student_dim must be at least 1"),
         (lambda: ViTKDLoss(4, 4.0), TypeError, "teacher_dim must be an int"),
         (lambda: ViTKDLoss(4, 4, alpha=-1), ValueError, "alpha must be"),

@@ -1,10 +1,9 @@
 """Exact resume: runs killed at random moments, alone and in pairs, end with the bits of one that was not."""
 
-import multiprocessing
+import dataclasses
 import os
 import random
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -15,9 +14,10 @@ timm = pytest.importorskip("timm")
 pytest.importorskip("timm.task")
 pytest.importorskip("typer")
 
+from runs import finish, places, run_with_kills, same  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from fastkd.train import InputError, InterruptedRun, checkpoint, job, ranks  # noqa: E402
+from fastkd.train import InputError, InterruptedRun, checkpoint, job  # noqa: E402
 from fastkd.train.loop import Trainee  # noqa: E402
 from fastkd.train.settings import Settings, Stage  # noqa: E402
 
@@ -51,81 +51,6 @@ def small(folder: Path, out: Path, **changes) -> Settings:
         "stages": (Stage("manifold", 1), Stage("vitkd", 1, {"logits": "soft"}, **SECOND)),
     }  # fmt: skip
     return Settings(**(settings | changes))
-
-
-def work(settings: Settings, resume: bool, rank: int, world: int, port: int) -> None:
-    """A process of a run, as torchrun would start it."""
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    job.train(settings, resume=resume)
-    ranks.leave()
-
-
-def start(settings: Settings, resume: bool, world: int) -> list[multiprocessing.Process]:
-    """Real processes, forked from one that has imported the libraries already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastkd.train.job"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=work, args=(settings, resume, rank, world, port)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def finish(settings: Settings, resume: bool = False, world: int = 1) -> None:
-    processes = start(settings, resume, world)
-    for process in processes:
-        process.join(500)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in processes] == [0] * world
-
-
-def places(out: Path) -> str:
-    found = checkpoint.latest(out / job.CHECKPOINTS)
-    return found.name if found else ""
-
-
-def run_with_kills(settings: Settings, world: int, kills: int, draw: random.Random) -> list[str]:
-    """Kills the run `kills` times at random moments, the start-up included, and lets it finish. Returns where."""
-    out, where = Path(settings.out), []
-    for _ in range(kills):
-        processes = start(settings, (out / "config.json").exists(), world)
-        # Until there is something new, and then a moment more: between two steps, or within the writing of a file.
-        before, deadline = places(out), time.monotonic() + 120
-        while places(out) == before and any(p.is_alive() for p in processes) and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.3))
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-        where.append(places(out))
-        if (out / "summary.json").exists():
-            break
-    else:
-        finish(settings, True, world)
-    return where
-
-
-def same(a: Path, b: Path) -> None:
-    names = {path.name for path in a.glob("*.safetensors")}
-    assert names == {path.name for path in b.glob("*.safetensors")}
-    assert {"student.safetensors", "student_ema.safetensors", "student_alone.safetensors"} <= names
-    for name in names:
-        one, two = load_file(a / name), load_file(b / name)
-        assert one.keys() == two.keys()
-        assert all(one[key].numpy().tobytes() == two[key].numpy().tobytes() for key in one), name
-    rows = []
-    for out in (a, b):
-        lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
-        timed = [i for i, name in enumerate(lines[0]) if "seconds" in name]
-        rows.append([[cell for i, cell in enumerate(line) if i not in timed] for line in lines])
-    assert rows[0] == rows[1]
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +136,31 @@ def test_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     assert [path.name for path in root.iterdir()] == ["000004"]
     tensors, state = checkpoint.read(checkpoint.latest(root))
     assert state == {"step": 4} and torch.equal(tensors["a"]["x"], torch.arange(4.0))
+
+
+def test_resume_from_another_folder(folder, whole, tmp_path, monkeypatch):
+    """Paths that were given relative to where the run was started."""
+    monkeypatch.chdir(folder.parent)
+    settings = small(Path(folder.name), tmp_path / "run")
+    save, count = job.Run._save, 0
+
+    def stopping(*args):
+        nonlocal count
+        save(*args)
+        count += 1
+        if count == 9:
+            raise StoppedError
+
+    monkeypatch.setattr(job.Run, "_save", stopping)
+    with pytest.raises(StoppedError):
+        job.train(settings)
+    monkeypatch.setattr(job.Run, "_save", save)
+    monkeypatch.chdir(tmp_path)
+    before = job.saved_settings("run")
+    assert before.data == str(folder)
+    job.check_resume(dataclasses.replace(before, data=os.path.relpath(folder)), before)
+    job.train(before, resume=True)
+    same(whole, tmp_path / "run")
 
 
 def test_resume_refuses_what_would_change_the_run(folder, tmp_path):

@@ -3,17 +3,16 @@
 import csv
 import dataclasses
 import errno
-import io
 import itertools
 import json
 import os
 import shutil
-import signal
 import sys
-import tarfile
 import time
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +22,7 @@ Image = pytest.importorskip("PIL.Image")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from fastkd.train import DataError, DivergedError, InputError, InterruptedRun, checkpoint, job, models, prepare  # noqa: E402
+from fastkd.train import DataError, DivergedError, InputError, checkpoint, job, models, prepare, report  # noqa: E402
 from fastkd.train.clock import LossClock  # noqa: E402
 from fastkd.train.data import Batches, Digits, create_loaders, find_unreadable, leave_out, open_data  # noqa: E402
 from fastkd.train.loop import Trainee, evaluate  # noqa: E402
@@ -413,12 +412,46 @@ def test_unreadable_images_are_named_counted_and_left_out(folder, tmp_path, capf
     leave_out(data, faults, 2)
     assert len(data.train) + len(data.val) == 46
 
-    # Those that nobody looked for are found on the way.
-    job.train(small(broken, tmp_path / "skipped", check=False, skip_images=4, workers=1))
-    told = capfd.readouterr()
-    assert "3.png, which cannot be read" in told.out + told.err and "5.png" in told.out + told.err
+    # Those that nobody looked for are found on the way, and told once, whoever else reads them.
+    two = (Stage("soft", 1), Stage("none", 1, batch_size=6))
+    job.train(small(broken, tmp_path / "skipped", check=False, skip_images=2, workers=1, stages=two))
+    told = "".join(capfd.readouterr())
+    assert told.count("3.png, which cannot be read") == told.count("5.png, which cannot be read") == 1
     with pytest.raises(DataError, match=r"2 images cannot be read, more than --skip-images 1: .*3.png"):
         job.train(small(broken, tmp_path / "refused", check=False, skip_images=1))
+
+
+def test_pixels_of_16_bits_become_8(folder, tmp_path):
+    """16-bit grey PNGs give what the same digits in 8 bits give; 32 bits have no white, and are refused by name."""
+    for path in folder.rglob("*.png"):
+        deep = tmp_path / "16" / path.relative_to(folder)
+        deep.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 257).save(deep)
+    assert Image.open(deep).mode == "I;16"
+    options = {"img_size": 32, "batch_size": 8, "augment": True, "workers": 0, "device": torch.device("cpu")}
+    both = [open_data(str(root), 0.25) for root in (folder, tmp_path / "16")]
+    for own, others in zip(*(create_loaders(data, vit(16), **options) for data in both), strict=True):
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(own, others, strict=True))
+    assert not find_unreadable(open_data(str(tmp_path / "16"), 0.25))
+
+    odd = tmp_path / "16" / "class1" / "5.png"
+    for mode in ("F", "I"):
+        Image.new(mode, (32, 32), 70_000).save(odd, format="tiff")
+        (fault,) = find_unreadable(open_data(str(tmp_path / "16"), 0.25))
+        assert fault.startswith(f"{odd} cannot be read as an image (its pixels are 32-bit numbers, mode {mode};")
+    with pytest.raises(DataError, match=r"1 images cannot be read, more than --skip-images 0: .*5.png"):
+        job.train(small(tmp_path / "16", tmp_path / "run", check=False))
+
+
+def test_curve_of_a_folder_with_any_name(tmp_path):
+    row = {"network": "student distilled", "epoch": 1, "loss": 1.0, "top1": 50.0}
+    pictures = set()
+    for name in ("plain", "図形 🐱", r"a$\nothing$b", "caf\udce9"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            report.write_curve(tmp_path / "curve.png", [row], None, f"student learns from teacher on {name}")
+        pictures.add((tmp_path / "curve.png").read_bytes())
+    assert len(pictures) == 4
 
 
 def test_empty_class_folder_is_named(folder, tmp_path):
@@ -435,6 +468,7 @@ def test_plan_shows_what_a_run_would_do(folder, tmp_path):
     assert "vitkd(alpha=0.0001), 1 epochs, adamw, lr 0.0005" in text and "none(), 2 epochs, adamw, lr 1e-05" in text
     assert "blocks.0 (1, 17, 16)     blocks.0 (1, 17, 24)" in text
     assert "parameters beside the student, not exported" in text
+    assert text.count("MB per process: student") == 2
     assert not (tmp_path / "run").exists()
 
 
@@ -442,8 +476,21 @@ def test_memory_estimate_grows_with_the_batch_as_what_autograd_keeps(folder, tmp
     from fastkd.train import plan as plans
 
     setup = prepare.prepare(small(folder, tmp_path / "run", task="none", augment=False))
-    estimated = plans.estimate(setup, setup.students[-1])["activations"]
-    assert estimated == pytest.approx(plans._saved_bytes(setup, setup.students[-1], 8), rel=0.02)
+    student = setup.students[-1]
+    estimated = plans.estimate(setup, student, 0)["activations"]
+    assert estimated == pytest.approx(plans._saved_bytes(setup, student, setup.tasks[0], 8), rel=0.02)
+
+
+def test_memory_estimate_is_each_stages(folder, tmp_path):
+    """Twice the images are twice the activations; SGD keeps half of AdamW's numbers; a task with layers has more."""
+    from fastkd.train import plan as plans
+
+    three = (Stage("none", 1), Stage("none", 1, opt="sgd", batch_size=16), Stage("vitkd", 1))
+    setup = prepare.prepare(small(folder, tmp_path / "run", stages=three, augment=False))
+    first, second, third = (plans.estimate(setup, setup.students[-1], number) for number in range(3))
+    assert second["activations"] == pytest.approx(2 * first["activations"], rel=0.02)
+    assert second["optimiser"] == first["optimiser"] / 2
+    assert third["student"] > first["student"] and third["activations"] > first["activations"]
 
 
 def test_teacher_cache_gives_the_same_run(folder, tmp_path):
@@ -474,6 +521,19 @@ def test_teacher_cache_gives_the_same_run(folder, tmp_path):
         prepare.prepare(dataclasses.replace(cached, task="manifold"))
 
 
+def test_cache_that_cannot_be_written_is_refused_before_the_teacher_trains(folder, tmp_path, monkeypatch):
+    cache = str(tmp_path / "none" / "cache")
+    settings = small(folder, tmp_path / "run", teacher_cache=cache, task="soft", augment=False)
+    setup, access = prepare.prepare(settings), os.access
+    monkeypatch.setattr(os, "access", lambda path, *mode: path != tmp_path and access(path, *mode))
+    with pytest.raises(InputError, match=f"--teacher-cache: .* needs a folder that can be written, got {tmp_path}"):
+        job.train(settings)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "none").exists()
+    # What was written once is read from where nobody may write.
+    ready = dataclasses.replace(settings, teacher_epochs=0)
+    assert prepare.open_cache(ready, setup.data, setup.nets, setup.device, setup.ranks)
+
+
 def test_teacher_of_another_size_or_with_other_classes_is_refused(folder, tmp_path):
     teacher = timm.create_model(VIT, num_classes=3, img_size=32, **vit_args(24))
     checkpoint.write_weights(tmp_path / "teacher.safetensors", teacher, VIT, {})
@@ -488,6 +548,43 @@ def test_teacher_of_another_size_or_with_other_classes_is_refused(folder, tmp_pa
     prepare.check_teacher(other, teacher, 3, 32)  # tokens do not ask for classes
     with pytest.raises(InputError, match="its 1000 classes are not the 3 of the data"):
         prepare.check_teacher(dataclasses.replace(other, task="soft"), teacher, 3, 32)
+
+
+def test_teacher_with_other_classes_is_not_trained_here_and_has_no_top1(folder, tmp_path, monkeypatch):
+    """Its tokens still teach; of 7 classes none is one of the data's."""
+    other = vit_args(24, 3) | {"num_classes": 7}
+    for classes in (2, 7):
+        with pytest.raises(InputError, match=rf"--teacher-arg: num_classes={classes} .* the 3 classes of the data"):
+            job.train(small(folder, tmp_path / "refused", teacher_args=other | {"num_classes": classes}))
+    assert not (tmp_path / "refused").exists()
+    weights = tmp_path / "teacher.safetensors"
+    checkpoint.write_weights(weights, timm.create_model(VIT, img_size=32, **other), VIT, other)
+    drawn, curve = [], report.write_curve
+    monkeypatch.setattr(report, "write_curve", lambda *args: drawn.append(args[2]) or curve(*args))
+    summary = job.train(
+        small(folder, tmp_path / "run", teacher_args=other, teacher_epochs=0, teacher_checkpoint=str(weights))
+    )
+    assert summary["results"][0] == {"network": "teacher", "top1": None, "seconds_per_step": None, "loss_share": None}
+    assert drawn == [None]
+    assert report.table(summary["results"]).splitlines()[2].split("|")[2].strip() == "-"
+
+
+def test_one_image_at_a_time(folder, tmp_path):
+    """Batch norm has no variance of one number; the last image of an epoch is left out, not trained on alone."""
+    bare = {"student": "resnet18", "student_args": {"channels": (8, 8, 8, 8), "stem_width": 8}, "task": "none"}
+    cases = {
+        "the student distilled": {"teacher": None, "batch_size": 1, **bare},
+        "the student": {"teacher": None, "stages": (Stage("none", 1), Stage("none", 1, batch_size=1)), **bare},
+        "the teacher": {"teacher": "resnet18", "teacher_args": bare["student_args"], "batch_size": 1, "task": "soft"},
+    }
+    for name, changes in cases.items():
+        with pytest.raises(InputError, match=f"--batch-size: {name}.* cannot be trained on 1 image at a time"):
+            job.train(small(folder, tmp_path / "refused", **changes))
+    assert not (tmp_path / "refused").exists()
+    one = {"batch_size": 1, "train_fraction": 0.2, "task": "soft", "baseline": False}
+    job.train(small(folder, tmp_path / "one", **one))  # layer norm has no need of others
+    job.train(small(folder, tmp_path / "rest", **bare | {"teacher": None, "batch_size": 37, "workers": 1}))
+    assert [row["steps"] for row in read_log(tmp_path / "rest")] == ["1"]  # of 38 images
 
 
 def test_diverged_loss_names_step_parts_and_layer(folder, tmp_path, monkeypatch):
@@ -553,47 +650,6 @@ def test_mixed_precision_follows_float32(folder, tmp_path):
         assert losses[amp] != losses["none"]
 
 
-def test_webdataset_shards(folder, tmp_path, monkeypatch):
-    """Read in order by two workers; a run stopped within an epoch ends as one that was not."""
-    pytest.importorskip("webdataset")
-    paths = sorted(folder.rglob("*.png"))
-    for name, part in (("train-0", paths[::3]), ("train-1", paths[1::3]), ("val-0", paths[2::3])):
-        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
-            for i, path in enumerate(part):
-                tar.add(path, f"{name}-{i:03}.png")
-                label = str(int(path.parent.name[-1])).encode()
-                info = tarfile.TarInfo(f"{name}-{i:03}.cls")
-                info.size = len(label)
-                tar.addfile(info, io.BytesIO(label))
-    options = {
-        "data": "wds/digits", "data_root": str(tmp_path), "train_split": "train-{0..1}.tar|32",
-        "val_split": "val-0.tar|16", "num_classes": 3, "workers": 2, "batch_size": 4, "baseline": False,
-        "checkpoint_every": 1,
-    }  # fmt: skip
-    job.train(small(folder, tmp_path / "whole", **options))
-    step, count = Trainee._step, 0
-
-    def stopping(*args):
-        nonlocal count
-        count += 1
-        if count == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        step(*args)
-
-    monkeypatch.setattr(Trainee, "_step", stopping)
-    stopped = small(folder, tmp_path / "stopped", **options)
-    with pytest.raises(InterruptedRun) as caught:
-        job.train(stopped)
-    assert caught.value.code == 143
-    job.train(stopped, resume=True)
-    whole, again = (load_file(tmp_path / name / "student.safetensors") for name in ("whole", "stopped"))
-    assert all(torch.equal(whole[key], again[key]) for key in whole)
-    with pytest.raises(InputError, match="--workers"):
-        job.train(small(folder, tmp_path / "none", **options | {"workers": 0}))
-    with pytest.raises(InputError, match="--num-classes"):
-        job.train(small(folder, tmp_path / "none", **options | {"num_classes": None}))
-
-
 def test_hugging_face_data(folder, tmp_path):
     """With random access the same run as from the folder; in order it trains as well; refusals are one line."""
     pytest.importorskip("datasets")
@@ -615,22 +671,9 @@ def test_hugging_face_data(folder, tmp_path):
     in_order = {"data": f"hfids/{images}", "num_classes": 3} | options
     correct = job.train(small(folder, tmp_path / "in_order", workers=1, **in_order))["results"][-1]["top1"] * 48 / 100
     assert correct == pytest.approx(round(correct))  # of 48 images
-    with pytest.raises(DataError, match=r"^--data: .* 1 shard[^\n]*$"):
+    with pytest.raises(InputError, match="--workers: 2 need a shard each to train on, a process gets 1"):
         job.train(small(folder, tmp_path / "more", workers=2, **in_order))
-
-
-def test_processes_refuse_data_that_is_read_in_order(folder, tmp_path):
-    class InOrder(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(())
-
-    settings = small(folder, tmp_path / "run")
-    data = open_data(str(folder), 0.2)
-    for one in (data._replace(train=InOrder()), data._replace(val=InOrder())):
-        prepare.check_processes(settings, Ranks(), one)
-        with pytest.raises(InputError, match="is read in order, by one process"):
-            prepare.check_processes(settings, Ranks(0, 2), one)
-    prepare.check_processes(settings, Ranks(0, 2), data)
+    assert not (tmp_path / "more").exists()
 
 
 def test_tensorboard(folder, tmp_path, monkeypatch):

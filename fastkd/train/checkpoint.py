@@ -1,20 +1,27 @@
 """Where a run is, on disk. One rule: a checkpoint is a folder that is renamed into place whole, or is not there."""
 
+import errno
+import importlib
 import io
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-STATE = "state.pt"
+from . import InputError
+
+fcntl: Any = None  # Windows has none
+with suppress(ImportError):
+    fcntl = importlib.import_module("fcntl")
+STATE, LOCK = "state.pt", ".lock"
 Tensors = dict[str, Tensor]
 
 
@@ -29,6 +36,48 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(out: Path, option: str = "--out") -> Iterator[None]:
+    """Makes the folder and keeps other processes off it while the block runs; a process that is killed keeps nothing.
+
+    Raises:
+        InputError: another process has it, or it cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = _locked(out / LOCK)
+    except FileExistsError as error:
+        raise InputError(f"{option}: {out} is a file, not a folder") from error
+    except OSError as error:
+        raise InputError(f"{option}: {out} cannot be written: {error.strerror or error}") from error
+    if file is None:
+        raise InputError(f"{option}: another process is at work in {out}; wait for its end, or name another folder")
+    with closing(file):
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """The file, open and locked; None where another process has it."""
+    while True:
+        file = path.open("a")
+        if fcntl is None:
+            return file
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's alone: what it forks does not keep it
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                return None
+            return file  # a file system without locks
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its holder took it away between the two calls
 
 
 def write(root: Path, name: str, weights: Mapping[str, Tensors], state: dict[str, Any]) -> None:

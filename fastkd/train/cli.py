@@ -3,13 +3,14 @@
 import ast
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from . import DataError, DivergedError, InputError, InterruptedRun
+from . import InputError, RunError
 from .inversion.cli import invert
 from .settings import DIGITS, FOLDER, STAGE_FIELDS, Settings, Stage
 
@@ -53,7 +54,7 @@ def train(
     out: Annotated[Text, _option("Folder for the results. [the first free of runs/NAME, runs/NAME-2, ...]")] = None,
     overwrite: Annotated[bool, _option("Replace a run in --out.", "--overwrite")] = False,
     resume: Annotated[Text, _option("Go on with the run in that folder, which knows its options.")] = None,
-    recipe: Annotated[Text, _option("A paper's settings; alone, or with --dry-run, prints them. [see below]")] = None,
+    recipe: Annotated[Text, _option("A paper's settings; without --data, prints them.")] = None,
     dry_run: Annotated[bool, _option("Print shapes, layers, parameters, memory; stop.", "--dry-run")] = False,
     teacher: Annotated[Text, _option("timm model to learn from.", shown="teacher")] = None,
     teacher_arg: Annotated[Many, _option("KEY=VALUE for timm.create_model; repeat for more.")] = None,
@@ -124,8 +125,8 @@ def train(
     """
     given = {name.rstrip("_"): value for name, value in locals().items() if value is not None}
     dry_run, resume, overwrite = given.pop("dry_run"), given.pop("resume", None), given.pop("overwrite")
-    show_only = given.get("recipe") is not None and (dry_run or "data" not in given)
-    code = 0
+    show_only = given.get("recipe") is not None and "data" not in given
+    code, teller = 0, None
     try:
         if show_only:
             print(_recipe(given))
@@ -133,16 +134,12 @@ def train(
             _plan(settings_from(given))
         else:
             _print_results(_run(given, resume, overwrite))
-    except InputError as error:
-        code = _say(str(error), 2)
-    except (DivergedError, DataError) as error:
-        code = _say(str(error).strip().splitlines()[-1], 1)
-    except InterruptedRun as error:
-        code = _say(str(error), error.code)
+    except RunError as error:
+        code, teller = _say(str(error), error.code, error.teller), error.teller
     except KeyboardInterrupt:
         code = _say("interrupted before the first step", 130)
     finally:
-        _leave()
+        _leave(together=teller is not None)
     if code:
         raise typer.Exit(code)
 
@@ -183,16 +180,23 @@ def settings_from(given: dict[str, Any], base: Settings | None = None) -> Settin
         given.setdefault("stages", ())
     if ("teacher_checkpoint" in given or "teacher_pretrained" in given) and "teacher_epochs" not in given:
         given["teacher_epochs"] = 0
+    if "teacher_checkpoint" in given:
+        given.setdefault("teacher_pretrained", False)  # a recipe's, which would be fetched for nothing
     return dataclasses.replace(base, **given)
 
 
 def _recipe(given: dict[str, Any]) -> str:
-    """The recipe's values with their sources, and what the other options put in place of them."""
+    """The recipe's values with their sources, the rest of a run's settings, and what the other options change."""
     from .recipes import RECIPES
 
     settings, plain = settings_from(given), settings_from({"recipe": given["recipe"]})
+    recipe = RECIPES[given["recipe"]]
+    told = {name for name, _, source in recipe.rows() if source}
+    told |= {"data", "recipe", "task", "task_args", "stages", "epochs"}  # the stages say
+    rest = [f"{name}: {value}" for name, value in vars(plain).items() if name not in told]
     changed = [f"{name}: {value}" for name, value in vars(settings).items() if value != getattr(plain, name)]
-    return "\n".join([RECIPES[given["recipe"]].table(), *(["", "Options given:", *changed] if changed else [])])
+    lines = [recipe.table(), "", "The rest, as for any folder:", *rest]
+    return "\n".join([*lines, *(["", "Options given:", *changed] if changed else [])])
 
 
 def _base(given: dict[str, Any]) -> Settings:
@@ -212,7 +216,7 @@ def _stage(text: str) -> Stage:
     epochs, _, pairs = rest.partition(":")
     if not epochs.isdecimal():
         raise InputError(f"--stage: needs TASK:EPOCHS[:KEY=VALUE,...], got {text!r}")
-    values = _parsed("--stage", [pair for pair in pairs.split(",") if pair])
+    values = _parsed("--stage", [pair for pair in re.split(r",(?=\w+=)", pairs) if pair])
     own = {key: values.pop(key) for key in STAGE_FIELDS if key in values}
     return Stage(name, int(epochs), values, **own)
 
@@ -246,32 +250,33 @@ def _plan(settings: Settings) -> None:
     from .plan import plan
 
     text = plan(settings)
-    if _first():
+    if _rank() == 0:
         print(text)
 
 
-def _say(message: str, code: int) -> int:
-    print(f"fastkd train: {message}", file=sys.stderr)
+def _say(message: str, code: int, teller: int | None = None) -> int:
+    if teller in (None, _rank()):
+        print(f"fastkd train: {message}", file=sys.stderr)
     return code
 
 
-def _first() -> bool:
-    """Whether this is the process that speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
+def _rank() -> int:
+    """Of this process; the first one speaks."""
+    return int(os.environ.get("RANK", "0"))
 
 
-def _leave() -> None:
+def _leave(together: bool) -> None:
     """Ends the process group, if torch was there to start one."""
     if "torch" in sys.modules:
         from .ranks import leave
 
-        leave()
+        leave(together)
 
 
 def _print_results(summary: dict[str, Any]) -> None:
     from .report import table
 
-    if not _first():
+    if _rank() != 0:
         return
     out, config = Path(summary["out"]), summary["config"]
     args = "".join(f", {key}={value!r}" for key, value in config["student_args"].items())

@@ -1,5 +1,7 @@
 """Images and labels, read by timm. One rule: a sample is a function of seed, epoch and index, whoever loads it."""
 
+import copy
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +44,11 @@ class Data(NamedTuple):
     train: Dataset
     val: Dataset
     augmentation: dict[str, Any]  # arguments of timm's create_transform
+
+    @property
+    def in_order(self) -> bool:
+        """Whether one of them has no random access."""
+        return isinstance(self.train, IterableDataset) or isinstance(self.val, IterableDataset)
 
 
 class Digits(Dataset):
@@ -88,6 +95,7 @@ def open_data(
     """
     if data == "digits":
         augmentation = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0, "color_jitter": None}
+        _check_classes(data, 10, num_classes)
         return Data([str(digit) for digit in range(10)], Digits(True), Digits(False), augmentation)
     folder = Path(data)
     if not folder.is_dir() and data.partition("/")[0].lower() in READERS:
@@ -102,6 +110,7 @@ def open_data(
     classes = train.reader.class_to_idx
     if len(classes) < 2:
         raise InputError(f"--data: {data} needs a sub-folder per class, two at least, got {len(classes)}")
+    _check_classes(data, len(classes), num_classes)
     held_out = _sub_folder(folder, VAL_FOLDERS)
     if held_out is None:
         val = _split(train, val_fraction)
@@ -117,18 +126,51 @@ def _timm_data(
     name: str, root: str | None, splits: tuple[str, str], num_classes: int | None, batch_size: int, seed: int
 ) -> Data:
     common: dict[str, Any] = {"root": root, "batch_size": batch_size, "seed": seed}
+    if not name.lower().startswith("tfds/"):  # that one decodes by itself
+        common["input_img_mode"] = ""  # as_rgb converts, not Pillow
     try:
         train = create_dataset(name, split=splits[0], is_training=True, **common)
         val = create_dataset(name, split=splits[1], **common)
     except (Exception, SystemExit) as error:  # each reader's own, down to a missing package
         raise InputError(f"--data: timm cannot open {name}: {' '.join(str(error).split())[:300]}") from error
+    for part in (train, val):  # timm goes on without them
+        local = [path for path in shards(part) if "://" not in path and "pipe:" not in path]
+        if missing := [path for path in local if not Path(path).is_file()]:
+            raise InputError(f"--data: {name} lacks {len(missing)} of its {len(shards(part))} shards: {missing[0]}")
     known = getattr(getattr(train, "reader", train), "class_to_idx", None) or {}
     classes = num_classes or len(known)
     if classes < 2:
         raise InputError(f"--num-classes: {name} does not say how many it has; give it")
-    if known and classes != len(known):
-        raise InputError(f"--num-classes: {name} has {len(known)}, got {classes}")
+    if known:
+        _check_classes(name, len(known), classes)
     return Data(list(map(str, known)) or [str(i) for i in range(classes)], train, val, {})
+
+
+def shards(part: Dataset) -> list[str]:
+    """The files of a WebDataset; none for other data."""
+    reader: Any = getattr(part, "reader", None)
+    if type(reader).__name__ != "ReaderWds":
+        return []
+    return [os.path.join(reader.root, name) for name in reader.split_info.filenames]  # or addresses
+
+
+def size_of(part: Dataset) -> int:
+    """How many images. Of data that is read in order len() is rounded to whole batches of this process's workers."""
+    known = getattr(getattr(part, "reader", None), "num_samples", None)
+    return len(part) if known is None else known  # type: ignore[arg-type]
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel; of 16 the upper 8, as Pillow reads 16-bit colours. 16-bit grey it would cut off at 255.
+
+    Raises:
+        ValueError: pixels of 32 bits, of which nothing tells what is white.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit numbers, mode {image.mode}; it needs 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def find_unreadable(data: Data) -> list[str]:
@@ -138,7 +180,7 @@ def find_unreadable(data: Data) -> list[str]:
     def fault(path: str) -> str | None:
         try:
             with Image.open(path) as image:
-                image.load()
+                as_rgb(image)
         except Exception as error:  # Pillow raises what its decoders do
             return f"{path} cannot be read as an image ({error})"
         return None
@@ -200,7 +242,6 @@ class Images(Dataset):
     def __init__(self, source: Any, transform: Callable[[Image.Image], Any], seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
         self.unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # the workers' marks too
-        self._told: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -214,12 +255,6 @@ class Images(Dataset):
     def faults(self) -> list[str]:
         """Names of the images that could not be read so far."""
         return [self._name(index) for index in self.unreadable.nonzero().flatten().tolist()]
-
-    def untold(self) -> list[str]:
-        """Those of them that it has not given before."""
-        names = [name for name in self.faults() if name not in self._told]
-        self._told.update(names)
-        return names
 
     def _load(self, index: int) -> tuple[Image.Image, int]:
         for i in range(index, index + RETRIES):
@@ -235,7 +270,7 @@ class Images(Dataset):
         else:
             file, target = self.source.reader[index][:2]
             image = Image.open(file)
-        return image.convert("RGB"), int(target)
+        return as_rgb(image), int(target)
 
     def _name(self, index: int) -> str:
         if isinstance(self.source, ImageDataset):
@@ -247,29 +282,64 @@ class Stream(IterableDataset):
     """The same for data that can only be read in order."""
 
     def __init__(
-        self, source: Any, transform: Callable[[Image.Image], Any], seed: int, rank: int, batch_size: int
+        self, source: Any, transform: Callable[[Image.Image], Any], seed: int, ranks: Ranks, workers: int, batch: int
     ) -> None:
-        self.source, self.transform, self.seed, self.rank, self.epoch = source, transform, seed, rank, 0
-        self.batch_size = batch_size  # to which timm's reader, that stages share, rounds what a worker gives
+        self.source, self.transform, self.seed, self.epoch = source, transform, seed, 0
+        self.ranks, self.workers, self.batch = ranks, workers, batch
         self.source.transform = None
 
     def __len__(self) -> int:
-        self.source.reader.batch_size = self.batch_size
+        self.reader()
         return len(self.source)
+
+    def reader(self) -> Any:
+        """timm's, which stages and networks share, told for whom it reads; it rounds a worker's images to batches."""
+        reader = self.source.reader
+        reader.batch_size = self.batch
+        reader.dist_rank, reader.dist_num_replicas = self.ranks
+        reader.set_loader_cfg(num_workers=self.workers)
+        return reader
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         worker = get_worker_info()
-        self.source.reader.batch_size = self.batch_size
-        samples = iter(self.source)
+        samples = self._samples()
         for number in count():
             try:
                 image, target = next(samples)
+                image = as_rgb(image)
             except StopIteration:
                 return
             except Exception as error:  # each reader's own, such as more workers than shards
-                raise DataError(f"--data: {error}") from error
-            seed_all(self.seed, self.epoch, self.rank, worker.id if worker else 0, number)
-            yield self.transform(image.convert("RGB")), int(target)
+                raise DataError(f"--data: {' '.join(str(error).split())}") from error
+            seed_all(self.seed, self.epoch, self.ranks.rank, worker.id if worker else 0, number)
+            yield self.transform(image), int(target)
+
+    def _samples(self) -> Iterator[tuple[Image.Image, Any]]:
+        reader = self.reader()
+        if not reader.is_training:
+            # With its share dealt out timm is told that it is alone: else it repeats and leaves out images, to give
+            # every process as many.
+            reader._lazy_init()
+            reader.dist_num_replicas = 1
+        yield from self.source
+
+
+def check_shards(stream: Stream) -> None:
+    """That each process that loads images to train on has a shard; TensorFlow Datasets are cut where they are too few.
+
+    Raises:
+        InputError: fewer of them.
+    """
+    reader, world, workers = stream.reader(), stream.ranks.world, stream.workers
+    files = shards(stream.source)
+    has = len(files) // world if files else workers
+    if type(reader).__name__ == "ReaderHfids":
+        alike = copy.copy(reader)
+        alike.is_training, alike.num_workers = False, 1  # else it refuses or warns in words of its own
+        alike._lazy_init()
+        has = alike.ds.num_shards
+    if has < workers:
+        raise InputError(f"--workers: {workers} need a shard each to train on, a process gets {has}")
 
 
 class Batches(Sampler[list[tuple[int, int, int]]]):
@@ -359,8 +429,9 @@ class Loader:
                 raise InputError("--aug-repeats: needs data with random access, such as a folder or hfds/")
             if workers < 1:
                 raise InputError("--workers: data that is read in order needs 1 at least; without, its order goes on")
-            self.images = Stream(source, transform, seed, ranks.rank, batch_size)
-            self.images.source.set_loader_cfg(num_workers=workers)
+            self.images = Stream(source, transform, seed, ranks, workers, batch_size)
+            if shuffle:
+                check_shards(self.images)
             loader = DataLoader(self.images, batch_size=batch_size, drop_last=shuffle, **common)
         else:
             self.images = Images(source, transform, seed)
@@ -380,10 +451,11 @@ class Loader:
         assert isinstance(self.images, Stream)
         self.images.epoch = epoch
         self.images.source.set_epoch(epoch)
-        seed_all(self.seed, epoch, self.rank)  # the workers' seeds come from here
         return self._load(start)
 
     def _load(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(self.images, Stream):
+            seed_all(self.seed, self.images.epoch, self.rank)  # the workers, which start now, draw their seeds
         try:
             yield from islice(self._loader, start, None)
         except DataError as error:  # a worker's comes with its traceback
@@ -414,7 +486,7 @@ def create_loaders(
 ) -> tuple[Loader, Loader]:
     """Loaders for training and validation, normalised as the model's pretrained_cfg says; `val_ranks` share the
     validation images."""
-    size = len(data.train)  # type: ignore[arg-type]
+    size = size_of(data.train)
     if size < batch_size * ranks.world:
         each = "" if ranks.world == 1 else f" on {ranks.world} processes"
         raise InputError(f"--batch-size: {batch_size}{each} exceeds the {size} training images")
@@ -439,6 +511,11 @@ def create_loaders(
             **common,
         ),
     )
+
+
+def _check_classes(data: str, classes: int, given: int | None) -> None:
+    if given not in (None, classes):
+        raise InputError(f"--num-classes: {data} has {classes}, got {given}")
 
 
 def _samples(dataset: ImageDataset) -> list[tuple[str, int]]:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -26,9 +26,9 @@ from fastkd.info import cpu_name
 from . import DataError, DivergedError, InputError, InterruptedRun, checkpoint, ranks, report
 from .loop import Trainee, not_finite
 from .models import pretrained_cfg
-from .prepare import Setup, fingerprint, prepare
+from .prepare import Setup, choose_device, fingerprint, prepare
 from .report import Row
-from .settings import Settings, as_json, differences, from_json, stages
+from .settings import Settings, anchored, as_json, differences, from_json, stages
 
 CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"
@@ -52,14 +52,26 @@ def train(settings: Settings, *, resume: bool = False) -> dict[str, Any]:
         InterruptedRun: Ctrl-C or SIGTERM; the step is finished and a checkpoint written.
     """
     began = time.perf_counter()
-    check_out(settings, resume)
+    settings = anchored(settings)
+    own, _ = ranks.join(choose_device(settings), settings.workers)
+    own.together(lambda: check_out(settings, resume))
     setup = prepare(settings)
-    out = setup.ranks.first(lambda: choose_folder(settings))
-    config = describe(setup)
+    out = own.first(lambda: choose_folder(settings))
+    if not resume:
+        own.first(lambda: check_room(out, setup))
+    with ExitStack() as stack:
+        own.first(lambda: stack.enter_context(checkpoint.alone(out, "--resume" if resume else "--out")))
+        own.together(lambda: check_out(settings, resume))  # it may have been another's until now
+        return carry_out(setup, out, resume, began)
+
+
+def carry_out(setup: Setup, out: Path, resume: bool, began: float) -> dict[str, Any]:
+    """The run in a folder that is its own."""
+    own, config = setup.ranks, describe(setup)
     if resume:
-        check_same(config, json.loads((out / "config.json").read_text()))
+        own.together(lambda: check_same(config, json.loads((out / "config.json").read_text())))
     else:
-        setup.ranks.first(lambda: start_folder(out, setup, config))
+        own.first(lambda: start_folder(out, config))
     run = Run(setup, out)
     with full_disk(out):
         run.go()
@@ -67,7 +79,7 @@ def train(settings: Settings, *, resume: bool = False) -> dict[str, Any]:
     summary = {
         "results": [result(trainee, run.rows, run.teacher_top1) for trainee in trainees],
         "seconds": time.perf_counter() - began,
-        "images": {"train": len(setup.data.train), "validation": len(setup.data.val)},  # type: ignore[arg-type]
+        "images": {name: config["images"][name] for name in ("train", "validation")},
         "skipped": setup.skipped,
         "versions": {
             "fastkd": __version__, "torch": torch.__version__, "timm": timm.__version__,
@@ -101,7 +113,7 @@ def check_resume(now: Settings, before: Settings) -> None:
     """Raises:
     InputError: settings that would change the run's numbers; the message lists them.
     """
-    if changed := differences(now, before):
+    if changed := differences(anchored(now), anchored(before)):
         raise InputError(f"--resume: the run was started with other settings: {'; '.join(changed)}")
 
 
@@ -130,6 +142,8 @@ def check_out(settings: Settings, resume: bool) -> None:
         raise InputError(f"--resume: the run in {settings.out} is finished")
     if finished and not settings.overwrite:
         raise InputError(f"--out: {settings.out} holds a finished run; name another folder or give --overwrite")
+    if not resume and not settings.overwrite and checkpoint.latest(out / CHECKPOINTS) is not None:
+        raise InputError(f"--out: {out} holds an unfinished run; go on with --resume {out}, or give --overwrite")
 
 
 def choose_folder(settings: Settings) -> Path:
@@ -143,20 +157,21 @@ def choose_folder(settings: Settings) -> Path:
     return Path(settings.out)
 
 
-def start_folder(out: Path, setup: Setup, config: dict[str, Any]) -> None:
-    """Makes the folder, takes an earlier run's files out of it, and writes the configuration.
-
-    Raises:
-        InputError: it cannot be written, an unfinished run is there, or the disk has no room for two checkpoints.
-    """
-    if checkpoint.latest(out / CHECKPOINTS) is not None and not setup.settings.overwrite:
-        raise InputError(f"--out: {out} holds an unfinished run; go on with --resume {out}, or give --overwrite")
+def check_room(out: Path, setup: Setup) -> None:
+    """That the disk has room for two checkpoints."""
     parent = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     need, free = 2 * checkpoint_bytes(setup), shutil.disk_usage(parent).free
     if free < need:
         raise InputError(f"--out: {out} has {free / 1e9:.2f} GB left, two checkpoints need {need / 1e9:.2f} GB")
+
+
+def start_folder(out: Path, config: dict[str, Any]) -> None:
+    """Takes an earlier run's files out of the folder, and writes the configuration.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (out / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, EVENTS):
@@ -184,7 +199,8 @@ def describe(setup: Setup) -> dict[str, Any]:
         "teacher_args": nets.teacher_args,
         "stages": [dataclasses.asdict(stage) for stage in stages(settings)],
         "matched": [getattr(task, "matched", []) for task in setup.tasks],
-        "images": fingerprint(setup.data),
+        # Of data that is read in order the workers make the order.
+        "images": fingerprint(setup.data) | ({"workers": settings.workers} if setup.data.in_order else {}),
         "processes": setup.ranks.world,
         "settings": as_json(settings),
     }
@@ -384,8 +400,10 @@ def full_disk(out: Path) -> Iterator[None]:
 
 
 def new_head(setup: Setup) -> bool:
-    """Whether the pretrained teacher's head is untrained, its classes being others."""
+    """Whether the teacher's head has no top-1: it is of other classes, or a pretrained one's that is untrained."""
     teacher = setup.nets.teacher
+    if teacher is not None and setup.nets.teacher_args["num_classes"] != len(setup.data.classes):
+        return True
     return (
         teacher is not None
         and setup.settings.teacher_pretrained

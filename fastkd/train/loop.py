@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import Any, cast
 
 import torch
@@ -49,6 +49,7 @@ class Trainee:
         num_classes: of mixed labels.
         clock: the one the tasks wind, if they have a distillation loss.
         teacher_logits: those of the images of these indices, where they are known.
+        told: names of unreadable images that the user has seen, by a dictionary that the networks of a run share.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class Trainee:
         ema: float | None = None,
         clock: LossClock | None = None,
         teacher_logits: Callable[[list[int]], Tensor] | None = None,
+        told: dict[str, None] | None = None,
     ) -> None:
         self.label, self.network, self.stages, self.create_task = label, network, stages, create_task
         self.loaders, self.val_loader = loaders, val_loader
         self.settings, self.device, self.ranks, self.clock = settings, device, ranks, clock
         self.teacher_logits = teacher_logits
+        self.told = {} if told is None else told
         self.epochs = sum(stage.epochs for stage in stages)
         self.before = [0, *accumulate(self.steps(epoch) for epoch in range(self.epochs))]
         self.mixup = mixup(settings, num_classes)
@@ -306,15 +309,20 @@ class Trainee:
 
     def _check_images(self) -> None:
         loaders = dict.fromkeys((*self.loaders, self.val_loader))
-        parts = [loader.images for loader in loaders if isinstance(loader.images, Images)]
-        faults = list(dict.fromkeys(name for images in parts for name in images.faults()))
-        if len(faults) > self.settings.skip_images:
-            raise DataError(
-                f"{len(faults)} images cannot be read, more than --skip-images {self.settings.skip_images}: "
-                + ", ".join(faults[:10])
+        own = [name for loader in loaders if isinstance(loader.images, Images) for name in loader.images.faults()]
+        found = dict.fromkeys([*self.told, *chain.from_iterable(self.ranks.each(own))])
+        if len(found) > self.settings.skip_images:
+            error = DataError(
+                f"{len(found)} images cannot be read, more than --skip-images {self.settings.skip_images}: "
+                + ", ".join([*found][:10])
             )
-        for name in (name for images in parts for name in images.untold()):
-            tqdm.write(f"skipped {name}, which cannot be read")
+            error.teller = 0
+            raise error
+        if self.ranks.rank == 0:
+            for name in found:
+                if name not in self.told:
+                    tqdm.write(f"skipped {name}, which cannot be read")
+        self.told.update(found)
 
 
 class Record:
@@ -434,6 +442,8 @@ def evaluate(network: nn.Module, loader: Any, context: Any, ranks: Ranks = ALONE
     if right is not None:
         totals[0] = right
     hits, images_seen = ranks.sum(totals).tolist()
+    if not images_seen:
+        raise DataError("--data: there is no validation image to be read")
     return hits / images_seen
 
 

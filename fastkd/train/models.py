@@ -1,5 +1,6 @@
 """Teacher and student from timm's registry: creation, weights, matched layers; refuses what cannot work."""
 
+import copy
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ def create_model(
     if not timm.is_model(name.partition(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise InputError(f"--{role}: timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    if role == "student" and args.get("num_classes", num_classes) != num_classes:
+        raise InputError(f"--student-arg: num_classes must be {num_classes}, got {args['num_classes']!r}")
     args = {"num_classes": num_classes, **args}
     if img_size is not None and getattr(get_pretrained_cfg(name), "fixed_input_size", False):
         args.setdefault("img_size", img_size)
@@ -73,6 +76,21 @@ def input_size(model: nn.Module) -> int:
     if not hasattr(unwrap_model(model), "pretrained_cfg"):
         raise InputError(f"--img-size: {type(model).__name__} does not tell the size of its images; give it")
     return int(pretrained_cfg(model)["input_size"][-1])
+
+
+def check_one_image(role: str, model: nn.Module, img_size: int) -> None:
+    """That it can be trained on batches of one image: batch norm takes the variance of what a channel has in a batch.
+
+    Raises:
+        InputError: it cannot.
+    """
+    first = next(model.parameters())
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(torch.zeros(1, 3, img_size, img_size, device=first.device, dtype=first.dtype))
+    except ValueError as error:
+        reason = first_line(error)
+        raise InputError(f"--batch-size: the {role} cannot be trained on 1 image at a time: {reason}") from error
 
 
 def match_layers(

@@ -4,9 +4,11 @@ from typing import Any, cast
 
 import torch
 from timm.data import resolve_model_data_config
+from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from .data import size_of
 from .loop import Trainee
 from .prepare import Setup, prepare
 from .settings import Settings, stages
@@ -22,7 +24,7 @@ def plan(settings: Settings) -> str:
     """
     setup = prepare(settings)
     student, nets = setup.students[-1], setup.nets
-    counts = f"{len(setup.data.train):,} training, {len(setup.data.val):,} validation"  # type: ignore[arg-type]
+    counts = f"{size_of(setup.data.train):,} training, {size_of(setup.data.val):,} validation"
     size = f"(3, {nets.img_size}, {nets.img_size})"
     lines = [
         f"data        {settings.data}: {counts} images, {len(setup.data.classes)} classes",
@@ -52,9 +54,9 @@ def plan(settings: Settings) -> str:
         if task.matched:
             lines.append("            student layer            teacher layer")
             lines += [f"            {s:<24} {t}" for s, t in shapes(setup, task.matched)]
-    memory = {name: size / MB for name, size in estimate(setup, student).items()}
-    parts = ", ".join(f"{name} {size:,.1f}" for name, size in memory.items())
-    lines.append(f"memory      about {sum(memory.values()):,.0f} MB per process: {parts}")
+        memory = {name: size / MB for name, size in estimate(setup, student, number - 1).items()}
+        parts = ", ".join(f"{name} {size:,.1f}" for name, size in memory.items())
+        lines.append(f"            memory about {sum(memory.values()):,.0f} MB per process: {parts}")
     return "\n".join(lines)
 
 
@@ -94,17 +96,17 @@ def _outputs(model: nn.Module | None, names: list[str], setup: Setup) -> list[tu
     return [found.get(name, "") for name in names]
 
 
-def estimate(setup: Setup, trainee: Trainee) -> dict[str, float]:
-    """Bytes that one process holds in a step of its first stage: weights, gradients, optimiser, activations.
+def estimate(setup: Setup, trainee: Trainee, number: int) -> dict[str, float]:
+    """Bytes that one process holds in a step of that stage: weights, gradients, optimiser, activations.
 
     Activations are what autograd saves in real steps of two and of four images, drawn on to the batch. Not
     in it: what the allocator keeps, the loader's batches, temporaries of a single layer.
     """
-    settings, task = setup.settings, setup.tasks[0]
+    settings, task, stage = setup.settings, setup.tasks[number], trainee.stages[number]
     own, theirs = _bytes(task.get_trainable_module()), _bytes(setup.nets.teacher)
-    two, four = (_saved_bytes(setup, trainee, batch) for batch in (2, 4))
+    two, four = (_saved_bytes(setup, trainee, task, batch) for batch in (2, 4))
     slope = (four - two) / 2
-    states = 2 if "adam" in settings.opt or "lamb" in settings.opt else 1
+    states = 2 if any(name in str(stage.opt) for name in ("adam", "lamb")) else 1
     shards = setup.ranks.world if settings.shard else 1
     copies = 1 + (settings.ema is not None) + settings.baseline
     return {
@@ -112,13 +114,12 @@ def estimate(setup: Setup, trainee: Trainee) -> dict[str, float]:
         "gradients": own / shards,
         "optimiser": own * states * (1 + settings.baseline) / shards,
         "teacher": theirs,
-        "activations": max(0.0, two + slope * (cast(int, trainee.stages[0].batch_size) - 2)),
+        "activations": max(0.0, two + slope * (cast(int, stage.batch_size) - 2)),
     }
 
 
-def _saved_bytes(setup: Setup, trainee: Trainee, batch: int) -> float:
+def _saved_bytes(setup: Setup, trainee: Trainee, task: TrainingTask, batch: int) -> float:
     """What autograd keeps for backward in a step of so many images, weights aside."""
-    task = setup.tasks[0]
     weights = {p.untyped_storage().data_ptr() for p in task.parameters()}
     seen: dict[int, int] = {}
 

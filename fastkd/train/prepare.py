@@ -3,22 +3,33 @@
 import copy
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from . import InputError, ranks
 from .clock import LossClock
-from .data import Data, Loader, create_loaders, find_unreadable, leave_out, open_data, seed_all, take_share
+from .data import (
+    Data,
+    Loader,
+    create_loaders,
+    find_unreadable,
+    leave_out,
+    open_data,
+    seed_all,
+    shards,
+    size_of,
+    take_share,
+)
 from .loop import AMP_DTYPES, Trainee, criterion, shard
-from .models import create_model, load_weights, pretrained_cfg
+from .models import check_one_image, create_model, load_weights, pretrained_cfg
 from .ranks import ALONE, Ranks
-from .settings import Settings, Stage, stages
+from .settings import STAGE_KINDS, Settings, Stage, stages
 from .tasks import TASKS, create_task
 from .teacher_cache import TeacherCache
 
@@ -55,6 +66,20 @@ def prepare(settings: Settings) -> Setup:
         InputError: a setting that cannot work.
     """
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    own, device = ranks.join(choose_device(settings), settings.workers)
+    data, nets = own.together(lambda: open_inputs(settings, device, own))
+    if own.world > 1:
+        prints = own.each(fingerprint(data))
+        own.together(lambda: check_alike(prints))
+    skipped = own.first(lambda: find_unreadable(data)) if settings.check else []
+    setup = own.together(lambda: build(settings, data, nets, device, own, skipped))
+    if settings.shard:
+        for trainee in setup.students:
+            shard(trainee.network, own, device)
+    return setup
+
+
+def open_inputs(settings: Settings, device: torch.device, own: Ranks) -> tuple[Data, Networks]:
     data = open_data(
         settings.data,
         settings.val_fraction,
@@ -65,33 +90,32 @@ def prepare(settings: Settings) -> Setup:
         seed=settings.seed,
     )
     check_settings(settings)
-    own, device = ranks.join(choose_device(settings), settings.workers)
-    check_processes(settings, own, data)
-    nets = create_networks(settings, len(data.classes), device)
-    skipped = own.first(lambda: find_unreadable(data)) if settings.check else []
+    if settings.shard and own.world == 1:
+        raise InputError("--shard: spreads the student over processes; start several with torchrun")
+    return data, create_networks(settings, len(data.classes), device)
+
+
+def build(
+    settings: Settings, data: Data, nets: Networks, device: torch.device, own: Ranks, skipped: list[str]
+) -> Setup:
     leave_out(data, skipped, settings.skip_images)
     take_share(data, settings.train_fraction, settings.seed)
     cache = open_cache(settings, data, nets, device, own)
     teacher, students = create_trainees(settings, data, nets, device, own, cache)
+    for trainee in (teacher, students[-1]):
+        if trainee is not None and any(stage.epochs > 0 and stage.batch_size == 1 for stage in trainee.stages):
+            check_one_image(trainee.label, trainee.network, nets.img_size)
     tasks = check_stages(students[-1])
     if cache is not None and any(getattr(task, "matched", []) for task in tasks):
         raise InputError("--teacher-cache: holds logits, but the task compares layers; it needs the teacher itself")
-    if settings.shard:
-        for trainee in students:
-            shard(trainee.network, own, device)
     return Setup(settings, data, device, own, nets, teacher, students, tasks, cache, skipped)
 
 
 def check_settings(settings: Settings) -> None:
     """What can be told without models."""
     for stage in stages(settings):
-        if stage.task not in TASKS:
-            raise InputError(f"--task: needs one of {', '.join(TASKS)}, got {stage.task!r}")
-        if stage.epochs < 1:
-            raise InputError(f"--stage: {stage.task} needs an epoch at least, got {stage.epochs}")
-        if not isinstance(stage.batch_size, int) or stage.batch_size < 1:
-            raise InputError(f"--stage: {stage.task} needs a batch_size of 1 at least, got {stage.batch_size!r}")
-        if (settings.mixup > 0 or settings.cutmix > 0) and stage.batch_size % 2:
+        check_stage(stage)
+        if (settings.mixup > 0 or settings.cutmix > 0) and cast(int, stage.batch_size) % 2:
             raise InputError(f"--mixup: needs an even --batch-size, got {stage.batch_size}")
     if wants_teacher(settings):
         if settings.teacher is None:
@@ -114,14 +138,23 @@ def check_settings(settings: Settings) -> None:
         )
 
 
-def check_processes(settings: Settings, own: Ranks, data: Data) -> None:
-    if own.world > 1 and any(isinstance(part, IterableDataset) for part in (data.train, data.val)):
-        # timm's readers share among the processes that there are when they are opened.
-        raise InputError(
-            f"--data: {settings.data} is read in order, by one process; take a folder or hfds/ for several"
-        )
-    if settings.shard and own.world == 1:
-        raise InputError("--shard: spreads the student over processes; start several with torchrun")
+def check_stage(stage: Stage) -> None:
+    if stage.task not in TASKS:
+        raise InputError(f"--task: needs one of {', '.join(TASKS)}, got {stage.task!r}")
+    if stage.epochs < 1:
+        raise InputError(f"--stage: {stage.task} needs an epoch at least, got {stage.epochs}")
+    if not isinstance(stage.batch_size, int) or stage.batch_size < 1:
+        raise InputError(f"--stage: {stage.task} needs a batch_size of 1 at least, got {stage.batch_size!r}")
+    for name, (kind, words) in STAGE_KINDS.items():
+        value = getattr(stage, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise InputError(f"--stage: {stage.task} needs {words} as {name}, got {value!r}")
+
+
+def check_alike(prints: list[dict[str, Any]]) -> None:
+    """That all processes have the same data: else they would wait for each other's batches."""
+    if any(one != prints[0] for one in prints):
+        raise InputError(f"--data: the processes see different images: {prints}")
 
 
 def wants_teacher(settings: Settings) -> bool:
@@ -134,7 +167,7 @@ def choose_device(settings: Settings) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device: {name} cannot be used: {' '.join(str(error).split())[:200]}") from error
     return device
@@ -153,7 +186,7 @@ def create_networks(settings: Settings, num_classes: int, device: torch.device) 
             "teacher", settings.teacher, settings.teacher_args, num_classes=num_classes, img_size=img_size,
             pretrained=settings.teacher_pretrained,
         )  # fmt: skip
-        check_teacher(settings, teacher, teacher_args["num_classes"], img_size)
+        check_teacher(settings, teacher, num_classes, img_size)
         if settings.teacher_checkpoint is not None:
             load_weights("teacher", teacher, settings.teacher, settings.teacher_checkpoint)
         teacher = teacher.to(device)
@@ -165,16 +198,21 @@ def create_networks(settings: Settings, num_classes: int, device: torch.device) 
 
 
 def check_teacher(settings: Settings, teacher: nn.Module, num_classes: int, img_size: int) -> None:
-    """Of a teacher with weights: that its size and its classes are those of the run, or that the user chose so."""
-    cfg = pretrained_cfg(teacher)
+    """That its size and its classes are those of the run, or that the user chose so for weights that it has."""
+    cfg, own = pretrained_cfg(teacher), cast(int, teacher.num_classes)
     size, classes = cfg["input_size"][-1], cfg["num_classes"]
+    if settings.teacher_epochs > 0 and own != num_classes:
+        raise InputError(
+            f"--teacher-arg: num_classes={own} cannot be trained on the {num_classes} classes of the data; "
+            "give other classes with --teacher-epochs 0 and --teacher-checkpoint or --teacher-pretrained"
+        )
     trained = settings.teacher_pretrained or settings.teacher_checkpoint is not None
     if trained and settings.img_size is None and size != img_size:
         raise InputError(
             f"--img-size: the teacher {settings.teacher} was made for {size} px, the student for {img_size}; "
             f"both see the same images: give --img-size {size}, or --img-size {img_size} to have the teacher there too"
         )
-    new_head = settings.teacher_pretrained and settings.teacher_checkpoint is None and classes != num_classes
+    new_head = settings.teacher_pretrained and settings.teacher_checkpoint is None and classes != own
     if new_head and settings.teacher_epochs < 1 and any(uses_logits(stage) for stage in stages(settings)):
         raise InputError(
             f"--teacher-pretrained: its {classes} classes are not the {num_classes} of the data, so its head is new, "
@@ -192,11 +230,15 @@ def uses_logits(stage: Stage) -> bool:
 def open_cache(settings: Settings, data: Data, nets: Networks, device: torch.device, own: Ranks) -> TeacherCache | None:
     if settings.teacher_cache is None:
         return None
-    if isinstance(data.train, IterableDataset):
+    if data.in_order:
         raise InputError("--teacher-cache: needs data with random access, such as a folder or hfds/")
     if nets.teacher is None:
         raise InputError("--teacher-cache: needs a --teacher")
-    return TeacherCache(Path(settings.teacher_cache), own)
+    folder = Path(settings.teacher_cache)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if settings.teacher_epochs > 0 and not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise InputError(f"--teacher-cache: {folder} needs a folder that can be written, got {nearest}")
+    return TeacherCache(folder, own)
 
 
 def create_trainees(
@@ -227,7 +269,7 @@ def create_trainees(
 
         return create
 
-    common: dict[str, Any] = {"num_classes": len(data.classes), "device": device, "ranks": own}
+    common: dict[str, Any] = {"num_classes": len(data.classes), "device": device, "ranks": own, "told": {}}
     plain = task_for(None, None)
     teacher = None
     if nets.teacher is not None:
@@ -310,5 +352,5 @@ def fingerprint(data: Data) -> dict[str, Any]:
     for part in (data.train, data.val):
         samples = getattr(getattr(part, "reader", None), "samples", None) or getattr(part, "targets", [])
         digest.update(repr([(Path(x[0]).name, x[1]) if isinstance(x, tuple) else x for x in samples]).encode())
-    counts = [len(part) for part in (data.train, data.val)]  # type: ignore[arg-type]
-    return {"train": counts[0], "validation": counts[1], "digest": digest.hexdigest()[:16]}
+        digest.update("".join(Path(path).name for path in shards(part)).encode())
+    return {"train": size_of(data.train), "validation": size_of(data.val), "digest": digest.hexdigest()[:16]}

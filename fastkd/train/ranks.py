@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastkd import distributed
 
+from . import RunError
+
 T = TypeVar("T")
 
 
@@ -47,16 +49,37 @@ class Ranks(NamedTuple):
                 told[1] = error
         dist.broadcast_object_list(told)
         if told[1] is not None:
+            told[1].teller = 0
             raise told[1]
         return told[0]
 
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work`, which waits for no other rank, gives on this one; what fails on one rank is raised on all."""
+        if self.world == 1:
+            return work()
+        done: list[T] = []
+        mine: RunError | None = None
+        try:
+            done.append(work())
+        except RunError as error:
+            mine = error
+        for rank, failed in enumerate(self.each(mine)):
+            if failed is not None:
+                failed.teller = rank
+                raise failed
+        return done[0]
+
+    def each(self, value: T) -> list[T]:
+        """Every rank's, in their order."""
+        if self.world == 1:
+            return [value]
+        told: list[Any] = [None] * self.world
+        dist.all_gather_object(told, value)
+        return told
+
     def found(self, value: str | None) -> str | None:
         """The first rank's that has one."""
-        if self.world == 1:
-            return value
-        told: list[str | None] = [None] * self.world
-        dist.all_gather_object(told, value)
-        return next((x for x in told if x is not None), None)
+        return next((x for x in self.each(value) if x is not None), None)
 
 
 ALONE = Ranks()
@@ -79,7 +102,7 @@ def mean_at_once(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Te
 
 
 def join(device: torch.device, workers: int = 0) -> tuple[Ranks, torch.device]:
-    """Joins the processes that torchrun started; each gets a GPU of its own.
+    """Joins the processes that torchrun started, if this one has not; each gets a GPU of its own.
 
     timm's init_distributed_device also takes a Slurm job's variables for ranks, whatever started this process.
     """
@@ -111,6 +134,9 @@ def keep_to_own_cores(workers: int) -> None:
         os.sched_setaffinity(0, cores[first : first + share])  # threads started from here on inherit it
 
 
-def leave() -> None:
+def leave(together: bool = False) -> None:
+    """Ends the group; `together` where all come here: torchrun stops the others when the first process ends."""
     if dist.is_available() and dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()

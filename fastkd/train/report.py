@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ class TensorBoard:
 def write_curve(path: Path, rows: list[Row], teacher_top1: float | None, title: str) -> None:
     """Top-1 of the students over epochs beside the teacher's, and the terms of the loss."""
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    figure.suptitle(title, x=0.012, ha="left", fontweight="bold")
+    # It holds a folder's name: a $ there begins no formula, and there may be bytes that are no text.
+    title = title.encode(errors="replace").decode()
+    figure.suptitle(title, x=0.012, ha="left", fontweight="bold", parse_math=False)
     top1, terms = figure.subplots(1, 2, width_ratios=(3, 2))
     if teacher_top1 is not None:
         top1.axhline(teacher_top1, color=COLOURS["teacher"], linestyle="--", linewidth=1.2)
@@ -101,7 +104,8 @@ def write_curve(path: Path, rows: list[Row], teacher_top1: float | None, title: 
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
-    with replacing(path) as partial:
+    with replacing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from", UserWarning)
         figure.savefig(partial, format="png")
 
 

@@ -1,8 +1,10 @@
 """What a training run is told: frozen dataclasses, the values for two kinds of data, what a resume may change."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 
@@ -26,6 +28,12 @@ class Stage:
 
 
 STAGE_FIELDS = tuple(item.name for item in dataclasses.fields(Stage))[3:]  # what falls back on the run's
+STAGE_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("lr", "weight_decay", "min_lr", "layer_decay"), (Real, "a number")),
+    "warmup_epochs": (int, "a whole number"),
+    **dict.fromkeys(("opt", "sched"), (str, "a name")),
+    **dict.fromkeys(("opt_args", "augment_args"), (Mapping, "a mapping")),
+}
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,16 @@ def stages(settings: Settings) -> tuple[Stage, ...]:
             stage, **{name: getattr(settings, name) for name in STAGE_FIELDS if getattr(stage, name) is None}
         )
         for stage in given
+    )
+
+
+def anchored(settings: Settings) -> Settings:
+    """The same with whole paths, which hold wherever a resume starts. What is not a folder or file there stays."""
+    names = ("data", "data_root", "teacher_checkpoint", "teacher_cache")
+    given = {name: value for name in names if (value := getattr(settings, name)) is not None and value != "digits"}
+    whole = {name: os.path.abspath(value) for name, value in given.items()}
+    return dataclasses.replace(
+        settings, **{name: path for name, path in whole.items() if name == "teacher_cache" or os.path.exists(path)}
     )
 
 

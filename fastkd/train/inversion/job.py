@@ -21,10 +21,10 @@ from fastkd._version import __version__
 from fastkd.functional import soft_target_loss
 
 from .. import DataError, InputError
-from ..checkpoint import write_weights
+from ..checkpoint import alone, write_weights
 from ..data import seed_all
 from ..loop import AMP_DTYPES
-from ..models import create_model, input_size, load_weights
+from ..models import check_one_image, create_model, input_size, load_weights
 from ..prepare import choose_device
 from ..settings import Settings
 from .presets import PRESETS, Preset
@@ -77,16 +77,18 @@ def invert(settings: Inversion) -> dict[str, Any]:
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:  # each architecture words its own refusal of a size
         raise InputError(f"--teacher {settings.teacher}: {' '.join(str(error).split())[:300]}") from error
-    store = open_store(settings, header(settings, model, img_size, labels))
-    try:
-        if rival is not None and store.batches:
-            rival.load(store.student)
-        make_batches(settings, inverter, rival, store, labels)
-    except OSError as error:
-        raise DataError(
-            f"{settings.out} cannot be written: {error.strerror or error}; "
-            f"its {len(store.batches)} finished batches stay, and --resume goes on with them"
-        ) from error
+    wanted = header(settings, model, img_size, labels)
+    with alone(Path(settings.out)):
+        store = open_store(settings, wanted)
+        try:
+            if rival is not None and store.batches:
+                rival.load(store.student)
+            make_batches(settings, inverter, rival, store, labels)
+        except OSError as error:
+            raise DataError(
+                f"{settings.out} cannot be written: {error.strerror or error}; "
+                f"its {len(store.batches)} finished batches stay, and --resume goes on with them"
+            ) from error
     entries = store.entries
     right = sum(entry["probability"] > 0.5 for entry in entries)
     return {
@@ -166,9 +168,7 @@ def weights_digest(model: nn.Module) -> str:
 def open_store(settings: Inversion, wanted: dict[str, Any]) -> Store:
     """The output folder: a new one, or the one to go on with."""
     out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out: {out} is a file, not a folder")
-    if not out.exists() or not any(out.iterdir()):
+    if not any(path.is_file() for path in out.rglob("[!.]*")):  # a killed process may leave what is not yet a manifest
         try:
             return Store.create(out, wanted)
         except OSError as error:
@@ -238,6 +238,8 @@ class Rival:
         )
         if settings.student_checkpoint is not None:
             load_weights("student", student, settings.student, settings.student_checkpoint)
+        if settings.preset.batch_size == 1 and settings.student_steps > 0:
+            check_one_image("student", student, img_size)
         return cls(settings, student.to(device), args, teacher.to(device))
 
     def train(self, entries: list[dict[str, Any]], store: Store, seed: int) -> None:

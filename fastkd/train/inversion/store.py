@@ -42,10 +42,12 @@ class Store:
     @classmethod
     def create(cls, out: Path, header: dict[str, Any]) -> "Store":
         """A new folder. The header must survive JSON as it is."""
-        (out / IMAGES).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        store = cls(out, header, [])
+        store._clear()
         with replacing(out / MANIFEST) as partial:
             partial.write_text(_line(header))
-        return cls(out, header, [])
+        return store
 
     @classmethod
     def open(cls, out: Path) -> "Store":
@@ -57,8 +59,7 @@ class Store:
         header, batches, whole = _read(out)
         _check(out, header, batches)
         store = cls(out, header, batches)
-        for path in store._unfinished():
-            path.unlink()
+        store._clear()
         os.truncate(out / MANIFEST, whole)
         return store
 
@@ -87,7 +88,7 @@ class Store:
         with self._whole_or_not_at_all():
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
                 path = self.out / IMAGES / self.header["classes"][label] / f"{number:05}-{i:03}.png"
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 content = _png(image)
                 with replacing(path) as partial:
                     partial.write_bytes(content)
@@ -139,9 +140,12 @@ class Store:
         try:
             yield
         except BaseException:
-            for path in self._unfinished():
-                path.unlink(missing_ok=True)
+            self._clear()
             raise
+
+    def _clear(self) -> None:
+        for path in self._unfinished():
+            path.unlink(missing_ok=True)
 
     def _unfinished(self) -> list[Path]:
         """Files of the batch that no manifest line counts."""

@@ -101,10 +101,14 @@ def create_task(
         "process_group": process_group,
     }
     arguments |= {"verbose": False, **options}
-    if issubclass(task, PlainTask):
+    if not issubclass(task, PlainTask):
+        arguments |= {"student_layers": student_layers, "teacher_layers": teacher_layers, "img_size": img_size}
+    try:
         return task(student, teacher, **arguments)
-    layers: dict[str, Any] = {"student_layers": student_layers, "teacher_layers": teacher_layers, "img_size": img_size}
-    return task(student, teacher, **layers, **arguments)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:  # of an option's value
+        raise InputError(f"--task: {name}: {error}") from error
 
 
 def task_options(name: str) -> dict[str, Any]:

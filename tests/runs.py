@@ -1,0 +1,100 @@
+"""Whole runs of the trainer in processes of their own, as torchrun would start them; killed, resumed, compared."""
+
+import multiprocessing
+import os
+import random
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from fastkd.train import checkpoint, job, ranks
+from fastkd.train.settings import Settings
+
+
+def start(world: int, task: Callable[..., Any], *arguments: Any) -> list[multiprocessing.Process]:
+    """Real processes, forked from one that has imported the libraries already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastkd.train.job"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=work, args=(rank, world, port, task, arguments)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def work(rank: int, world: int, port: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # else each of its loaders' workers imports all of it anew
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    task(*arguments)
+    ranks.leave()
+
+
+def together(world: int, task: Callable[..., Any], *arguments: Any) -> None:
+    """Runs the task in so many processes to their end, which has to be a good one."""
+    processes = start(world, task, *arguments)
+    for process in processes:
+        process.join(500)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def train(settings: Settings, resume: bool) -> None:
+    job.train(settings, resume=resume)
+
+
+def finish(settings: Settings, resume: bool = False, world: int = 1) -> None:
+    together(world, train, settings, resume)
+
+
+def places(out: Path) -> str:
+    found = checkpoint.latest(out / job.CHECKPOINTS)
+    return found.name if found else ""
+
+
+def run_with_kills(settings: Settings, world: int, kills: int, draw: random.Random) -> list[str]:
+    """Kills the run `kills` times at random moments, the start-up included, and lets it finish. Returns where."""
+    out, where = Path(settings.out), []
+    for _ in range(kills):
+        processes = start(world, train, settings, (out / "config.json").exists())
+        # Until there is something new, and then a moment more: between two steps, or within the writing of a file.
+        before, deadline = places(out), time.monotonic() + 120
+        while places(out) == before and any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.3))
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        where.append(places(out))
+        if (out / "summary.json").exists():
+            break
+    else:
+        finish(settings, True, world)
+    return where
+
+
+def same(a: Path, b: Path) -> None:
+    names = {path.name for path in a.glob("*.safetensors")}
+    assert names == {path.name for path in b.glob("*.safetensors")}
+    assert {"student.safetensors", "student_ema.safetensors", "student_alone.safetensors"} <= names
+    for name in names:
+        one, two = load_file(a / name), load_file(b / name)
+        assert one.keys() == two.keys()
+        assert all(one[key].numpy().tobytes() == two[key].numpy().tobytes() for key in one), name
+    rows = []
+    for out in (a, b):
+        lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+        timed = [i for i, name in enumerate(lines[0]) if "seconds" in name]
+        rows.append([[cell for i, cell in enumerate(line) if i not in timed] for line in lines])
+    assert rows[0] == rows[1]
