@@ -82,11 +82,16 @@ def test_tile_matches_oracle(
         ("inter", (517, 2, 32, 48)),  # copied, for their rows lie far apart
         ("intra", (1, 70, 4100, 16)),  # a block of so wide rows is a quarter of others
         ("intra", (7, 40, 32, 48)),  # threads with unequal shares of the groups
+        ("intra", (4, 3, 16, 32)),  # rows as wide as there are: a whole map at a time, of fewer rows than a tile,
+        ("intra", (5, 49, 64, 80)),  # of one more than whole tiles,
+        ("intra", (3, 51, 72, 56)),  # of three more, the rows copied,
+        ("inter", (50, 5, 64, 64)),  # of two more, the gradient's rows far apart,
+        ("intra", (2, 203, 208, 224)),  # and shared by all threads
     ],
     ids=str,
 )
 def test_blocks_of_a_map(scope: str, shape: tuple[int, ...], threads: int) -> None:
-    """A thread takes a group's blocks in pairs; what is no whole round of groups is shared by the threads."""
+    """A thread takes a group's map whole or its blocks in pairs; threads share what is no whole round of groups."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

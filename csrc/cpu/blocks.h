@@ -23,6 +23,7 @@
 #include <cstdlib>
 #include <iterator>
 #include <mutex>
+#include <optional>
 #include <string_view>
 #include <vector>
 #endif
@@ -166,6 +167,18 @@ inline at::Tensor empty_kept(const at::Tensor& x) {
             x.sizes(), x.strides(), &Blocks::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type()));
 #endif
   return at::empty_like(x);
+}
+
+// at::empty for the same.
+inline at::Tensor empty_kept(at::IntArrayRef sizes, const at::TensorOptions& options) {
+#if defined(__linux__)
+  const auto dtype = c10::typeMetaToScalarType(options.dtype());
+  if (static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype) >= Blocks::kSmallest)
+    return at::Tensor(
+        at::detail::empty_generic(
+            sizes, &Blocks::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt));
+#endif
+  return at::empty(sizes, options);
 }
 
 }  // namespace fastkd

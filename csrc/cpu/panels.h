@@ -1,7 +1,8 @@
 // float32 products of matrices that stay in L2, for AVX-512: a library's pack and dispatch anew at each call.
 //
 // Rows are packed 16 together and transposed, [rows / 16][D][16], zeros beyond the last row. A tile of C is up to 8
-// rows by 3 vectors: 24 accumulators, and 11 loads for the 24 multiply-adds of a step.
+// rows by 3 vectors: 24 accumulators, and 11 loads for the 24 multiply-adds of a step. A map of few wide rows is formed
+// from the rows as they lie, 4 by 4 of its elements in as many vectors that are added up at the end.
 #pragma once
 
 #include "cpu/vector.h"
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 namespace fastkd {
@@ -29,15 +31,25 @@ struct Right {
   int64_t step, next;
 };
 
+// out_ij = <x_i, x_j> of n rows, D to whole vectors; out has room for whole vectors of them in both directions.
+struct RowMap {
+  const float* x;
+  int64_t ld, n, D;
+  float* out;
+  int64_t ldo;
+};
+
 // Memory that is soon to be read or written, fetched into L2 while a core multiplies: loads that miss would hold it up.
 class Ahead {
  public:
   void clear() { pieces_ = at_ = total_ = pace_ = 0; }
 
-  void add(const void* first, int64_t bytes) {
+  // `rows` of them, `stride` bytes apart.
+  void add(const void* first, int64_t bytes, int64_t rows = 1, int64_t stride = 0) {
     if (pieces_ == kMost) return;
-    piece_[pieces_++] = {static_cast<const char*>(first), bytes};
-    total_ += bytes;
+    const auto* row = static_cast<const char*>(first);
+    piece_[pieces_++] = {row, row, row + bytes, rows, stride};
+    total_ += rows * bytes;
   }
 
   // Everything within so many steps of whole tiles.
@@ -45,14 +57,12 @@ class Ahead {
 
   // Where a tile of `steps` steps is to fetch from, pace() bytes a step.
   const char* take(int64_t steps) {
-    while (at_ < pieces_ && piece_[at_].bytes <= 0) ++at_;
+    while (at_ < pieces_ && piece_[at_].ends()) ++at_;
     if (at_ == pieces_) {
       pace_ = 0;
       return reinterpret_cast<const char*>(this);
     }
-    Piece& piece = piece_[at_];
-    piece.bytes -= steps * pace_;
-    return std::exchange(piece.first, piece.first + steps * pace_);
+    return std::exchange(piece_[at_].next, piece_[at_].next + steps * pace_);
   }
 
   int64_t pace() const { return pace_; }
@@ -60,8 +70,19 @@ class Ahead {
  private:
   static constexpr int64_t kMost = 4;
   struct Piece {
-    const char* first;
-    int64_t bytes;
+    const char *row, *next, *end;
+    int64_t rows, stride;
+
+    // Goes to the next row at the end of one.
+    bool ends() {
+      if (next < end) return false;
+      if (--rows <= 0) return true;
+      const int64_t bytes = end - row;
+      row += stride;
+      next = row;
+      end = row + bytes;
+      return false;
+    }
   };
   Piece piece_[kMost];
   int64_t pieces_ = 0, at_ = 0, total_ = 0, pace_ = 0;
@@ -113,6 +134,11 @@ FASTKD_AVX512 void tile(
     }
 }
 
+// Vectors of the next tile, of those that are left: the sums of a single one wait for each other.
+inline int64_t tile_width(int64_t left) {
+  return left == kTileVectors + 1 ? 2 : std::min(left, kTileVectors);
+}
+
 // As tile, for up to kTileRows rows and any number of vectors.
 inline void tile_row(
     int64_t rows,
@@ -125,23 +151,43 @@ inline void tile_row(
     bool add,
     Ahead& ahead) {
   using Tile = void (*)(const Left&, const Left&, const Right&, float*, int64_t, bool, const char*, int64_t);
-  static constexpr Tile kTiles[4][kTileVectors] = {
+  static constexpr Tile kTiles[kTileRows][kTileVectors] = {
       {tile<1, 1>, tile<1, 2>, tile<1, 3>},
       {tile<2, 1>, tile<2, 2>, tile<2, 3>},
+      {tile<3, 1>, tile<3, 2>, tile<3, 3>},
       {tile<4, 1>, tile<4, 2>, tile<4, 3>},
+      {tile<5, 1>, tile<5, 2>, tile<5, 3>},
+      {tile<6, 1>, tile<6, 2>, tile<6, 3>},
+      {tile<7, 1>, tile<7, 2>, tile<7, 3>},
       {tile<8, 1>, tile<8, 2>, tile<8, 3>}};
-  for (int64_t i = 0, height = kTileRows, level = 3; i < rows; height /= 2, --level)
-    for (; i + height <= rows; i += height) {
-      const Left x{first.data + i * first.row, first.row, first.step, first.count};
-      const Left y{second.data + i * second.row, second.row, second.step, second.count};
-      for (int64_t v = 0, width; v < vectors; v += width) {
-        // A single vector's sums wait for each other.
-        width = vectors - v == kTileVectors + 1 ? 2 : std::min(vectors - v, kTileVectors);
-        const Right z{b.data + v * b.next, b.step, b.next};
-        const char* fetched = ahead.take(x.count + y.count);
-        kTiles[level][width - 1](x, y, z, c + i * ldc + v * kPanel, ldc, add, fetched, ahead.pace());
-      }
+  for (int64_t v = 0, width; v < vectors; v += width) {
+    width = tile_width(vectors - v);
+    const Right z{b.data + v * b.next, b.step, b.next};
+    const char* fetched = ahead.take(first.count + second.count);
+    kTiles[rows - 1][width - 1](first, second, z, c + v * kPanel, ldc, add, fetched, ahead.pace());
+  }
+}
+
+// C (rows, 16 vectors) = A B, or added to C, for any number of rows and vectors, a few columns of B at a time in L1.
+inline void multiply(
+    int64_t rows,
+    int64_t vectors,
+    const Left& a,
+    const Right& b,
+    float* c,
+    int64_t ldc,
+    bool add,
+    Ahead& ahead) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t v = 0, width; v < vectors; v += width) {
+    width = tile_width(vectors - v);
+    for (int64_t k = 0; k < tiles; ++k) {  // as even as possible: a tile of a few rows runs at a fraction of the rate
+      const int64_t i = k * rows / tiles, height = (k + 1) * rows / tiles - i;
+      const Left left{a.data + i * a.row, a.row, a.step, a.count};
+      const Right right{b.data + v * b.next, b.step, b.next};
+      tile_row(height, width, left, {}, right, c + i * ldc + v * kPanel, ldc, add, ahead);
     }
+  }
 }
 
 // The transpose of 16 rows of 16: pairs, then fours of each 128 bits, then those change places.
@@ -215,10 +261,88 @@ FASTKD_AVX512 inline void pack_panel(const float* const* rows, int64_t D, float*
   *reinterpret_cast<Vector*>(squares) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// Element i: the sum of x[i]. Halves, quarters ... of two vectors change places, one blend and one shuffle a pair.
+FASTKD_AVX512 FASTKD_INLINE Vector sums(Vector (&x)[kPanel]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // of columns 0 and 1, 2 and 3 ...
+    const Vector a = x[2 * i], b = x[2 * i + 1];
+    x[i] = __builtin_shufflevector(a, b, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31) +
+           __builtin_shufflevector(a, b, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // of 128 bits
+    const Vector a = x[2 * i], b = x[2 * i + 1];
+    x[i] = __builtin_shufflevector(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31) +
+           __builtin_shufflevector(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
+  }
+  Vector y[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const Vector a = x[i], b = x[i + 2];
+    y[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+  }
+  return __builtin_shufflevector(y[0], y[1], 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31) +
+         __builtin_shufflevector(y[0], y[1], 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+}
+
+// The products of `rows` rows from i on with `columns` from j on, in both triangles; columns beyond n repeat the last.
+template <int rows, int columns>
+FASTKD_AVX512 FASTKD_INLINE void dots(RowMap map, int64_t i, int64_t j, Ahead& ahead) {
+  const float *a[rows], *b[columns];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) a[r] = map.x + (i + r) * map.ld;
+#pragma GCC unroll 8
+  for (int c = 0; c < columns; ++c) b[c] = map.x + std::min(j + c, map.n - 1) * map.ld;
+  const char* fetched = ahead.take(map.D / kPanel);
+  const int64_t pace = ahead.pace();
+  Vector sum[kPanel] = {};
+  for (int64_t d = 0; d < map.D; d += kPanel, fetched += pace) {
+    __builtin_prefetch(fetched, 0, 2);
+    Vector right[columns];
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; ++c) right[c] = *reinterpret_cast<const Vector*>(b[c] + d);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const Vector left = *reinterpret_cast<const Vector*>(a[r] + d);
+#pragma GCC unroll 8
+      for (int c = 0; c < columns; ++c) sum[r * columns + c] += left * right[c];
+    }
+  }
+  const Vector by_row = sums(sum);
+  Vector by_column = by_row;
+  if constexpr (rows == 4)
+    by_column = __builtin_shufflevector(by_row, by_row, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  if constexpr (rows == 2)
+    by_column = __builtin_shufflevector(by_row, by_row, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+  const auto *below = reinterpret_cast<const float*>(&by_row), *above = reinterpret_cast<const float*>(&by_column);
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+    std::memcpy(map.out + (i + r) * map.ldo + j, below + r * columns, columns * sizeof(float));
+#pragma GCC unroll 8
+  for (int c = 0; c < columns; ++c)
+    std::memcpy(map.out + (j + c) * map.ldo + i, above + c * rows, rows * sizeof(float));
+}
+
+// Rows [begin, end) of the map up to the diagonal, and the columns that mirror them; begin a multiple of 8, as is end
+// unless it is n.
+FASTKD_AVX512 inline void map_rows(RowMap map, int64_t begin, int64_t end, Ahead& ahead) {
+  const int64_t whole = end / 4 * 4;
+  for (int64_t i0 = begin; i0 < whole; i0 += 8)  // twice 4 rows stay in L1 while those before them pass
+    for (int64_t j = 0, i1 = std::min(i0 + 8, whole); j < i1; j += 4)
+      for (int64_t i = std::max(i0, j); i < i1; i += 4) dots<4, 4>(map, i, j, ahead);
+  if (end - whole >= 2)
+    for (int64_t j = 0; j < whole + 2; j += 8) dots<2, 8>(map, whole, j, ahead);
+  if ((end - whole) % 2 == 1)
+    for (int64_t j = 0; j < end; j += 8) dots<1, 8>(map, end - 1, j, ahead);
+}
+
 #else
 
 inline void tile_row(int64_t, int64_t, const Left&, const Left&, const Right&, float*, int64_t, bool, Ahead&) {}
+inline void multiply(int64_t, int64_t, const Left&, const Right&, float*, int64_t, bool, Ahead&) {}
 inline void pack_panel(const float* const*, int64_t, float*, float*) {}
+inline void map_rows(RowMap, int64_t, int64_t, Ahead&) {}
 inline int64_t transpose_words(const char*, int64_t, int64_t, int64_t, int64_t, float*) {
   return 0;
 }

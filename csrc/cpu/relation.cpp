@@ -3,8 +3,9 @@
 // Rows stay as they lie in memory: with r, q the inverse norms, E_ij = r_i r_j <s_i, s_j> - q_i q_j <t_i, t_j>, and
 // with W_ij = 4/(G n²) r_i E_ij r_j, U = W S, the gradient is dS_i = U_i - s_i r_i² <s_i, U_i>. W is symmetric: a strip
 // of its upper triangle serves the rows it starts in (W S) and, transposed, the rows below (Wᵀ S). U adds up over
-// terms.
+// terms. On AVX-512 the float32 maps are formed by kernels of our own: whole ones of few wide rows, others in blocks.
 #include "common.h"
+#include "cpu/blocks.h"
 #include "cpu/matmul.h"
 #include "cpu/panels.h"
 #include "cpu/vector.h"
@@ -29,11 +30,13 @@ namespace {
 constexpr int64_t kStrip = 64;       // rows of a strip of the maps, at most
 constexpr int64_t kColumns = 1024;   // columns of a piece of a strip: two float32 pieces are 512 KB, a share of L2
 constexpr int64_t kPanelRows = 256;  // rows of a block of the maps on our own kernels, at most,
-constexpr int64_t kPanelBytes = 600 << 10;  // and what they may take of L2
-constexpr int64_t kFewGroups = 8;           // a thread: more hide that some threads have one less
-constexpr int64_t kSharedWork = 16 << 20;   // operations of a group that threads share
-constexpr int64_t kGramRows = 128;          // rows of a block of the Gram algorithm
-constexpr int64_t kGramColumns = 96;        // columns of a block of a Gram's triangle
+constexpr int64_t kPanelBytes = 600 << 10;   // and what they may take of L2
+constexpr int64_t kFewGroups = 8;            // a thread: more hide that some threads have one less
+constexpr int64_t kSharedBlocks = 16 << 20;  // operations of a group whose blocks threads share,
+constexpr int64_t kSharedMaps = 4 << 20;     // and of one whose maps they share
+constexpr int64_t kMatrixRows = 57;          // rows from which on bfloat16 maps fill the tiles of a matrix unit
+constexpr int64_t kGramRows = 128;           // rows of a block of the Gram algorithm
+constexpr int64_t kGramColumns = 96;         // columns of a block of a Gram's triangle
 
 enum class Rectify { kNone, kBoth, kTeacher };
 
@@ -132,9 +135,9 @@ difference_row(acc_t* p, const acc_t* pt, const acc_t* r, const acc_t* q, acc_t 
   return sum;
 }
 
-// Inverse norms of the rows and columns of a tile, and the factor of its gradient.
+// Inverse norms of columns, and the factor of the gradient.
 struct Scales {
-  const float *r_i, *q_i, *r, *q;
+  const float *r, *q;
   float c;
 };
 
@@ -147,10 +150,12 @@ FASTKD_MULTIVERSION float difference_rows(
     int64_t rows,
     int64_t n,
     int64_t twice,
+    const float* r_rows,
+    const float* q_rows,
     Scales x) {
   Lanes<float> off(0), on(0);
   for (int64_t i = 0; i < rows; ++i, p += ld, pt += ld) {
-    const float r_i = x.r_i[i], q_i = x.q_i[i];
+    const float r_i = r_rows[i], q_i = q_rows[i];
     for (int64_t first = 0; first < twice; first += kLanes)
 #pragma omp simd
       for (int64_t l = 0; l < kLanes; ++l) {
@@ -167,22 +172,36 @@ FASTKD_MULTIVERSION float difference_rows(
   return 2 * off.sum() + on.sum();
 }
 
-float differences(
-    Rectify rectify,
-    float* p,
-    const float* pt,
-    int64_t ld,
-    int64_t rows,
-    int64_t n,
-    int64_t twice,
-    const Scales& x) {
+// Of a row of a whole map: Σ_j E_ij² and Σ_j W_ij <s_i, s_j>.
+struct RowSums {
+  float square, dot;
+};
+
+// A row of W, n whole vectors, from its products.
+template <Rectify rectify>
+FASTKD_MULTIVERSION RowSums whole_row(float* p, const float* pt, int64_t n, float r_i, float q_i, Scales x) {
+  Lanes<float> square(0), dot(0);
+  for (int64_t first = 0; first < n; first += kLanes)
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t j = first + l;
+      const float product = p[j];
+      square[l] += squared_difference<rectify>(p[j], pt[j], r_i * x.r[j], q_i * x.q[j], x.c);
+      dot[l] += p[j] * product;
+    }
+  return {square.sum(), dot.sum()};
+}
+
+// f of rectify as a constant.
+template <typename F>
+auto with_constant(Rectify rectify, const F& f) {
   switch (rectify) {
     case Rectify::kNone:
-      return difference_rows<Rectify::kNone>(p, pt, ld, rows, n, twice, x);
+      return f(std::integral_constant<Rectify, Rectify::kNone>());
     case Rectify::kBoth:
-      return difference_rows<Rectify::kBoth>(p, pt, ld, rows, n, twice, x);
+      return f(std::integral_constant<Rectify, Rectify::kBoth>());
     default:
-      return difference_rows<Rectify::kTeacher>(p, pt, ld, rows, n, twice, x);
+      return f(std::integral_constant<Rectify, Rectify::kTeacher>());
   }
 }
 
@@ -206,6 +225,16 @@ FASTKD_MULTIVERSION void add_row(acc_t* to, const acc_t* from, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] += from[j];
 }
 
+// x, rounded. Of bfloat16 the bits: an object of that class between would keep a loop from being vectorised.
+template <typename acc_t, typename out_t>
+FASTKD_INLINE void assign(out_t& to, acc_t x) {
+  if constexpr (std::is_same_v<out_t, at::BFloat16>) {
+    to.x = c10::detail::round_to_nearest_even(x);
+  } else {
+    to = static_cast<out_t>(x);
+  }
+}
+
 template <typename scalar_t, typename acc_t, typename out_t>
 FASTKD_INLINE void project_row(
     const acc_t* u,
@@ -223,7 +252,7 @@ FASTKD_INLINE void project_row(
     dot *= r * r;
   }
 #pragma omp simd
-  for (int64_t d = 0; d < D; ++d) out[d] = static_cast<out_t>(c * (u[d] - dot * static_cast<acc_t>(s[d * stride])));
+  for (int64_t d = 0; d < D; ++d) assign(out[d], c * (u[d] - dot * static_cast<acc_t>(s[d * stride])));
 }
 
 // dS_i = c (U_i - s_i r_i² <s_i, U_i>); c U_i where rows are not normalised. out may be u.
@@ -258,7 +287,8 @@ struct Term {
 
   bool with_grad() const { return u || dstudent.defined(); }
 
-  // U of rows [begin, end) of group g, complete for this term, to where it belongs; inverse: their inverse norms.
+  // U of rows [begin, end) of group g, complete for this term, to where it belongs; inverse: their inverse norms, null
+  // where this term's rows are projected already.
   void store(int64_t g, int64_t begin, int64_t end, acc_t* rows, int64_t ld, const acc_t* inverse) const {
     for (int64_t i = begin; u && i < end; ++i) {
       acc_t *sum = u + s.token(g, i) * s.D, *own = rows + (i - begin) * ld;
@@ -275,40 +305,20 @@ struct Term {
       using stored_t = std::conditional_t<std::is_same_v<scalar_t, at::Half>, float, scalar_t>;
       const auto* s_ptr = s.x.const_data_ptr<scalar_t>();
       auto* d_ptr = static_cast<stored_t*>(dstudent.data_ptr());
+      const bool project = normalize && inverse != nullptr;
       for (int64_t i = begin; i < end; ++i)
         finish_row<scalar_t, acc_t, stored_t>(
             rows + (i - begin) * ld,
             s_ptr + s.offset(g, i),
             s.x.stride(2),
             s.D,
-            inverse[i - begin],
+            project ? inverse[i - begin] : acc_t(1),
             acc_t(1),
-            normalize,
+            project,
             d_ptr + s.token(g, i) * s.D);
     });
   }
 };
-
-template <typename acc_t>
-acc_t difference(
-    Rectify rectify,
-    acc_t* p,
-    const acc_t* pt,
-    const acc_t* r,
-    const acc_t* q,
-    acc_t r_i,
-    acc_t q_i,
-    acc_t c,
-    int64_t n) {
-  switch (rectify) {
-    case Rectify::kNone:
-      return difference_row<acc_t, Rectify::kNone>(p, pt, r, q, r_i, q_i, c, n);
-    case Rectify::kBoth:
-      return difference_row<acc_t, Rectify::kBoth>(p, pt, r, q, r_i, q_i, c, n);
-    default:
-      return difference_row<acc_t, Rectify::kTeacher>(p, pt, r, q, r_i, q_i, c, n);
-  }
-}
 
 // A group's rows ready for products, and their inverse norms.
 template <typename acc_t>
@@ -335,7 +345,7 @@ struct Rows {
 // A thread's pieces of a strip.
 template <typename acc_t>
 struct Pieces {
-  std::vector<acc_t> p = std::vector<acc_t>(kStrip * kColumns), pt = std::vector<acc_t>(kStrip * kColumns), u;
+  Buffer<acc_t> p{kStrip * kColumns}, pt{kStrip * kColumns}, u;
 };
 
 // Rows of a strip: as even as possible, for a tail of a few rows runs at a fraction of the product's rate.
@@ -381,16 +391,12 @@ double strip(
     for (int64_t i = 0; i < rows; ++i) {
       const acc_t r_i = s.inverse[i0 + i], q_i = t.inverse[i0 + i];
       const auto part = [&](int64_t begin, int64_t end) {
-        return static_cast<double>(difference<acc_t>(
-            term.rectify,
-            p + i * columns + begin,
-            pt + i * columns + begin,
-            s.inverse.data() + j0 + begin,
-            t.inverse.data() + j0 + begin,
-            r_i,
-            q_i,
-            term.c,
-            end - begin));
+        acc_t* p_i = p + i * columns + begin;
+        const acc_t *pt_i = pt + i * columns + begin, *r = s.inverse.data() + j0 + begin;
+        const acc_t* q = t.inverse.data() + j0 + begin;
+        return static_cast<double>(with_constant(term.rectify, [&](auto rectify) {
+          return difference_row<acc_t, rectify()>(p_i, pt_i, r, q, r_i, q_i, term.c, end - begin);
+        }));
       };
       sum += part(0, diagonal) + (triangle ? 2 : 1) * part(diagonal, columns);
     }
@@ -425,7 +431,7 @@ template <typename acc_t>
 double tile(const Term<acc_t>& term) {
   const int64_t G = term.s.G, n = term.s.n, Ds = term.s.D, height = strip_rows(n), strips = (n + height - 1) / height;
   // U of rows from (g, i) on: in term.u, or in a buffer of the thread's.
-  const auto u_of = [&](std::vector<acc_t>& buffer, int64_t g, int64_t i, int64_t rows) -> std::pair<acc_t*, int64_t> {
+  const auto u_of = [&](Buffer<acc_t>& buffer, int64_t g, int64_t i, int64_t rows) -> std::pair<acc_t*, int64_t> {
     if (term.u) return {term.u + term.s.token(g, i) * Ds, term.s.across ? term.s.per_image * Ds : Ds};
     if (!term.with_grad()) return {nullptr, 0};
     buffer.resize(rows * Ds);
@@ -466,6 +472,11 @@ double tile(const Term<acc_t>& term) {
   return sum_of(sums);
 }
 
+// The length of W's rows for oneDNN, which takes three times as long for some that are no eights.
+int64_t in_eights(int64_t n) {
+  return (n + 7) / 8 * 8;
+}
+
 // The same for two bfloat16 networks where the CPU has a matrix unit for them: it is so much faster than float32
 // that every strip takes all its columns.
 struct PackedRows {
@@ -483,14 +494,15 @@ struct PackedRows {
     transposed.resize(x.D * columns);
     pack_bf16(data, ld, x.D, x.n, /*transposed=*/true, transposed.data());
     if (!with_grad) return;
-    as_is.resize((x.n + 1) / 2 * 2 * packed_columns(x.D));
+    const int64_t width = packed_columns(x.D), packed = (x.n + 1) / 2 * 2 * width;
+    as_is.resize(in_eights(x.n) * width);
     pack_bf16(data, ld, x.n, x.D, /*transposed=*/false, as_is.data());
+    std::fill(as_is.begin() + packed, as_is.end(), at::BFloat16(0));
   }
 };
 
 struct PiecesBf16 : Pieces<float> {
-  std::vector<at::BFloat16> high = std::vector<at::BFloat16>(kStrip * kColumns),
-                            low = std::vector<at::BFloat16>(kStrip * kColumns);
+  Buffer<at::BFloat16> high{kStrip * kColumns}, low{kStrip * kColumns};
 };
 
 // As strip, all columns; the strip's U is left in pieces.u, packed_columns(Ds) wide.
@@ -509,28 +521,24 @@ double strip_bf16(
     gemm_bf16(rows, padded, Ds, s.data + i0 * s.ld, s.ld, s.transposed.data() + 2 * j0, s.columns, false, p, padded);
     gemm_bf16(
         rows, padded, term.t.D, t.data + i0 * t.ld, t.ld, t.transposed.data() + 2 * j0, t.columns, false, pt, padded);
-    const int64_t even = (columns + 1) / 2 * 2;
-    auto *high = pieces.high.data(), *low = pieces.low.data();
+    const int64_t depth = in_eights(columns);
     for (int64_t i = 0; i < rows; ++i) {
       float* p_i = p + i * padded;
-      sum += difference<float>(
-          term.rectify,
-          p_i,
-          pt + i * padded,
-          s.inverse.data() + j0,
-          t.inverse.data() + j0,
-          s.inverse[i0 + i],
-          t.inverse[i0 + i],
-          term.c,
-          columns);
+      const float *r = s.inverse.data() + j0, *q = t.inverse.data() + j0;
+      sum += with_constant(term.rectify, [&](auto rectify) {
+        return difference_row<float, rectify()>(
+            p_i, pt + i * padded, r, q, s.inverse[i0 + i], t.inverse[i0 + i], term.c, columns);
+      });
       if (!term.with_grad()) continue;
-      if (even > columns) p_i[columns] = 0;
-      split_row(p_i, even, reinterpret_cast<uint16_t*>(high + i * even), reinterpret_cast<uint16_t*>(low + i * even));
+      auto *high = pieces.high.data() + i * depth, *low = pieces.low.data() + i * depth;
+      split_row(p_i, columns, reinterpret_cast<uint16_t*>(high), reinterpret_cast<uint16_t*>(low));
+      for (auto* half : {high, low}) std::fill(half + columns, half + depth, at::BFloat16(0));
     }
     if (!term.with_grad()) continue;
     const auto* packed = s.as_is.data() + j0 * width;
-    gemm_bf16(rows, width, even, high, even, packed, width, j0 > 0, pieces.u.data(), width);
-    gemm_bf16(rows, width, even, low, even, packed, width, true, pieces.u.data(), width);
+    float* u = pieces.u.data();
+    gemm_bf16(rows, width, depth, pieces.high.data(), depth, packed, width, j0 > 0, u, width);
+    gemm_bf16(rows, width, depth, pieces.low.data(), depth, packed, width, true, u, width);
   }
   return sum;
 }
@@ -572,13 +580,34 @@ double tile_bf16(const Term<float>& term) {
 }
 
 // The maps of a group in square blocks: whole panels of rows, as even as possible.
-struct Blocks {
+struct RowBlocks {
   int64_t n, count;
 
   int64_t begin(int64_t k) const { return std::min(n, padded(n) / kPanel * k / count * kPanel); }
   int64_t rows(int64_t k) const { return begin(k + 1) - begin(k); }
   int64_t height() const { return (padded(n) / kPanel + count - 1) / count * kPanel; }
 };
+
+// Whether rows are whole vectors of float32 where they lie.
+bool in_vectors(const Groups& x) {
+  return x.in_place(at::kFloat) && x.D % kPanel == 0;
+}
+
+// Rows [begin, end) of group g as whole vectors.
+void copy_rows(const Groups& x, int64_t g, int64_t begin, int64_t end, float* out) {
+  const int64_t width = padded(x.D);
+  convert_rows<float>(x, g, begin, end, nullptr, out, width);
+  for (int64_t i = begin; i < end && x.D < width; ++i) std::fill_n(out + (i - begin) * width + x.D, width - x.D, 0.f);
+}
+
+// Inverse norms of `count` rows from the squares of theirs, up to a whole panel.
+FASTKD_MULTIVERSION void invert_norms(float* squares, int64_t count, bool normalize, float eps) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float norm = std::sqrt(squares[i]), inverse = norm > eps ? 1 / norm : 0.f;
+    squares[i] = normalize ? inverse : 1.f;
+  }
+  std::fill(squares + count, squares + padded(count), 0.f);
+}
 
 // Rows of a group, packed, and their inverse norms; as rows too where asked for.
 struct PanelRows {
@@ -589,7 +618,7 @@ struct PanelRows {
 
   // Where they lie, for left operands alone, given their inverse norms; false where they cannot be read there.
   bool refer(const Groups& x, int64_t g, int64_t begin, int64_t end, const float* norms) {
-    if (!x.in_place(at::kFloat) || x.D % kPanel != 0 || x.across) return false;
+    if (!in_vectors(x) || x.across) return false;
     rows = end - begin;
     width = x.D;
     inverse.resize(padded(rows));
@@ -607,7 +636,7 @@ struct PanelRows {
     panels.resize(padded(rows) * width);
     inverse.resize(padded(rows));
     // Rows far apart would cost a page each at every step of a product.
-    const bool in_place = x.in_place(at::kFloat) && x.D == width, copies = !in_place || (as_rows && x.across);
+    const bool copies = !in_vectors(x) || (as_rows && x.across);
     if (copies) copy.resize((as_rows ? padded(rows) : kPanel) * width);
     zeros.resize(width);
     std::fill_n(zeros.data(), width, 0.f);
@@ -616,18 +645,12 @@ struct PanelRows {
       const float* block[kPanel];
       std::fill_n(block, kPanel, zeros.data());
       float* copied = copy.data() + (as_rows ? i0 * width : 0);
-      if (copies) convert_rows<float>(x, g, begin + i0, begin + i0 + count, nullptr, copied, width);
-      for (int64_t i = 0; i < count; ++i) {
-        if (copies) std::fill(copied + i * width + x.D, copied + (i + 1) * width, 0.f);
+      if (copies) copy_rows(x, g, begin + i0, begin + i0 + count, copied);
+      for (int64_t i = 0; i < count; ++i)
         block[i] = copies ? copied + i * width : x.x.const_data_ptr<float>() + x.offset(g, begin + i0 + i);
-      }
-      float* squares = inverse.data() + i0;
-      pack_panel(block, width, panels.data() + i0 * width, squares);
-      for (int64_t i = 0; i < kPanel; ++i) {
-        const float norm = std::sqrt(squares[i]);
-        squares[i] = i >= count ? 0.f : !normalize ? 1.f : norm > static_cast<float>(eps) ? 1 / norm : 0.f;
-      }
+      pack_panel(block, width, panels.data() + i0 * width, inverse.data() + i0);
     }
+    invert_norms(inverse.data(), rows, normalize, static_cast<float>(eps));
     if (!as_rows) return;
     data = copies ? copy.data() : x.x.const_data_ptr<float>() + x.offset(g, begin);
     ld = copies ? width : x.ld();
@@ -642,6 +665,42 @@ struct PanelRows {
   Right right_rows() const { return {data, ld, kPanel}; }
 };
 
+// Whether tiles of U add up in the gradient itself.
+bool sums_in_place(const Term<float>& term) {
+  return term.u && term.s.D % kPanel == 0 && !term.s.across;
+}
+
+// Fetch `count` rows from `begin` on of group g: what they read,
+void fetch_rows(Ahead& ahead, const Term<float>& term, int64_t g, int64_t begin, int64_t count) {
+  if (g == term.s.G) return;
+  for (const Groups* x : {&term.s, &term.t}) {
+    const int64_t size = x->x.element_size();
+    if (x->row_stride < x->D || x->x.stride(2) != 1) continue;
+    const auto* first = static_cast<const char*>(x->x.const_data_ptr()) + x->offset(g, begin) * size;
+    if (x->row_stride == x->D) {
+      ahead.add(first, count * x->D * size);
+    } else {
+      ahead.add(first, x->D * size, count, x->row_stride * size);
+    }
+  }
+}
+
+// and what they write where sums add up in the gradient itself.
+void fetch_sums(Ahead& ahead, const Term<float>& term, int64_t g, int64_t begin, int64_t count) {
+  const int64_t bytes = term.s.D * sizeof(float);
+  const float* first = term.u + term.s.token(g, begin) * term.s.D;
+  if (term.s.across) {
+    ahead.add(first, bytes, count, term.s.per_image * bytes);
+  } else {
+    ahead.add(first, count * bytes);
+  }
+}
+
+// Multiply-adds of an element of the maps that serves two rows.
+int64_t element_products(const Term<float>& term) {
+  return term.s.D + term.t.D + (term.with_grad() ? 2 * term.s.D : 0);
+}
+
 // What the blocks of a group share: its inverse norms, and where U adds up: the gradient itself where tiles fit it.
 struct GroupSums {
   Buffer<float> r, q, own;
@@ -654,28 +713,27 @@ struct GroupSums {
     q.resize(padded(term.s.n));
     if (!term.with_grad()) return;
     ld = padded(term.s.D);
-    if (in_place(term)) {
+    if (sums_in_place(term)) {
       u = term.u + term.s.token(g, 0) * ld;
     } else {
       own.resize(term.s.n * ld);
       u = own.data();
     }
   }
-
-  static bool in_place(const Term<float>& term) { return term.u && term.s.D % kPanel == 0 && !term.s.across; }
 };
 
 // A thread's work in float32, on kernels of our own: blocks of the maps, each of which serves the rows of both sides.
 struct PanelSweep {
   const Term<float>& term;
-  Blocks blocks;
+  RowBlocks blocks;
   PanelRows s_i, t_i, s_j, t_j;
   int64_t held_g = -1, held_j = -1;  // whose rows s_j and t_j are
   Buffer<float> w, pt;
   Ahead ahead;
-  double sum = 0;  // Σ E²
+  double sum = 0;   // Σ E²
+  GroupSums whole;  // of a group that is this thread's alone
 
-  PanelSweep(const Term<float>& term, Blocks blocks)
+  PanelSweep(const Term<float>& term, RowBlocks blocks)
       : term(term),
         blocks(blocks),
         w(blocks.height() * pitch(blocks.height())),
@@ -692,19 +750,9 @@ struct PanelSweep {
   // that come next and the gradient that `own` writes first.
   void look_ahead(double elements, const Block* own, at::ArrayRef<Block> next) {
     ahead.clear();
-    const auto fetch = [&](const at::Tensor& x, int64_t first, int64_t count) {
-      const int64_t size = x.element_size();
-      ahead.add(static_cast<const char*>(x.const_data_ptr()) + first * size, count * size);
-    };
-    const int64_t Ds = term.s.D;
-    if (own && term.dstudent.defined() && GroupSums::in_place(term))
-      fetch(term.dstudent, term.s.token(own->g, blocks.begin(own->k)) * Ds, blocks.rows(own->k) * Ds);
-    for (const Block& block : next)
-      for (const Groups* x : {&term.s, &term.t})
-        if (block.g < term.s.G && x->row_stride == x->D && x->x.stride(2) == 1)
-          fetch(x->x, x->offset(block.g, blocks.begin(block.k)), blocks.rows(block.k) * x->D);
-    const int64_t products = Ds + term.t.D + (term.with_grad() ? 2 * Ds : 0);
-    ahead.spread(elements * products / (kTileRows * kTileVectors * kPanel));
+    if (own && sums_in_place(term)) fetch_sums(ahead, term, own->g, blocks.begin(own->k), blocks.rows(own->k));
+    for (const Block& block : next) fetch_rows(ahead, term, block.g, blocks.begin(block.k), blocks.rows(block.k));
+    ahead.spread(elements * element_products(term) / (kTileRows * kTileVectors * kPanel));
   }
 
   void load(Block block, PanelRows& s, PanelRows& t) {
@@ -730,8 +778,11 @@ struct PanelSweep {
       float* p = w.data() + i * ld;
       tile_row(rows, columns / kPanel, t.left(i), {}, t_j.right(), pt.data(), ld, false, ahead);
       tile_row(rows, columns / kPanel, s.left(i), {}, s_j.right(), p, ld, false, ahead);
-      const Scales scales{s.inverse.data() + i, t.inverse.data() + i, s_j.inverse.data(), t_j.inverse.data(), term.c};
-      sum += static_cast<double>(differences(term.rectify, p, pt.data(), ld, rows, columns, twice, scales));
+      const float *r_i = s.inverse.data() + i, *q_i = t.inverse.data() + i;
+      const Scales scales{s_j.inverse.data(), t_j.inverse.data(), term.c};
+      sum += static_cast<double>(with_constant(term.rectify, [&](auto rectify) {
+        return difference_rows<rectify()>(p, pt.data(), ld, rows, columns, twice, r_i, q_i, scales);
+      }));
     }
   }
 
@@ -745,13 +796,12 @@ struct PanelSweep {
     look_ahead(n * n / 2.0, &own, next);
     maps(s_j, t_j, true);
     if (!term.with_grad()) return;
-    const bool add = term.add && GroupSums::in_place(term);
+    const bool add = term.add && sums_in_place(term);
     for (int64_t i = 0; i < n; i += kTileRows) {
       const int64_t rows = std::min(kTileRows, n - i), known = std::min(n, i / kPanel * kPanel + kPanel);
       const Left row{w.data() + i * ld, ld, 1, known}, column{w.data() + known * ld + i, 1, ld, n - known};
       float* u = sums.u + (begin + i) * sums.ld;
       tile_row(rows, width / kPanel, row, column, s_j.right_rows(), u, sums.ld, add, ahead);
-      if (blocks.count == 1) store(sums, i, i + rows);  // while they are in L1
     }
   }
 
@@ -766,17 +816,12 @@ struct PanelSweep {
     maps(s_i, t_i, false);
     if (!term.with_grad()) return;
     const int64_t ld = pitch(s_j.rows);
-    add_product({w.data(), ld, 1, s_j.rows}, s_i.rows, s_j, sums.u + begin * sums.ld, sums.ld);
-    add_product({w.data(), 1, ld, s_i.rows}, s_j.rows, s_i, sums.u + blocks.begin(j) * sums.ld, sums.ld);
-  }
-
-  // W X added to out.
-  void add_product(const Left& weights, int64_t rows, const PanelRows& x, float* out, int64_t ld) {
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      const Left left{weights.data + i * weights.row, weights.row, weights.step, weights.count};
-      const int64_t vectors = padded(term.s.D) / kPanel;
-      tile_row(std::min(kTileRows, rows - i), vectors, left, {}, x.right_rows(), out + i * ld, ld, true, ahead);
-    }
+    const int64_t vectors = padded(term.s.D) / kPanel;
+    const auto add = [&](const Left& weights, const PanelRows& to, const PanelRows& from, int64_t first) {
+      multiply(to.rows, vectors, weights, from.right_rows(), sums.u + first * sums.ld, sums.ld, true, ahead);
+    };
+    add({w.data(), ld, 1, s_j.rows}, s_i, s_j, begin);
+    add({w.data(), 1, ld, s_i.rows}, s_j, s_i, blocks.begin(j));
   }
 
   // Rows of U that are complete.
@@ -784,15 +829,17 @@ struct PanelSweep {
     if (term.with_grad()) term.store(sums.g, begin, end, sums.u + begin * sums.ld, sums.ld, sums.r.data() + begin);
   }
 
-  // A whole group; `after` comes next, if there is such a one.
-  void group(GroupSums& sums, int64_t g, int64_t after) {
-    sums.start(term, g);
+  // A whole group; `after` comes next, if there is such a one. Returns Σ E².
+  double group(int64_t g, int64_t after) {
+    sum = 0;
+    whole.start(term, g);
     const auto block = [&](int64_t k) { return k < blocks.count ? Block{g, k} : Block{after, 0}; };
     for (int64_t j = 0; j < blocks.count; ++j) {
-      diagonal(sums, j, block(j == 0 ? 1 : 0));
-      for (int64_t i = 0; i < j; ++i) pair(sums, i, j, block(i + 1 < j ? i + 1 : j + 1));
+      diagonal(whole, j, block(j == 0 ? 1 : 0));
+      for (int64_t i = 0; i < j; ++i) pair(whole, i, j, block(i + 1 < j ? i + 1 : j + 1));
     }
-    if (blocks.count > 1) store(sums, 0, blocks.n);
+    store(whole, 0, blocks.n);
+    return sum;
   }
 };
 
@@ -802,24 +849,140 @@ int64_t panel_blocks(int64_t n, int64_t width) {
   return (n + most - 1) / most;
 }
 
-// Groups [0, G), each by one thread. A thread goes through its share, whose next group it knows and fetches, and then
-// helps others with theirs.
-double whole_groups(const Term<float>& term, int64_t G, int64_t threads) {
-  const Blocks blocks{term.s.n, panel_blocks(term.s.n, term.s.D + term.t.D)};
+// The whole maps of a group of few rows, from products of its rows as they lie. With all of W at hand the projection of
+// the gradient is a part of it: dS = (W - diag(r_i² Σ_j W_ij <s_i, s_j>)) S.
+struct WholeMaps {
+  const Term<float>& term;
+  int64_t n, pitch;
+  bool in_place;  // the gradient is formed where it belongs
+  Buffer<float> s_copy, t_copy, w, pt, r, q, u;
+  RowMap s, t;
+  Ahead ahead;
+  int64_t g = -1;
+
+  explicit WholeMaps(const Term<float>& term)
+      : term(term),
+        n(term.s.n),
+        pitch(PanelSweep::pitch(n)),
+        in_place(term.u && term.s.D % kPanel == 0),
+        w(padded(n) * pitch),
+        pt(padded(n) * pitch),
+        r(padded(n)),
+        q(padded(n)) {
+    for (float* map : {w.data(), pt.data()}) std::fill_n(map, padded(n) * pitch, 0.f);
+    if (term.with_grad() && !in_place) u.resize(n * padded(term.s.D));
+  }
+
+  // Whether rows are so wide that to pack them would take longer than to add up the lanes of every product.
+  static bool pay(const Term<float>& term) {
+    const int64_t n = term.s.n, bytes = n * std::max(term.s.D, term.t.D) * sizeof(float);
+    return n <= kPanelRows && bytes <= kPanelBytes && 2 * n <= term.s.D + term.t.D;
+  }
+
+  void load(int64_t group) {
+    g = group;
+    const auto rows = [&](const Groups& x, Buffer<float>& copy, float* out) -> RowMap {
+      const int64_t width = padded(x.D);
+      if (in_vectors(x) && !x.across)
+        return {x.x.const_data_ptr<float>() + x.offset(g, 0), x.ld(), n, width, out, pitch};
+      copy.resize(n * width);
+      copy_rows(x, g, 0, n, copy.data());
+      return {copy.data(), width, n, width, out, pitch};
+    };
+    s = rows(term.s, s_copy, w.data());
+    t = rows(term.t, t_copy, pt.data());
+  }
+
+  // Rows [begin, end) of both maps, as map_rows has them.
+  void products(int64_t begin, int64_t end, Ahead& ahead) const {
+    map_rows(s, begin, end, ahead);
+    map_rows(t, begin, end, ahead);
+  }
+
+  // Once all products are there.
+  void norms() {
+    for (int64_t i = 0; i < n; ++i) {
+      r.data()[i] = w.data()[i * (pitch + 1)];
+      q.data()[i] = pt.data()[i * (pitch + 1)];
+    }
+    for (float* squares : {r.data(), q.data()}) invert_norms(squares, n, term.normalize, static_cast<float>(term.eps));
+  }
+
+  // Rows [begin, end) of E, W and the gradient. Returns Σ E².
+  double rows(int64_t begin, int64_t end, Ahead& ahead) const {
+    const float *r_i = r.data() + begin, *q_i = q.data() + begin;
+    double sum = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      float *p = w.data() + i * pitch, *p_t = pt.data() + i * pitch;
+      const auto row = with_constant(term.rectify, [&](auto rectify) {
+        return whole_row<rectify()>(p, p_t, padded(n), r_i[i - begin], q_i[i - begin], {r.data(), q.data(), term.c});
+      });
+      sum += static_cast<double>(row.square);
+      if (term.normalize) p[i] -= r_i[i - begin] * r_i[i - begin] * row.dot;
+    }
+    if (!term.with_grad()) return sum;
+    const int64_t ld = in_place && term.s.across ? term.s.per_image * s.D : s.D;
+    float* out = in_place ? term.u + term.s.token(g, begin) * s.D : u.data() + begin * s.D;
+    const Left weights{w.data() + begin * pitch, pitch, 1, n};
+    multiply(end - begin, s.D / kPanel, weights, {s.x, s.ld, kPanel}, out, ld, in_place && term.add, ahead);
+    if (!in_place || term.add) term.store(g, begin, end, out, ld, term.add ? r_i : nullptr);
+    return sum;
+  }
+
+  // A whole group; `after` comes next, if there is such a one. Returns Σ E².
+  double group(int64_t group, int64_t after) {
+    load(group);
+    ahead.clear();
+    if (in_place) fetch_sums(ahead, term, g, 0, n);
+    fetch_rows(ahead, term, after, 0, n);
+    const int64_t weighted = term.with_grad() ? s.D : 0;
+    const double of_products = (s.D + t.D) / 2. / (kPanel * kPanel);
+    ahead.spread(n * n * (of_products + weighted / static_cast<double>(kTileRows * kTileVectors * kPanel)));
+    products(0, n, ahead);
+    norms();
+    return rows(0, n, ahead);
+  }
+};
+
+// Groups [0, G), each by one thread with a worker of its own. A thread goes through its share, whose next group it
+// knows and fetches, and then helps others with theirs.
+template <typename Make>
+double whole_groups(const Term<float>& term, int64_t G, int64_t threads, const Make& make_worker) {
   std::vector<double> sums(G);
   std::vector<std::atomic<int64_t>> next(threads);
   for (int64_t k = 0; k < threads; ++k) next[k] = k * G / threads;
   at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
-    PanelSweep sweep(term, blocks);
-    GroupSums group;
+    auto worker = make_worker();
     for (int64_t k = 0; k < threads; ++k) {
       const int64_t share = (own + k) % threads, end = (share + 1) * G / threads;
-      for (int64_t g = next[share]++; g < end; g = next[share]++) {
-        sweep.sum = 0;
-        sweep.group(group, g, g + 1 < end ? g + 1 : term.s.G);
-        sums[g] = sweep.sum;
-      }
+      for (int64_t g = next[share]++; g < end; g = next[share]++)
+        sums[g] = worker.group(g, g + 1 < end ? g + 1 : term.s.G);
     }
+  });
+  return sum_of(sums);
+}
+
+// Groups [first, G) of few rows by all threads: first the maps, then the gradient.
+double shared_maps(const Term<float>& term, int64_t first, int64_t threads) {
+  constexpr int64_t kRows = 16;  // of a task: whole cache lines also of the columns that mirror them
+  const int64_t n = term.s.n, groups = term.s.G - first, strips = (n + kRows - 1) / kRows, tasks = groups * strips;
+  std::vector<WholeMaps> maps;
+  for (int64_t g = 0; g < groups; ++g) maps.emplace_back(term).load(first + g);
+  std::vector<double> sums(tasks);
+  const auto each = [&](const auto& f) {
+    std::atomic<int64_t> next = tasks;
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      Ahead ahead;
+      for (int64_t task = --next; task >= 0; task = --next) {  // a map's longest rows first
+        const int64_t begin = task / groups * kRows;
+        f(task, maps[task % groups], begin, std::min(n, begin + kRows), ahead);
+      }
+    });
+  };
+  each([](int64_t, WholeMaps& x, int64_t begin, int64_t end, Ahead& ahead) { x.products(begin, end, ahead); });
+  for (auto& x : maps) x.norms();
+  each([&](int64_t task, WholeMaps& x, int64_t begin, int64_t end, Ahead& ahead) {
+    sums[task] = x.rows(begin, end, ahead);
   });
   return sum_of(sums);
 }
@@ -835,7 +998,7 @@ double shared_groups(const Term<float>& term, int64_t first, int64_t threads) {
   std::vector<GroupSums> sums(groups);
   for (int64_t g = 0; g < groups; ++g) sums[g].start(term, first + g);
   std::vector<PanelSweep> sweeps;
-  for (int64_t k = 0; k < threads; ++k) sweeps.emplace_back(term, Blocks{term.s.n, count});
+  for (int64_t k = 0; k < threads; ++k) sweeps.emplace_back(term, RowBlocks{term.s.n, count});
   // One block stays, the others go round it, such that the pairs of round 0 lie side by side.
   const auto pair = [&](int64_t round, int64_t task) -> std::array<Block, 2> {
     const int64_t g = first + task / pairs, k = task % pairs, others = count - 1;
@@ -865,13 +1028,17 @@ double shared_groups(const Term<float>& term, int64_t first, int64_t threads) {
 
 double tile_panels(const Term<float>& term) {
   const int64_t G = term.s.G, n = term.s.n, threads = at::get_num_threads();
+  const int64_t work = n * n * (3 * term.s.D + term.t.D);
+  const bool few_rows = WholeMaps::pay(term);
   // Groups beyond as many for every thread are shared, where that outweighs the waiting.
-  const bool worth = G < kFewGroups * threads && n * n * (3 * term.s.D + term.t.D) > kSharedWork && n >= 4 * kPanel;
-  const int64_t whole = worth ? G / threads * threads : G;
+  const bool worth = few_rows ? work > kSharedMaps : work > kSharedBlocks && n >= 4 * kPanel;
+  const int64_t whole = worth && G < kFewGroups * threads ? G / threads * threads : G;
   double sum = 0;
-  if (whole > 0) sum += whole_groups(term, whole, threads);
-  if (whole < G) sum += shared_groups(term, whole, threads);
-  return sum;
+  if (whole < G) sum = few_rows ? shared_maps(term, whole, threads) : shared_groups(term, whole, threads);
+  if (whole == 0) return sum;
+  if (few_rows) return sum + whole_groups(term, whole, threads, [&] { return WholeMaps(term); });
+  const RowBlocks blocks{n, panel_blocks(n, term.s.D + term.t.D)};
+  return sum + whole_groups(term, whole, threads, [&] { return PanelSweep(term, blocks); });
 }
 
 bool both_bf16(const at::Tensor& student, const at::Tensor& teacher) {
@@ -882,8 +1049,9 @@ template <typename acc_t>
 double visit(const Term<acc_t>& term) {
   if constexpr (std::is_same_v<acc_t, float>) {
     const bool rows_in_place = term.s.in_place(at::kBFloat16) && term.t.in_place(at::kBFloat16);
-    if (both_bf16(term.s.x, term.t.x) && rows_in_place && term.s.D % 2 == 0 && term.t.D % 2 == 0)
-      return tile_bf16(term);
+    const bool fits = rows_in_place && term.s.D % 2 == 0 && term.t.D % 2 == 0;
+    const bool fills = term.s.n >= kMatrixRows || !has_avx512();
+    if (both_bf16(term.s.x, term.t.x) && fits && fills) return tile_bf16(term);
     if (has_avx512()) return tile_panels(term);
   }
   return tile(term);
@@ -1015,9 +1183,10 @@ double gram(const Term<acc_t>& term) {
   return std::max(sum_of(sums), 0.0);  // rounding alone can take a zero below 0
 }
 
-at::Tensor empty_gradient(const at::Tensor& student, bool with_grad) {
+// Contiguous, and empty where no gradient is wanted.
+at::Tensor gradient_of(const at::Tensor& student, bool with_grad) {
   const auto stored = student.scalar_type() == at::kHalf ? at::kFloat : student.scalar_type();
-  return at::empty(with_grad ? student.sizes() : at::IntArrayRef{0}, student.options().dtype(stored));
+  return empty_kept(with_grad ? student.sizes() : at::IntArrayRef{0}, student.options().dtype(stored));
 }
 
 // dstudent itself where it is stored in acc_t, else null.
@@ -1036,7 +1205,7 @@ std::tuple<at::Tensor, at::Tensor> relation_fwd_cpu(
     std::string algorithm,
     bool with_grad) {
   const auto acc = at::promote_types(accumulator(student), accumulator(teacher));
-  auto dstudent = empty_gradient(student, with_grad);
+  auto dstudent = gradient_of(student, with_grad);
   if (student.numel() == 0 || teacher.numel() == 0)
     return {at::zeros({}, student.options().dtype(acc)), dstudent.zero_()};
   double loss = 0;
@@ -1128,7 +1297,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> manifold_fwd_cpu(
   auto terms = at::empty({static_cast<int64_t>(students.size()), 3}, students[0].options().dtype(acc));
   std::vector<at::Tensor> dstudents;
   for (size_t l = 0; l < students.size(); ++l) {
-    dstudents.push_back(empty_gradient(students[l], with_grad));
+    dstudents.push_back(gradient_of(students[l], with_grad));
     AT_DISPATCH_FLOATING_TYPES(acc, "manifold_fwd_cpu", [&] {
       manifold_layer<scalar_t>(
           students[l],
