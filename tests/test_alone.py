@@ -52,7 +52,7 @@ def test_two_runs_in_one_folder(tmp_path):
     (first,) = start(1, train, settings, False)
     try:
         wait(lambda: places(out), first)
-        together(1, refused, train, dataclasses.replace(settings, overwrite=True), False)
+        together(2, refused, train, dataclasses.replace(settings, overwrite=True), False)
         together(1, refused, train, settings, True)
         before = places(out)
         wait(lambda: places(out) > before, first)
