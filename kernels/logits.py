@@ -4,6 +4,8 @@ With z = logits / T, u = log(p/q):  KL = Σ q (e^u - 1 - u), dz = p - q. A row i
 first: for the sums of the exponentials, for those of the divergence, for the gradient.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -30,24 +32,33 @@ def _add_exponentials(m, total, z, inv_temperature):
 
 @triton.jit
 def _expm1(x):
-    """e^x - 1 for x < 1."""
+    """e^x - 1 for |x| < 1/2."""
     p = x * 2.4801587302e-5 + 1.9841269841e-4
     p = p * x + 1.3888888889e-3
     p = p * x + 8.3333333333e-3
     p = p * x + 4.1666666667e-2
     p = p * x + 1.6666666667e-1
     p = p * x + 0.5
-    return tl.where(tl.abs(x) < 0.5, p * (x * x) + x, tl.exp(tl.minimum(x, 1.0)) - 1.0)
+    return p * (x * x) + x
 
 
 @triton.jit
-def _difference(s, t, m_s, m_t, inv_l_s, inv_l_t, shift, inv_temperature):
+def _moves(m_s, m_t, step):
+    """What to move two rows by before they are subtracted: the one that lies farther out comes to the other, by a
+    multiple of a power of two, so that the difference has the digits that both have."""
+    apart = tl.floor((m_s - m_t) / step + 0.5) * step
+    moves_t = tl.abs(m_s) < tl.abs(m_t)
+    return tl.where(moves_t, 0.0, apart), tl.where(moves_t, -apart, 0.0)
+
+
+@triton.jit
+def _difference(s, t, m_s, m_t, a_s, a_t, inv_l_s, inv_l_t, shift, inv_temperature):
     """p, q, u = log(p/q) and p - q, as q (e^u - 1) where that has more digits."""
     absent = (s == -float("inf")) & (t == -float("inf"))
-    u = (tl.where(absent, 0.0, s) - tl.where(absent, 0.0, t)) * inv_temperature - shift
+    u = (tl.where(absent, 0.0, s - a_s) - tl.where(absent, 0.0, t - a_t)) * inv_temperature - shift
     p = tl.exp((s - m_s) * inv_temperature) * inv_l_s
     q = tl.exp((t - m_t) * inv_temperature) * inv_l_t
-    return p, q, u, tl.where(u < 1.0, _expm1(u) * q, p - q)
+    return p, q, u, tl.where(tl.abs(u) < 0.5, _expm1(u) * q, p - q)
 
 
 @triton.jit
@@ -83,6 +94,7 @@ def _softmax_kl_kernel(
     alpha,
     beta,
     inv_temperature,
+    step,  # a power of two about T
     HAS_TARGET: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -102,14 +114,15 @@ def _softmax_kl_kernel(
         m_s, l_s = _add_exponentials(m_s, l_s, _row(s_ptr, j, C, stride_sc, target), inv_temperature)
         m_t, l_t = _add_exponentials(m_t, l_t, _row(t_ptr, j, C, stride_tc, target), inv_temperature)
     inv_l_s, inv_l_t = 1.0 / l_s, 1.0 / l_t
-    shift = (m_s - m_t) * inv_temperature + tl.log(tl.div_rn(l_s, l_t))  # exactly 0 at a match
+    a_s, a_t = _moves(m_s, m_t, step)
+    shift = ((m_s - a_s) - (m_t - a_t)) * inv_temperature + tl.log(tl.div_rn(l_s, l_t))  # exactly 0 at a match
 
     kl = tl.zeros((BLOCK,), tl.float32)
     excess = tl.zeros((BLOCK,), tl.float32)
     for j0 in range(0, C, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
         s, t = _row(s_ptr, j, C, stride_sc, target), _row(t_ptr, j, C, stride_tc, target)
-        _, q, u, x = _difference(s, t, m_s, m_t, inv_l_s, inv_l_t, shift, inv_temperature)
+        _, q, u, x = _difference(s, t, m_s, m_t, a_s, a_t, inv_l_s, inv_l_t, shift, inv_temperature)
         kl += x - tl.where(q == 0.0, 0.0, u * q)
         excess += x
     value = beta * tl.sum(kl, 0)
@@ -130,7 +143,7 @@ def _softmax_kl_kernel(
         for j0 in range(0, C, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             s, t = _row(s_ptr, j, C, stride_sc, target), _row(t_ptr, j, C, stride_tc, target)
-            p, _, _, x = _difference(s, t, m_s, m_t, inv_l_s, inv_l_t, shift, inv_temperature)
+            p, _, _, x = _difference(s, t, m_s, m_t, a_s, a_t, inv_l_s, inv_l_t, shift, inv_temperature)
             dz = tl.where(j == target, of_target, beta * x - p * of_p)
             tl.store(ds_ptr + j, dz * inv_temperature, mask=j < C)
 
@@ -148,9 +161,10 @@ def softmax_kl(
     kl = student.new_empty(B, dtype=torch.float32)
     dstudent = student.new_empty((B, C) if with_grad else (0,), dtype=torch.float32)
     BLOCK, num_warps = next((block for block in BLOCKS if C <= block[0]), BLOCKS[-1])
+    step = 2.0 ** math.floor(math.log2(temperature))
     _softmax_kl_kernel[(B,)](
         student, teacher, student if target is None else target.contiguous(), kl, dstudent,
-        *student.stride(), *teacher.stride(), C, alpha, beta, 1 / temperature,
+        *student.stride(), *teacher.stride(), C, alpha, beta, 1 / temperature, step,
         HAS_TARGET=target is not None, HAS_GRAD=with_grad, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
     return kl, dstudent

@@ -112,7 +112,7 @@ def _logits() -> Iterator[Variant]:
         constants = {"HAS_TARGET": has_target, "HAS_GRAD": True, "BLOCK": BLOCK, "stride_sc": 1, "stride_tc": 1}
         pointers = {"s_ptr": dtype, "t_ptr": dtype, "target_ptr": "i64", "kl_ptr": "fp32", "ds_ptr": "fp32"}
         signature = _signature(kernel, pointers, constants)
-        signature |= dict.fromkeys(("alpha", "beta", "inv_temperature"), "fp32")
+        signature |= dict.fromkeys(("alpha", "beta", "inv_temperature", "step"), "fp32")
         aligned = frozenset({*pointers, "stride_sb", "stride_tb", "C"})
         yield Variant(kernel, signature, constants, {"num_warps": num_warps}, aligned)
 

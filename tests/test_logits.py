@@ -129,6 +129,23 @@ def test_near_convergence(name, backend):
 
 
 @divergences
+@pytest.mark.parametrize("offsets", [(1e4, 0.0), (0.0, 1e4), (1e4, 2e4), (-1e4, 1e4), (300.0, -7.0)], ids=str)
+def test_rows_far_apart(name, backend, offsets):
+    """Softmax does not see where a row lies: all digits that the logits have there count, near a match as well."""
+    s, t, label = logits((8, 50))
+    s, t = s + offsets[0], t + offsets[1]
+    oracle, eager = (gradients(reference, name, s.to(d), t.to(d), label) for d in (torch.float64, s.dtype))
+    actual = gradients(fastkd, name, s, t, label, backend=backend)
+    for what, a, e, o in zip(("loss", "dstudent"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, s.numel(), f"{name} {what}")
+    t = s - offsets[0] + offsets[1] + 1e-2 * torch.randn_like(s)
+    loss, ds = gradients(fastkd, name, s, t, label, temperature=3.0, backend=backend)
+    oracle = gradients(reference, name, s.double(), t.double(), label, temperature=3.0)
+    assert relative_difference(loss, oracle[0]) < 5e-5
+    assert relative_difference(ds, oracle[1]) < 5e-4
+
+
+@divergences
 def test_match_is_zero(name, backend):
     s, _, label = logits((5, 30))
     loss, ds = gradients(fastkd, name, s, s.clone(), label, backend=backend)

@@ -1,5 +1,6 @@
 // KL divergence of the softmaxes of two rows of logits, whole or split at a target, and its gradient, a row at a time.
 #include "common.h"
+#include "cpu/blocks.h"
 #include "cpu/vector.h"
 
 #include <ATen/Dispatch.h>
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 13;  // logits per task below which threads cost more than they bring
 
-// e^x - 1 for x < 1.
+// e^x - 1 for |x| < 1/2.
 FASTKD_INLINE float expm1_of(float x) {
   float p = 2.4801587302e-5f;
   p = p * x + 1.9841269841e-4f;
@@ -25,8 +26,7 @@ FASTKD_INLINE float expm1_of(float x) {
   p = p * x + 4.1666666667e-2f;
   p = p * x + 1.6666666667e-1f;
   p = p * x + 0.5f;
-  const float near = p * (x * x) + x;
-  return x > -0.5f && x < 0.5f ? near : exp_of(x) - 1.f;
+  return p * (x * x) + x;
 }
 
 FASTKD_INLINE double expm1_of(double x) {
@@ -38,16 +38,25 @@ struct Pair {
   T s, t;  // of the student, of the teacher
 };
 
-// e^((s - m_s)/T) in place of s, e^((t - m_t)/T) in place of t, (s - t)/T to d; the sums of both exponentials.
+// What to move two rows of maxima m by before they are subtracted: the one that lies farther out comes to the other, by
+// a multiple of a power of two, so that the difference has the digits that both have.
 template <typename T>
-FASTKD_MULTIVERSION Pair<T> exp_rows(T* s, T* t, T* d, int64_t n, Pair<T> m, T inv_temperature) {
+Pair<T> moves(Pair<T> m, T step) {
+  const T apart = std::rint((m.s - m.t) / step) * step;
+  return std::abs(m.s) < std::abs(m.t) ? Pair<T>{0, -apart} : Pair<T>{apart, 0};
+}
+
+// e^((s - m_s)/T) in place of s, e^((t - m_t)/T) in place of t, (s - t)/T of the moved rows to d; the sums of both
+// exponentials.
+template <typename T>
+FASTKD_MULTIVERSION Pair<T> exp_rows(T* s, T* t, T* d, int64_t n, Pair<T> m, Pair<T> moved, T inv_temperature) {
   n = n / kLanes * kLanes;
   Lanes<T> l_s(0), l_t(0);
   for (int64_t first = 0; first < n; first += kLanes)
 #pragma omp simd
     for (int64_t l = 0; l < kLanes; ++l) {
       const int64_t j = first + l;
-      d[j] = (s[j] - t[j]) * inv_temperature;
+      d[j] = ((s[j] - moved.s) - (t[j] - moved.t)) * inv_temperature;
       s[j] = exp_of((s[j] - m.s) * inv_temperature);
       t[j] = exp_of((t[j] - m.t) * inv_temperature);
       l_s[l] += s[j];
@@ -72,7 +81,7 @@ FASTKD_MULTIVERSION Divergence<T> kl_row(const T* s, const T* t, T* d, int64_t n
     for (int64_t l = 0; l < kLanes; ++l) {
       const int64_t j = first + l;
       const T u = d[j] - shift, p = s[j] * inv_l.s, q = t[j] * inv_l.t;
-      const T x = u < 1 ? expm1_of(u) * q : p - q;
+      const T x = std::abs(u) < T(0.5) ? expm1_of(u) * q : p - q;
       kl[l] += x - (q == 0 ? T(0) : u * q);
       excess[l] += x;
       d[j] = x;
@@ -121,7 +130,7 @@ struct Rows {
   const int64_t* target;  // null: none
   acc_t* dstudent;        // null: not wanted
   double alpha, beta;
-  acc_t inv_temperature;
+  acc_t inv_temperature, step;  // step: a power of two about T
 
   acc_t operator()(int64_t b, acc_t* s, acc_t* t, acc_t* d) const {
     const int64_t C = student.size(1), n = padded(C);
@@ -133,8 +142,9 @@ struct Rows {
       s[target[b]] = t[target[b]] = kNever<acc_t>;
     }
     const Pair<acc_t> m{max_row<acc_t>(s, n), max_row<acc_t>(t, n)};
-    const auto l = exp_rows<acc_t>(s, t, d, n, m, inv_temperature);
-    const acc_t shift = (m.s - m.t) * inv_temperature + std::log(l.s / l.t);
+    const auto moved = moves(m, step);
+    const auto l = exp_rows<acc_t>(s, t, d, n, m, moved, inv_temperature);
+    const acc_t shift = ((m.s - moved.s) - (m.t - moved.t)) * inv_temperature + std::log(l.s / l.t);
     const auto [kl, excess] = kl_row<acc_t>(s, t, d, n, {1 / l.s, 1 / l.t}, shift);
 
     const auto odds = [&](double z, double of_max, double sum) {
@@ -163,7 +173,7 @@ std::tuple<at::Tensor, at::Tensor> softmax_kl_cpu(
   const int64_t B = student.size(0), C = student.size(1), n = padded(C);
   const auto options = student.options().dtype(at::promote_types(accumulator(student), accumulator(teacher)));
   auto kl = at::empty({B}, options);
-  auto dstudent = with_grad ? at::empty({B, C}, options) : at::empty({0}, options);
+  auto dstudent = with_grad ? empty_kept({B, C}, options) : at::empty({0}, options);
   if (student.numel() == 0) return {kl.zero_(), dstudent};
   const auto index = target ? target->contiguous() : at::Tensor();
   AT_DISPATCH_FLOATING_TYPES(kl.scalar_type(), "softmax_kl_cpu", [&] {
@@ -174,7 +184,8 @@ std::tuple<at::Tensor, at::Tensor> softmax_kl_cpu(
         with_grad ? dstudent.mutable_data_ptr<scalar_t>() : nullptr,
         alpha,
         beta,
-        static_cast<scalar_t>(1 / temperature)};
+        static_cast<scalar_t>(1 / temperature),
+        static_cast<scalar_t>(std::exp2(std::floor(std::log2(temperature))))};
     auto* out = kl.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, B, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
       Buffer<scalar_t> held(3 * n);

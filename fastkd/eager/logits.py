@@ -31,21 +31,26 @@ def softmax_kl(
     rows = max(CHUNK // C, 1) if student.device.type == "cpu" else B
     for first in range(0, B, rows):
         i = slice(first, first + rows)
-        z_s, z_t = student[i].to(acc) / temperature, teacher[i].to(acc) / temperature
+        s, t = student[i].to(acc), teacher[i].to(acc)
+        p, q = s, t
         if target is not None:
             y = target[i, None]
-            y_s, y_t = z_s.gather(1, y), z_t.gather(1, y)
-            z_s.scatter_(1, y, -math.inf)
-            z_t.scatter_(1, y, -math.inf)
-        lse_s, lse_t = z_s.logsumexp(-1, keepdim=True), z_t.logsumexp(-1, keepdim=True)
-        u = (z_s - z_t).sub_(lse_s - lse_t)  # log p - log q, and one rounding error for the whole row
-        p, q = z_s.sub_(lse_s).exp_(), z_t.sub_(lse_t).exp_()
+            p, q = (x.scatter(1, y, -math.inf) for x in (s, t))
+        m_s, m_t = (x.amax(-1, keepdim=True) for x in (p, q))
+        p, q = (p - m_s).mul_(1 / temperature).exp_(), (q - m_t).mul_(1 / temperature).exp_()
+        l_s, l_t = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
+        p, q = p.mul_(1 / l_s), q.mul_(1 / l_t)
+        # u = log p - log q: one rounding error for the whole row, none at a match
+        a_s, a_t = _moves(m_s, m_t, temperature)
+        shift = ((m_s - a_s) - (m_t - a_t)) / temperature + (l_s / l_t).log()
+        u = (-shift).add((s - a_s).sub_(t - a_t), alpha=1 / temperature)
         excess = torch.where(u < 1, torch.expm1(u).mul_(q), p - q)  # p - q
         kl[i] = beta * (excess - u.mul_(q).masked_fill_(q == 0, 0)).sum(-1)
         # Σ (p - q) = 0: what is left of it is that error, harmless in the sum above but not in the gradient.
         of_p = -beta * excess.sum(-1, keepdim=True)
         if target is not None:
-            binary, difference = _binary_kl(y_s - lse_s, y_t - lse_t)
+            odds = ((x.gather(1, y) - m) / temperature - total.log() for x, m, total in ((s, m_s, l_s), (t, m_t, l_t)))
+            binary, difference = _binary_kl(*odds)
             kl[i] += alpha * binary.squeeze(1)
             of_p -= alpha * difference
         if with_grad:
@@ -54,6 +59,15 @@ def softmax_kl(
                 dstudent[i].scatter_(1, y, alpha * difference)
             dstudent[i].div_(temperature)
     return kl, dstudent
+
+
+def _moves(m_s: Tensor, m_t: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """What to move two rows of these maxima by before they are subtracted: the one that lies farther out comes to the
+    other, by a multiple of a power of two, so that the difference has the digits that both have."""
+    step = 2.0 ** math.floor(math.log2(temperature))
+    apart = ((m_s - m_t) / step).round() * step
+    a_s = apart.masked_fill(m_s.abs() < m_t.abs(), 0)
+    return a_s, a_s - apart
 
 
 def _binary_kl(of_p: Tensor, of_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Losses of logits (B, C), right at extreme values and near a match. The divergence of two softmaxes has kernels.
+"""Losses of logits (B, C), right at extreme values and near a match.
 
-Where the logits of the two networks lie far apart as a whole, log p - log q has the digits that their difference has.
+The divergence of two softmaxes has kernels, and the digits that the logits have wherever the rows of the two lie.
 """
 
 import math
