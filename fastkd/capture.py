@@ -162,6 +162,11 @@ class FusedBatchNormStat:
         self._has_act = not is_plain
         # A frozen one normalises alike in both modes.
         self._has_modes = isinstance(layer, _BatchNorm)
+        # Attributes of a module are found in Python, which takes a small layer longer than its arithmetic.
+        self._mean_in = _table_of(layer, "running_mean")
+        self._var_in = _table_of(layer, "running_var")
+        self._weight_in = _table_of(layer, "weight")
+        self._bias_in = _table_of(layer, "bias")
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         layer = self._layer
@@ -170,15 +175,32 @@ class FusedBatchNormStat:
                 "a batch norm is in train mode, where fused statistics have no meaning: call model.eval()"
             )
         (x,) = args or kwargs.values()
-        if x.ndim < 2 or x.shape[1] != len(layer.running_mean):
-            raise ValueError(f"input must have shape (B, {len(layer.running_mean)}, ...), got {tuple(x.shape)}")
-        y, mean, var = normalised_with_moments(
-            x, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
-        )
+        running_mean, weight = self._mean_in["running_mean"], self._weight_in["weight"]
+        if x.dim() < 2 or x.size(1) != running_mean.size(0):
+            raise ValueError(f"input must have shape (B, {len(running_mean)}, ...), got {tuple(x.shape)}")
+        running_var, bias = self._var_in["running_var"], self._bias_in["bias"]
+        y, mean, var = normalised_with_moments(x, running_mean, running_var, weight, bias, layer.eps)
         self._keep(x, (mean, var))
         if self._has_act:
             y = layer.act(layer.drop(y))
         return y
+
+
+class _Attributes:
+    """The attributes of a module as a table."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _table_of(module: nn.Module, name: str) -> Any:
+    """What holds a tensor of the module under this name: a table of its own, unless it is made by a parametrization."""
+    if name in module._buffers:
+        return module._buffers
+    return module._parameters if name in module._parameters else _Attributes(module)
 
 
 @dataclass
@@ -189,13 +211,14 @@ class _Replaced:
     forward: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
+        # Not by assignment, for which a module looks through its parameters, buffers and modules first.
         self._before = self.module.__dict__.get("forward")
-        self.module.forward = self.forward
+        self.module.__dict__["forward"] = self.forward
 
     def remove(self) -> None:
-        del self.module.forward
+        del self.module.__dict__["forward"]
         if self._before is not None:
-            self.module.forward = self._before
+            self.module.__dict__["forward"] = self._before
 
 
 @contextmanager
@@ -379,11 +402,11 @@ class _Slot:
                 f"{self.name!r} runs without gradients inside a pass that records them, so a loss on it would train "
                 "nothing; use non-reentrant activation checkpointing (use_reentrant=False)"
             )
-        self.reset()
         self.value = value
+        self.result = self.version = None
         self.has_fired = True
-        if not torch.compiler.is_compiling():
-            self.version = value._version if isinstance(value, Tensor) and not value.is_inference() else None
+        if isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference():
+            self.version = value._version
 
     def reset(self) -> None:
         self.value = None

@@ -1,13 +1,28 @@
-"""One call of every public function: what the contract tests are made from."""
+"""One call of every public function: what the contract tests are made from, and what notes the operators it runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd.testing import DEVICE
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Notes the calls of fastkd's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastkd":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

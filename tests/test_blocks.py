@@ -106,6 +106,14 @@ def test_never_holds_more_than_was_in_use_at_once() -> None:
     assert resident() - before < 2 * 4 * most
 
 
+def test_keeps_a_block_of_each_size_though_one_is_in_use_at_a_time() -> None:
+    sizes = [100_000, 300_000, 1_000_000, 3_000_000]  # none fits another
+    first, second = ([gradient(elements=n).data_ptr() for n in sizes] for _ in range(2))
+    assert first == second
+    assert all(address % HUGE == 0 for address in first)
+    assert len(set(first)) == len(sizes)
+
+
 PROGRAM = """
 import os, resource, sys, torch, fastkd
 from test_blocks import gradient, HUGE

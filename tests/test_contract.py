@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, OperatorCalls
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -125,21 +125,8 @@ def test_forward_mode_is_refused(case: Case, backend: str) -> None:
         case.scalar(*(forward_ad.make_dual(x, torch.ones_like(x)) for x in case.inputs()))
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes the calls of fastkd's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastkd":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
 def _calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
-    recorder = _Recorder()
+    recorder = OperatorCalls()
     with recorder:
         loss_and_gradients(case.scalar, case.inputs())
     return recorder.calls
@@ -201,7 +188,7 @@ def test_a_stored_gradient_is_handed_out_once() -> None:
 
     assert gradient(loss, retain_graph=True).data_ptr() != stored.data_ptr()
     assert torch.equal(gradient(loss, torch.full_like(loss, 3.0), retain_graph=True), kept * 3)
-    with _Recorder():
+    with OperatorCalls():
         assert gradient(loss, retain_graph=True).data_ptr() != stored.data_ptr()
     assert torch.equal(stored, kept)
 
@@ -234,7 +221,7 @@ def test_backends_by_name() -> None:
         if reason is not None:
             with pytest.raises(RuntimeError, match="cannot run here"):
                 fastkd.relation_loss(x, x, backend=name)
-    with fastkd.backend("eager"), _Recorder() as recorder:
+    with fastkd.backend("eager"), OperatorCalls() as recorder:
         fastkd.batch_moments(x)
         fastkd.batch_moments(x, backend="auto")
     assert [op._schema.name for op, _ in recorder.calls] == ["fastkd::moments_fwd_eager"] * 2

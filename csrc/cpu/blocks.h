@@ -6,8 +6,9 @@
 // the kernel takes those pages when memory runs short. Blocks are made of huge pages where the system has them, because
 // MADV_FREE and the next write are costly page by page.
 //
-// What is mapped in all never exceeds the most that was in use at once. FASTKD_KEEP_BLOCKS=0 in the environment leaves
-// everything to PyTorch's allocator, as does any other system than Linux.
+// What is mapped in all never exceeds the most that was in use at once, or 64 MB: the layers of a network, one by one,
+// want blocks of many sizes. FASTKD_KEEP_BLOCKS=0 in the environment leaves everything to PyTorch's allocator, as does
+// any other system than Linux.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -88,7 +89,7 @@ class Blocks final : public c10::Allocator {
         kept_ -= block.bytes;
         return block;
       }
-      surplus = remove_beyond(most_ - in_use_);
+      surplus = remove_beyond(std::max(most_, kReady) - in_use_);
     }
     unmap(surplus);
     const Block block = map(bytes);

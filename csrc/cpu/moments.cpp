@@ -36,7 +36,8 @@ constexpr int64_t kSpan = 1 << 14;     // about as many elements of them in an i
 constexpr int64_t kFewUnits = 64;      // units that keep all cores busy to the end
 constexpr int64_t kUnit = 8192;        // elements of a unit that repay it
 constexpr int64_t kUnits = 4096;       // about as many units as a forward is cut into
-constexpr int64_t kGrain = 1 << 15;    // elements per task below which threads cost more than they bring
+constexpr size_t kHot = 2 << 20;       // bytes that a core's cache holds
+constexpr int64_t kGrain = 1 << 13;    // elements per task below which threads cost more than they bring
 
 struct Moments {
   double count, mean, m2;
@@ -304,6 +305,25 @@ FASTKD_INLINE void column_sums(
   }
 }
 
+// As Moments::merge for C blocks of n elements each, whose divisions are the same; the others had `count` so far.
+template <typename acc_t>
+FASTKD_INLINE void merge_columns(
+    const acc_t* pivot,      // (C)
+    const acc_t* deviation,  // (C)
+    const acc_t* squares,    // (C)
+    double n,
+    int64_t C,
+    double count,
+    double* mean,  // (C)
+    double* m2) {  // (C)
+  const double inverse = 1 / n, share = n / (count + n), weight = count * share;
+  for (int64_t c = 0; c < C; ++c) {
+    const double e = deviation[c], delta = pivot[c] + e * inverse - mean[c];
+    mean[c] += delta * share;
+    m2[c] += squares[c] - e * e * inverse + delta * delta * weight;
+  }
+}
+
 // Mean and Σ (x - mean)² of each of C <= kColumns adjacent columns.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void column_moments(
@@ -332,24 +352,46 @@ FASTKD_MULTIVERSION void column_moments(
         for (int64_t c = 0; c < C; ++c) pivot[c] *= part;
         scalar_t* y = out.y == nullptr ? nullptr : out.y + b * out.s.b + h * out.s.h + i * out.s.w;
         column_sums(p, s.w, m, W - i, C, pivot, deviation, squares, out.alpha, out.beta, y, out.s.w);
-        // As Moments::merge, whose divisions are the same for all channels here.
-        const double total = count + static_cast<double>(m);
-        const double inverse = 1 / static_cast<double>(m), share = static_cast<double>(m) / total;
-        for (int64_t c = 0; c < C; ++c) {
-          const double e = deviation[c], delta = pivot[c] + e * inverse - mean[c];
-          mean[c] += delta * share;
-          m2[c] += squares[c] - e * e * inverse + delta * delta * (count * share);
-        }
-        count = total;
+        merge_columns(pivot, deviation, squares, static_cast<double>(m), C, count, mean, m2);
+        count += static_cast<double>(m);
       }
 }
 
-template <typename acc_t>
-FASTKD_INLINE acc_t sum_of(const acc_t* x, int64_t n) {
-  acc_t sum = 0;
+// The sum of each of C planes of W elements.
+template <typename acc_t, typename width_t>
+FASTKD_INLINE void sum_planes_of(const acc_t* x, int64_t C, width_t W, acc_t* sums) {
+  for (int64_t c = 0; c < C; ++c) {
+    acc_t sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i];
-  return sum;
+    for (int64_t w = 0; w < W; ++w) sum += x[c * W + w];
+    sums[c] = sum;
+  }
+}
+
+// Each of C values W times.
+template <typename acc_t, typename width_t>
+FASTKD_INLINE void fill_planes_of(const acc_t* values, int64_t C, width_t W, acc_t* out) {
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t w = 0; w < W; ++w) out[c * W + w] = values[c];
+}
+
+template <int64_t W>
+using Width = std::integral_constant<int64_t, W>;  // known to the compiler, of the maps that end most networks
+
+template <typename acc_t>
+FASTKD_INLINE void sum_planes(const acc_t* x, int64_t C, int64_t W, acc_t* sums) {
+  if (W == 4) return sum_planes_of(x, C, Width<4>(), sums);
+  if (W == 16) return sum_planes_of(x, C, Width<16>(), sums);
+  if (W == 49) return sum_planes_of(x, C, Width<49>(), sums);
+  sum_planes_of(x, C, W, sums);
+}
+
+template <typename acc_t>
+FASTKD_INLINE void fill_planes(const acc_t* values, int64_t C, int64_t W, acc_t* out) {
+  if (W == 4) return fill_planes_of(values, C, Width<4>(), out);
+  if (W == 16) return fill_planes_of(values, C, Width<16>(), out);
+  if (W == 49) return fill_planes_of(values, C, Width<49>(), out);
+  fill_planes_of(values, C, W, out);
 }
 
 // C channels of B images in planes of W positions that follow each other, C W <= kColumns: too short to be rows.
@@ -361,35 +403,35 @@ FASTKD_MULTIVERSION void plane_moments(
     int64_t C,
     int64_t W,
     const Output<scalar_t, acc_t> out,
-    acc_t* mean,   // (C)
-    acc_t* var) {  // (C)
+    acc_t* mean,                                                       // (C)
+    acc_t* var) {                                                      // (C)
+  acc_t pivots[kColumns], deviations[kColumns], of_squares[kColumns];  // of planes, and of their elements:
   acc_t pivot[kColumns], deviation[kColumns], squares[kColumns], alpha[kColumns], beta[kColumns];
-  Moments moments[kColumns];
-  for (int64_t c = 0; c < C; ++c) moments[c] = {0, 0, 0};
+  double mean_of[kColumns], m2_of[kColumns];
   const int64_t n = C * W;
-  if (out.y != nullptr)
-    for (int64_t c = 0; c < C; ++c) {
-      std::fill_n(alpha + c * W, W, out.alpha[c]);
-      std::fill_n(beta + c * W, W, out.beta[c]);
-    }
+  if (out.y != nullptr) {
+    fill_planes(out.alpha, C, W, alpha);
+    fill_planes(out.beta, C, W, beta);
+  }
+  for (int64_t c = 0; c < C; ++c) mean_of[c] = m2_of[c] = 0;
+  double count = 0;
   for (int64_t b = 0; b < B; b += kImages) {
     const scalar_t* p = x + b * stride;
     for (int64_t i = 0; i < n; ++i) deviation[i] = static_cast<acc_t>(p[i]);
+    sum_planes(deviation, C, W, pivots);
     const acc_t part = 1 / static_cast<acc_t>(W);
-    for (int64_t c = 0; c < C; ++c) std::fill_n(pivot + c * W, W, sum_of(deviation + c * W, W) * part);
+    for (int64_t c = 0; c < C; ++c) pivots[c] *= part;
+    fill_planes(pivots, C, W, pivot);
     const int64_t rows = std::min(kImages, B - b);
     scalar_t* y = out.y == nullptr ? nullptr : out.y + b * out.s.b;
     column_sums(p, stride, rows, B - b, n, pivot, deviation, squares, alpha, beta, y, out.s.b);
-    const double count = static_cast<double>(rows * W), inverse = 1 / count;
-    for (int64_t c = 0; c < C; ++c) {
-      const double e = sum_of(deviation + c * W, W), q = sum_of(squares + c * W, W);
-      moments[c].merge(count, pivot[c * W] + e * inverse, q - e * e * inverse);
-    }
+    sum_planes(deviation, C, W, deviations);
+    sum_planes(squares, C, W, of_squares);
+    merge_columns(pivots, deviations, of_squares, static_cast<double>(rows * W), C, count, mean_of, m2_of);
+    count += static_cast<double>(rows * W);
   }
-  for (int64_t c = 0; c < C; ++c) {
-    mean[c] = static_cast<acc_t>(moments[c].mean);
-    var[c] = variance<acc_t>(moments[c].m2 / moments[c].count);
-  }
+  for (int64_t c = 0; c < C; ++c) mean[c] = static_cast<acc_t>(mean_of[c]);
+  for (int64_t c = 0; c < C; ++c) var[c] = variance<acc_t>(m2_of[c] / count);
 }
 
 // Planes of a few positions.
@@ -810,7 +852,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cpu(
     double eps) {
   auto x = x_in;
   const auto dtype = accumulator(x);
-  const auto y = empty_kept(x);
+  // What a convolution freed last, PyTorch's allocator gives out first, and it is still in the cache.
+  const auto y = x.nbytes() < kHot ? at::empty_like(x) : empty_kept(x);
   auto mean = at::empty({x.size(1)}, x.options().dtype(dtype)), var = at::empty_like(mean);
   if (x.numel() == 0) return {y, mean, var};
   auto out = y;

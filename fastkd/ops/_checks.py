@@ -26,7 +26,7 @@ def integers(name: str, x: Tensor) -> None:
 
 
 def not_empty(name: str, x: Tensor) -> None:
-    if 0 in x.shape:
+    if x.numel() == 0:
         raise ValueError(f"{name} must not be empty, got {tuple(x.shape)}")
 
 

@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
 
@@ -20,6 +20,8 @@ NAMES = get_args(Backend)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.getenv("TRITON_INTERPRET") == "1"
+
+_NATIVE_KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # of the dispatcher, by device
 
 _default: Backend = "auto"  # what "auto" means now: FASTKD_BACKEND, or the innermost `with fastkd.backend(...)`
 
@@ -50,14 +52,24 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkd::{op}", key)
 
 
-def records_gradient(op: str, impl: str) -> bool:
-    """Whether an implementation records its own gradient (csrc/autograd.cpp). The compiler is shown Python's.
+@functools.cache
+def _recorder(op: str, device: str) -> Callable[..., Any] | None:
+    key = _NATIVE_KEYS.get(device)
+    has_both = key is not None and _has_kernel(op, key) and _has_kernel(op, "Autograd")
+    return getattr(torch.ops.fastkd, op).default if has_both else None
 
-    So is forward-mode differentiation, which Python's refuses and C++'s would pass over.
+
+def recorder(name: str, op: str, x: Tensor) -> Callable[..., Any] | None:
+    """The native operator where it is what runs and records its own gradient (csrc/autograd.cpp), else None.
+
+    The compiler is shown Python's; forward-mode differentiation and transforms Python's refuses, and C++'s would pass
+    over.
     """
-    if impl != "native" or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return False
-    return _has_kernel(op, "Autograd")
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return None
+    if (_default if name == "auto" else name) not in ("auto", "native") or not _extension.HAS_NATIVE:
+        return None
+    return _recorder(op, x.device.type)
 
 
 def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
@@ -65,7 +77,7 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     if name == "native":
         if not _extension.HAS_NATIVE:
             return _extension.WHY_NOT
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+        key = _NATIVE_KEYS.get(device)
         if key is None or not _has_kernel(op, key):
             return f"{op} has no compiled implementation for {device} tensors in this build"
     if name == "triton":

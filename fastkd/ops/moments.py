@@ -9,7 +9,7 @@ from torch import Tensor
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms
-from fastkd.ops._dispatch import Backend, call, records_gradient, resolve
+from fastkd.ops._dispatch import Backend, call, recorder, resolve
 
 Dims = Literal["batch", "image"]
 Distance = Literal["l2", "mse", "image"]
@@ -33,22 +33,32 @@ class _Moments(torch.autograd.Function):
 
 
 class _Distance(torch.autograd.Function):
-    """Of means and variances, each of all layers or layer by layer; `about` is what the operator takes behind them."""
+    """Of mean and var of all layers end to end; `about` is what the operator takes behind the statistics.
+
+    The gradient goes to `moments`: the same, end to end or layer by layer, the means before the variances.
+    """
 
     @staticmethod
-    def forward(ctx: Any, impl: Backend, about: tuple[Any, ...], M: Tensor, V: Tensor, *moments: Tensor) -> Tensor:
-        half = len(moments) // 2
-        mean, var = (torch.cat(v) if half > 1 else v[0] for v in (moments[:half], moments[half:]))
+    def forward(
+        ctx: Any,
+        impl: Backend,
+        about: tuple[Any, ...],
+        mean: Tensor,
+        var: Tensor,
+        M: Tensor,
+        V: Tensor,
+        *moments: Tensor,
+    ) -> Tensor:
         loss, dmean, dvar = call(impl, "bn_distance", mean, var, M, V, *about)
         ctx.save_for_backward(dmean, dvar)
-        ctx.sizes = [len(v) for v in moments[:half]]
+        ctx.sizes = [v.shape[0] for v in moments[: len(moments) // 2]]
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("bn_stat_loss")
         gradients = [(d * dloss).split(ctx.sizes) for d in ctx.saved_tensors]
-        return None, None, None, None, *gradients[0], *gradients[1]
+        return None, None, None, None, None, None, *gradients[0], *gradients[1]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -88,10 +98,12 @@ class _BatchNorm(torch.autograd.Function):
         return None, dx, None, None, dweight, dbias, None
 
 
-def _moments(impl: Backend, per_image: bool, function: str, inputs: Sequence[Tensor]) -> Moments:
-    if records_gradient("moments_fwd", impl):
-        return call(impl, "moments_fwd", inputs, per_image)
-    return _Moments.apply(impl, per_image, function, *inputs)
+def _moments(backend: Backend, per_image: bool, function: str, inputs: Sequence[Tensor]) -> Moments:
+    if (native := recorder(backend, "moments_fwd", inputs[0])) is not None:
+        moments: Moments = native(inputs, per_image)
+        return moments
+    refuse_transforms(function)
+    return _Moments.apply(resolve(backend, "moments_fwd", inputs[0]), per_image, function, *inputs)
 
 
 def batch_moments(x: Tensor, *, dims: Dims = "batch", backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -117,9 +129,8 @@ def batch_moments(x: Tensor, *, dims: Dims = "batch", backend: Backend = "auto")
     check.tensor("x", x, range(2, 16), "(B, C, ...)")
     check.not_empty("x", x)
     check.one_of("dims", dims, ("batch", "image"))
-    refuse_transforms("batch_moments")
     per_image = dims == "image"
-    mean, var = _moments(resolve(backend, "moments_fwd", x), per_image, "batch_moments", [x])
+    mean, var = _moments(backend, per_image, "batch_moments", [x])
     return (mean.view(x.shape[:2]), var.view(x.shape[:2])) if per_image else (mean, var)
 
 
@@ -133,10 +144,11 @@ def normalised_with_moments(
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """batch_norm_moments of what is known to fit: the checks would cost a fifth of a small layer's time."""
+    if (native := recorder(backend, "batch_norm_fwd", x)) is not None:
+        normalised: tuple[Tensor, Tensor, Tensor] = native(x, running_mean, running_var, weight, bias, eps)
+        return normalised
     refuse_transforms("batch_norm_moments")
     impl = resolve(backend, "batch_norm_fwd", x)
-    if records_gradient("batch_norm_fwd", impl):
-        return call(impl, "batch_norm_fwd", x, running_mean, running_var, weight, bias, eps)
     return _BatchNorm.apply(impl, x, running_mean, running_var, weight, bias, eps)
 
 
@@ -186,6 +198,11 @@ def batch_norm_moments(
     return normalised_with_moments(x, running_mean, running_var, weight, bias, eps, backend)
 
 
+def _elements(x: Tensor, distance: Distance) -> int:
+    """Of x, not empty, that one mean is taken of."""
+    return x.numel() // (x.shape[0] * x.shape[1] if distance == "image" else x.shape[1])
+
+
 def _check_layers(name: str, layers: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     if len(layers) != len(inputs):
         raise ValueError(f"{name} must have one tensor per layer, got {len(layers)} for {len(inputs)} inputs")
@@ -225,8 +242,7 @@ def _check_inputs(inputs: Sequence[Tensor], distance: Distance, spans_ranks: boo
         check.not_empty(f"inputs[{i}]", x)
         if x.device != inputs[0].device:
             check.same_device(**{"inputs[0]": inputs[0], f"inputs[{i}]": x})
-        elements = x[0, 0].numel() if distance == "image" else x[:, 0].numel()
-        if elements < (1 if spans_ranks and distance != "image" else 2):
+        if _elements(x, distance) < (1 if spans_ranks and distance != "image" else 2):
             raise ValueError(
                 f"inputs[{i}] must hold at least 2 elements per channel{' and image' if distance == 'image' else ''} "
                 f"to have a variance, got {tuple(x.shape)}"
@@ -271,7 +287,7 @@ def _moments_of(inputs: Sequence[Tensor], per_image: bool, backend: Backend) -> 
     found: dict[int, Moments] = {}
     for where in of_dtype.values():
         group = [inputs[i] for i in where]
-        both = _moments(resolve(backend, "moments_fwd", group[0]), per_image, "bn_stat_loss", group)
+        both = _moments(backend, per_image, "bn_stat_loss", group)
         if len(of_dtype) == 1:
             return both
         sizes = [x.shape[0] * x.shape[1] if per_image else x.shape[1] for x in group]
@@ -311,12 +327,17 @@ def bn_stat_loss_and_moments(
     refuse_transforms("bn_stat_loss")
     per_image = distance == "image"
     rows = [x.shape[0] if per_image else 1 for x in inputs]
+    as_they_are = moments is not None and merge is None and momentum is None
+    by_layer: list[Tensor] = []
     if moments is None:
         mean, var = _moments_of(inputs, per_image, backend)
     else:
         acc = accumulator(*inputs)
-        by_layer = [pair[k].to(acc) for k in range(2) for pair in moments]
-        mean, var = torch.cat(by_layer[: len(inputs)]), torch.cat(by_layer[len(inputs) :])
+        by_layer = [pair[k] for k in range(2) for pair in moments]
+        by_layer = [v if v.dtype == acc else v.to(acc) for v in by_layer]
+        # The gradient of what is compared as it is goes to the layers with no graph in between.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not as_they_are):
+            mean, var = torch.cat(by_layer[: len(inputs)]), torch.cat(by_layer[len(inputs) :])
     if merge is not None:
         mean, var = merge((mean, var))
     if momentum is not None and ema is not None:
@@ -325,12 +346,13 @@ def bn_stat_loss_and_moments(
             for v, average in zip((mean, var), ema, strict=True)
         )
     channels = [x.shape[1] for x in inputs]
-    counts = [x[0, 0].numel() if per_image else x[:, 0].numel() for x in inputs]
+    counts = [_elements(x, distance) for x in inputs]
     weights = [1.0] * len(inputs) if layer_weights is None else [float(w) for w in layer_weights]
     M, V = torch.cat(list(running_means)), torch.cat(list(running_vars))
     impl = resolve(backend, "bn_distance", mean)
-    compared = (mean, var) if moments is None or merge is not None or momentum is not None else by_layer
-    loss = _Distance.apply(impl, (channels, rows, counts, weights, distance), M, V, *compared)
+    compared = by_layer if as_they_are else (mean, var)
+    about = (channels, rows, counts, weights, distance)
+    loss = _Distance.apply(impl, about, mean.detach(), var.detach(), M, V, *compared)
     return loss, mean, var
 
 
