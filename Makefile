@@ -18,7 +18,7 @@ GPU_OUT ?= gpu
 verdict = && echo "$@: pass" || { echo "$@: fail"; exit 1; }
 
 .PHONY: install demo demo-datafree study test lint types bench docs dist clean
-.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-report
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-training gpu-report
 
 $(ENV): pyproject.toml setup.py MANIFEST.in $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastkd needs Python >= 3.10: make PYTHON=...")'
@@ -62,7 +62,7 @@ docs: $(ENV)
 
 # Each call takes at most nine minutes; gpu.json and gpu.md in GPU_OUT say what became of all of them.
 gpu:
-	@$(MAKE) --no-print-directory -k gpu-build gpu-test gpu-sanitize gpu-bench; status=$$?; \
+	@$(MAKE) --no-print-directory -k gpu-build gpu-test gpu-sanitize gpu-bench gpu-training; status=$$?; \
 	$(MAKE) --no-print-directory gpu-report && (exit $$status) $(verdict)
 
 gpu-build:
@@ -78,6 +78,9 @@ gpu-sanitize:
 gpu-bench:
 	@$(GPU_PYTHON) -m benchmarks profile --device cuda --trace $(GPU_OUT) --json $(GPU_OUT)/profile.json; \
 	$(GPU_LIMIT) $(GPU_PYTHON) -m benchmarks --device cuda --seconds 2 --json $(GPU_OUT)/cases.json $(verdict)
+
+gpu-training:
+	@$(GPU_LIMIT) $(GPU_PYTHON) -m benchmarks training --device cuda --json $(GPU_OUT)/training.json $(verdict)
 
 gpu-report:
 	@$(GPU_PYTHON) -m benchmarks gpu $(GPU_OUT) $(verdict)

@@ -1,6 +1,6 @@
 """What the calls of `make gpu` left behind, as one JSON and one Markdown: python -m benchmarks gpu FOLDER.
 
-Reads tests.xml (pytest), sanitizer.json, cases.json and profile.json; what is missing is said to be.
+Reads tests.xml (pytest), sanitizer.json, cases.json, profile.json and training.json; what is missing is said to be.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from benchmarks import report
 from benchmarks.sanitize import Verdict
 
 Row = dict[str, Any]
-FILES = {"sanitizer": "sanitizer.json", "cases": "cases.json", "profile": "profile.json"}
+FILES = {"sanitizer": "sanitizer.json", "cases": "cases.json", "profile": "profile.json", "training": "training.json"}
 
 
 def tests(path: Path) -> Row | None:
@@ -74,6 +74,16 @@ def markdown(head: Row, found: Row) -> str:
         for row in found["profile"]["parts"]:
             device = "-" if row["device"] is None else f"{row['device'] * 1e3:.2f}"
             lines.append(f"| {row['losses']} | {row['part']} | {row['host'] * 1e3:.2f} | {device} |")
+    if found["training"] is None:
+        lines.append("\nTraining: not run.\n")
+    else:
+        lines += ["\n| training | setting | measured | goal, at most | |", "|---|---|---|---|---|"]
+        for row in found["training"]["training"]:
+            goal = "-" if row["goal"] is None else f"{row['goal']:.3g}"
+            verdict = {True: "reached", False: "missed", None: ""}[row["reached"]]
+            lines.append(
+                f"| {row['figure']} | {row['setting']} | {row['value']:.3g} {row['unit']} | {goal} | {verdict} |"
+            )
     return "\n".join(lines) + "\n"
 
 
