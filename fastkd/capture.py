@@ -162,11 +162,6 @@ class FusedBatchNormStat:
         self._has_act = not is_plain
         # A frozen one normalises alike in both modes.
         self._has_modes = isinstance(layer, _BatchNorm)
-        # Attributes of a module are found in Python, which takes a small layer longer than its arithmetic.
-        self._mean_in = _table_of(layer, "running_mean")
-        self._var_in = _table_of(layer, "running_var")
-        self._weight_in = _table_of(layer, "weight")
-        self._bias_in = _table_of(layer, "bias")
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         layer = self._layer
@@ -175,10 +170,11 @@ class FusedBatchNormStat:
                 "a batch norm is in train mode, where fused statistics have no meaning: call model.eval()"
             )
         (x,) = args or kwargs.values()
-        running_mean, weight = self._mean_in["running_mean"], self._weight_in["weight"]
+        buffers, parameters = layer._buffers, layer._parameters
+        running_mean, running_var = _held(buffers, "running_mean", layer), _held(buffers, "running_var", layer)
         if x.dim() < 2 or x.size(1) != running_mean.size(0):
             raise ValueError(f"input must have shape (B, {len(running_mean)}, ...), got {tuple(x.shape)}")
-        running_var, bias = self._var_in["running_var"], self._bias_in["bias"]
+        weight, bias = _held(parameters, "weight", layer), _held(parameters, "bias", layer)
         y, mean, var = normalised_with_moments(x, running_mean, running_var, weight, bias, layer.eps)
         self._keep(x, (mean, var))
         if self._has_act:
@@ -186,21 +182,10 @@ class FusedBatchNormStat:
         return y
 
 
-class _Attributes:
-    """The attributes of a module as a table."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def _table_of(module: nn.Module, name: str) -> Any:
-    """What holds a tensor of the module under this name: a table of its own, unless it is made by a parametrization."""
-    if name in module._buffers:
-        return module._buffers
-    return module._parameters if name in module._parameters else _Attributes(module)
+def _held(table: dict[str, Any], name: str, module: nn.Module) -> Any:
+    """module.<name>, from the table that mostly holds it: modules search theirs in Python, which takes a small layer
+    longer than its arithmetic."""
+    return table[name] if name in table else getattr(module, name)
 
 
 @dataclass

@@ -606,6 +606,21 @@ def test_fused_restores_the_model_bit_for_bit(normed, error):
     assert torch.equal(normed(IMAGES), expected)
 
 
+@pytest.mark.parametrize("name", ["weight", "running_mean"])
+def test_fused_takes_what_a_layer_holds_at_the_time(normed, name):
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    with torch.no_grad(), capture.bn_inputs(normed, fused=True):
+        before = normed(IMAGES)
+        nn.utils.parametrize.register_parametrization(normed[1], name, Double())
+        after = normed(IMAGES)
+    with torch.no_grad():
+        torch.testing.assert_close(after, normed(IMAGES))
+    assert not torch.allclose(after, before)
+
+
 def test_fused_refuses_what_it_cannot_replace(normed):
     class Own(nn.BatchNorm2d):
         def forward(self, x):

@@ -359,6 +359,16 @@ def test_no_variance_below_zero(backend: str) -> None:
         assert (var >= 0).all()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels"])
+@pytest.mark.parametrize("positions", [16, 900])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # float32 has no such numbers
+def test_a_mean_whose_square_overflows(backend: str, positions: int, layout: str) -> None:
+    x = strided(torch.full((40, 6, positions, 1), 1e160, dtype=torch.float64, device=DEVICE), layout)
+    mean, var = fastkd.batch_moments(x, backend=backend)
+    assert torch.allclose(mean, torch.full_like(mean, 1e160))
+    assert ((var >= 0) & (var.sqrt() < 1e146)).all()
+
+
 @pytest.mark.parametrize("shape", [(17, 5, 15, 1), (1, 2, 1, 63)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_weight_and_bias_whatever_the_layouts(backend: str, shape: tuple[int, ...]) -> None:

@@ -320,7 +320,7 @@ FASTKD_INLINE void merge_columns(
   for (int64_t c = 0; c < C; ++c) {
     const double e = deviation[c], delta = pivot[c] + e * inverse - mean[c];
     mean[c] += delta * share;
-    m2[c] += squares[c] - e * e * inverse + delta * delta * weight;
+    m2[c] += squares[c] - e * e * inverse + delta * weight * delta;  // of the first block 0, where a square overflows
   }
 }
 
