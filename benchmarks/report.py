@@ -23,8 +23,18 @@ HEAD = (
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    """The commit, marked where what is measured differs from it: anything but results and the docs made of them."""
+
+    def git(*args: str) -> str:
+        try:
+            return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:  # no git
+            return ""
+
+    commit = git("describe", "--always", "--exclude=*")
+    written = [f":(top,exclude){path}" for path in ("benchmarks/results", "docs", "README.md")]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
+    return f"{commit}{'-dirty' if changed else ''}" if commit else "unknown"
 
 
 def header(device: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 import time
 from functools import partial
 
@@ -233,6 +234,29 @@ def test_a_failed_program_is_no_clean_bill(tmp_path, monkeypatch: pytest.MonkeyP
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert str(sanitize.check("memcheck", ["true"])) == "memcheck: not run, its program ended with status 1"
+
+
+def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*args: str) -> None:
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *args], check=True, capture_output=True)
+
+    measured, result = tmp_path / "fastkd.py", tmp_path / "benchmarks" / "results" / "x.json"
+    result.parent.mkdir(parents=True)
+    monkeypatch.setattr(report, "ROOT", tmp_path / "benchmarks")
+    assert report.header("cpu")["commit"] == "unknown"
+    for path in (measured, result):
+        path.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "x")
+    commit = report.header("cpu")["commit"]
+    result.write_text("2")
+    assert report.header("cpu")["commit"] == commit
+    measured.write_text("2")
+    assert report.header("cpu")["commit"] == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert report.header("cpu")["commit"] == "unknown"
 
 
 def test_gpu_report_says_what_is_missing_and_what_failed(tiny: Measured, tmp_path, capsys) -> None:
