@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import time
 from functools import partial
@@ -236,6 +237,7 @@ def test_a_failed_program_is_no_clean_bill(tmp_path, monkeypatch: pytest.MonkeyP
     assert str(sanitize.check("memcheck", ["true"])) == "memcheck: not run, its program ended with status 1"
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*args: str) -> None:
         who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
