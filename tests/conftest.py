@@ -1,6 +1,9 @@
-"""Marks every test that runs a Triton kernel: `make test` runs those in a process of their own, interpreted."""
+"""What tests of several files start from. Marks every test that runs a Triton kernel: `make test` runs those in a
+process of their own, interpreted.
+"""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three digits as 32 px PNGs, 16 of each, in a folder per class."""
+    from fastkd.train.data import Digits  # needs timm, as all that use it
+
+    root, counts = tmp_path_factory.mktemp("images"), [0, 0, 0]
+    for image, target in Digits(train=True):
+        if target < 3 and counts[target] < 16:
+            path = root / f"class{target}" / f"{counts[target]}.png"
+            path.parent.mkdir(exist_ok=True)
+            image.resize((32, 32)).save(path)
+            counts[target] += 1
+    return root

@@ -12,23 +12,9 @@ Image = pytest.importorskip("PIL.Image")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from fastkd.train.data import Digits  # noqa: E402
 from fastkd.train.study import app  # noqa: E402
 
 VIT = "patch_size=8,depth=2,num_heads=2"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three digits, 16 of each."""
-    root, counts = tmp_path_factory.mktemp("images"), [0, 0, 0]
-    for image, target in Digits(train=True):
-        if target < 3 and counts[target] < 16:
-            path = root / f"class{target}" / f"{counts[target]}.png"
-            path.parent.mkdir(exist_ok=True)
-            image.resize((32, 32)).save(path)
-            counts[target] += 1
-    return root
 
 
 def study(folder: Path, out: Path, *options: str) -> str:

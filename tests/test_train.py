@@ -24,7 +24,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from fastkd.train import DataError, DivergedError, InputError, checkpoint, job, models, prepare, report  # noqa: E402
 from fastkd.train.clock import LossClock  # noqa: E402
-from fastkd.train.data import Batches, Digits, create_loaders, find_unreadable, leave_out, open_data  # noqa: E402
+from fastkd.train.data import Batches, create_loaders, find_unreadable, leave_out, open_data  # noqa: E402
 from fastkd.train.loop import Trainee, evaluate  # noqa: E402
 from fastkd.train.plan import plan  # noqa: E402
 from fastkd.train.ranks import Ranks, keep_to_own_cores  # noqa: E402
@@ -41,20 +41,6 @@ def vit_args(embed_dim: int, depth: int = 2, patch_size: int = 8) -> dict:
 
 def vit(embed_dim: int, depth: int = 2, **kwargs) -> torch.nn.Module:
     return timm.create_model(VIT, num_classes=3, img_size=32, **vit_args(embed_dim, depth), **kwargs)
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """Three digits as 32 px PNGs, 16 of each, in a folder per class."""
-    root = tmp_path_factory.mktemp("images")
-    digits, counts = Digits(train=True), [0, 0, 0]
-    for image, target in digits:
-        if target < 3 and counts[target] < 16:
-            path = root / f"class{target}" / f"{counts[target]}.png"
-            path.parent.mkdir(exist_ok=True)
-            image.resize((32, 32)).save(path)
-            counts[target] += 1
-    return root
 
 
 def small(folder: Path, out: Path, **changes) -> Settings:
