@@ -403,9 +403,10 @@ FASTKD_MULTIVERSION void plane_moments(
     int64_t C,
     int64_t W,
     const Output<scalar_t, acc_t> out,
-    acc_t* mean,                                                       // (C)
-    acc_t* var) {                                                      // (C)
-  acc_t pivots[kColumns], deviations[kColumns], of_squares[kColumns];  // of planes, and of their elements:
+    acc_t* mean,   // (C)
+    acc_t* var) {  // (C)
+  // Of planes, then of their elements.
+  acc_t pivots[kColumns], deviations[kColumns], of_squares[kColumns];
   acc_t pivot[kColumns], deviation[kColumns], squares[kColumns], alpha[kColumns], beta[kColumns];
   double mean_of[kColumns], m2_of[kColumns];
   const int64_t n = C * W;
