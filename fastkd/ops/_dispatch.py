@@ -21,8 +21,6 @@ NAMES = get_args(Backend)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.getenv("TRITON_INTERPRET") == "1"
 
-_NATIVE_KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # of the dispatcher, by device
-
 _default: Backend = "auto"  # what "auto" means now: FASTKD_BACKEND, or the innermost `with fastkd.backend(...)`
 
 
@@ -52,10 +50,14 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkd::{op}", key)
 
 
+def _has_native(op: str, device: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    return key is not None and _has_kernel(op, key)
+
+
 @functools.cache
 def _recorder(op: str, device: str) -> Callable[..., Any] | None:
-    key = _NATIVE_KEYS.get(device)
-    has_both = key is not None and _has_kernel(op, key) and _has_kernel(op, "Autograd")
+    has_both = _has_native(op, device) and _has_kernel(op, "Autograd")
     return getattr(torch.ops.fastkd, op).default if has_both else None
 
 
@@ -77,8 +79,7 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     if name == "native":
         if not _extension.HAS_NATIVE:
             return _extension.WHY_NOT
-        key = _NATIVE_KEYS.get(device)
-        if key is None or not _has_kernel(op, key):
+        if not _has_native(op, device):
             return f"{op} has no compiled implementation for {device} tensors in this build"
     if name == "triton":
         if not HAS_TRITON:
