@@ -1,9 +1,12 @@
 // Import point of fastkd._C: loading it registers the native operators. The schemas are in fastkd/ops/_schemas.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <map>
 #include <string>
 
 #include "isa.h"
+#include "thresholds.h"
 
 namespace py = pybind11;
 
@@ -48,9 +51,27 @@ py::dict build_info() {
       "isa_in_use"_a = fastkd::isa_in_use());
 }
 
+std::map<std::string, int64_t> read_thresholds() {
+  std::map<std::string, int64_t> values;
+  for (const auto* threshold : fastkd::thresholds()) values[threshold->name] = threshold->value;
+  return values;
+}
+
+void set_threshold(const std::string& name, int64_t value) {
+  for (auto* threshold : fastkd::thresholds()) {
+    if (threshold->name != name) continue;
+    if (value < 1) throw py::value_error(name + " must be at least 1, got " + std::to_string(value));
+    threshold->value = value;
+    return;
+  }
+  throw py::key_error(name);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operators of fastkd";
   m.def("build_info", &build_info, "What this library was built with and the instruction set it uses here");
+  m.def("thresholds", &read_thresholds, "Sizes at which kernels split their work, by name");
+  m.def("set_threshold", &set_threshold, "Change such a size for all calls that follow: for tests");
 }

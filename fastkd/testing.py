@@ -77,6 +77,27 @@ def poisoned_allocations() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def thresholds(**values: int) -> Iterator[None]:
+    """Lower sizes at which native kernels split their work: `thresholds(relation_strip_rows=2)` sets
+    "relation.strip_rows". The first underscore stands for the dot.
+
+    Raises:
+        KeyError: no kernel has a threshold of that name.
+    """
+    from fastkd import _C  # only called where the extension is built
+
+    names = {name.replace("_", ".", 1): value for name, value in values.items()}
+    before = _C.thresholds()
+    try:
+        for name, value in names.items():
+            _C.set_threshold(name, value)
+        yield
+    finally:
+        for name in names.keys() & before.keys():
+            _C.set_threshold(name, before[name])
+
+
 DEVICE = "cuda" if torch.cuda.is_available() and not _dispatch.INTERPRETED else "cpu"
 
 
