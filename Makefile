@@ -17,7 +17,7 @@ GPU_LIMIT  := timeout --signal=INT --kill-after=20 540
 GPU_OUT ?= gpu
 verdict = && echo "$@: pass" || { echo "$@: fail"; exit 1; }
 
-.PHONY: install demo demo-datafree study test lint types bench docs dist clean
+.PHONY: install demo demo-datafree study test test-all mutants lint types bench docs dist clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-training gpu-report
 
 $(ENV): pyproject.toml setup.py MANIFEST.in $(wildcard csrc/* csrc/*/*)
@@ -40,8 +40,17 @@ study: $(ENV)
 	$(BIN)/python -m fastkd.train.study
 
 test: $(ENV)
+	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive'
+	$(PYTEST) -m 'not exhaustive'
+
+# Every product of options too.
+test-all: $(ENV)
 	TRITON_INTERPRET=1 $(PYTEST) -m triton
 	$(PYTEST)
+
+# Plants the faults of tests/mutants one at a time and records the test that catches each: some hours on two cores.
+mutants: $(ENV)
+	$(BIN)/python tests/mutants/run.py
 
 lint: $(ENV)
 	$(BIN)/ruff check .

@@ -114,7 +114,9 @@ class Copy:
         command += ["-W", "ignore", *mutant.tests]
         if mutant.is_interpreted:
             env["TRITON_INTERPRET"] = "1"
-            command += ["-m", "triton"]
+            command += ["-m", "triton and not exhaustive"]
+        else:
+            command += ["-m", "not exhaustive"]
         try:
             run = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
@@ -125,7 +127,9 @@ class Copy:
             return found[1]
         if run.returncode < 0 and (lines := re.findall(r"^(tests/\S+)", run.stdout, re.MULTILINE)):
             return f"{lines[-1]}, killed by signal {-run.returncode}"
-        raise RuntimeError(f"{mutant.name}: pytest ended with {run.returncode}\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
+        raise RuntimeError(
+            f"{mutant.name}: pytest ended with {run.returncode}\n{run.stdout[-3000:]}{run.stderr[-3000:]}"
+        )
 
     def plant(self, mutant: Mutant) -> str:
         """The test that catches the mutant; "" if it survives."""
