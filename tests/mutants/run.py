@@ -79,8 +79,8 @@ def mutants() -> list[Mutant]:
     found = []
     for path in sorted(HERE.glob("*.toml")):
         table = tomllib.loads(path.read_text())
-        for row in table["mutant"]:
-            found.append(Mutant(**{**row, "tests": tuple(row.get("tests", table["tests"]))}))
+        rows = ({"tests": table["tests"], **row} for row in table["mutant"])
+        found += [Mutant(**{**row, "tests": tuple(row["tests"])}) for row in rows]
     return found
 
 
@@ -159,7 +159,7 @@ def run(chosen: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str, float]]:
             copy, start = copies.get(), time.monotonic()
             try:
                 done.put((mutant, copy.plant(mutant), time.monotonic() - start))
-            except BaseException as error:  # noqa: BLE001: it is raised where results are read
+            except BaseException as error:  # raised again where results are read
                 done.put(error)
             finally:
                 copies.put(copy)
