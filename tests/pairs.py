@@ -22,7 +22,7 @@ def pairs(
 def in_pairs(
     options: dict[str, Sequence[Any]], *, allowed: Callable[[dict[str, Any]], bool] = lambda _: True
 ) -> pytest.MarkDecorator:
-    """Parametrize a test by such calls, each option an argument of its own: `@in_pairs({"dtype": ..., "bias": ...})`."""
+    """Parametrize a test by such calls, each option an argument of its own: `@in_pairs({"dtype": DTYPES})`."""
     calls = pairs(options, allowed=allowed)
     ids = ["-".join(str(value).removeprefix("torch.") for value in call.values()) for call in calls]
     return pytest.mark.parametrize(tuple(options), [tuple(call.values()) for call in calls], ids=ids)
