@@ -20,11 +20,20 @@ verdict = && echo "$@: pass" || { echo "$@: fail"; exit 1; }
 .PHONY: install demo demo-datafree study test test-all mutants lint types bench docs dist clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-training gpu-report
 
+# An environment with torch, the extension and the trainer: as much as a demo needs.
 $(ENV): pyproject.toml setup.py MANIFEST.in $(wildcard csrc/* csrc/*/*)
+	@echo "fastkd: installing torch, fastkd with its extension, and the trainer (timm, matplotlib, ...) into $(VENV)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastkd needs Python >= 3.10: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/python -m pip install 'torch>=2.10'
-	$(BIN)/python -m pip install -e '.[train,test,lint,docs]'
+	$(BIN)/python -m pip install -e '.[train]'
+	touch $@
+
+# The packages of one more extra, beside the environment: fastkd itself is there and is not built again.
+$(VENV)/.%: $(ENV)
+	@$(BIN)/python -c 'import importlib.metadata as m, re; print("fastkd: installing the packages for \"make $*\":", \
+	  ", ".join(re.split("[ ;]", x)[0] for x in m.requires("fastkd") if re.search("extra == .$*.$$", x)))'
+	$(BIN)/python -m pip install "fastkd[$*]"
 	touch $@
 
 install: $(ENV)
@@ -39,33 +48,33 @@ demo-datafree: $(ENV)
 study: $(ENV)
 	$(BIN)/python -m fastkd.train.study
 
-test: $(ENV)
+test: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive'
 	$(PYTEST) -m 'not exhaustive'
 
 # Every product of options too.
-test-all: $(ENV)
+test-all: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) -m triton
 	$(PYTEST)
 
 # Plants the faults of tests/mutants one at a time and records the test that catches each: some hours on two cores.
-mutants: $(ENV)
+mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants/run.py
 
-lint: $(ENV)
+lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-types: $(ENV)
+types: $(VENV)/.lint $(VENV)/.test
 	$(BIN)/mypy
 
 # About ten minutes on two cores; writes benchmarks/results/<machine>.json and what the docs show of it.
-bench: $(ENV)
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --device cpu --json $(OUT)
 	$(BIN)/python docs/generate.py
 
-docs: $(ENV)
+docs: $(VENV)/.docs
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
 
@@ -95,7 +104,7 @@ gpu-report:
 	@$(GPU_PYTHON) -m benchmarks gpu $(GPU_OUT) $(verdict)
 
 # The sources, a wheel for any machine without the extension, and one for this machine and its torch.
-dist: $(ENV)
+dist: $(VENV)/.lint
 	rm -rf dist
 	$(BIN)/python setup.py --quiet sdist
 	FASTKD_BUILD_EXT=0 $(BIN)/python -m pip wheel --quiet --no-deps -w dist .
