@@ -13,7 +13,7 @@ from fastkd.distributed._ranks import About, Agreed, Own, Ranks, is_small, layou
 from fastkd.distributed.relation import sampled, spanning
 from fastkd.ops._autograd import refuse_transforms, wants_grad
 from fastkd.ops._dispatch import Backend, resolve
-from fastkd.ops.relation import check_manifold
+from fastkd.ops.relation import ReturnTerms, check_manifold
 from fastkd.ops.relation import manifold_layers as local_manifold_layers
 
 
@@ -28,7 +28,7 @@ def manifold_layers(
     num_samples: int,
     generator: torch.Generator | None,
     indices: Sequence[Tensor] | None,
-    return_terms: bool,
+    return_terms: ReturnTerms,
     backend: Backend,
     group: Group,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -79,21 +79,30 @@ def manifold_layers(
             return_terms=return_terms,
             backend=backend,
         )
-        loss, *of_terms = (Averaged.apply(x, ranks.world) for x in (loss_and_terms[0], *loss_and_terms[1]))
-        return (loss, tuple(of_terms)) if return_terms else loss
+        loss, *terms = (Averaged.apply(x, ranks.world) for x in (loss_and_terms[0], *loss_and_terms[1]))
+        return _result(loss, tuple(terms), return_terms)
     pairs = list(zip(students, teachers, strict=True))
     zeros = [s.new_zeros((), dtype=accumulator(s, t)) for s, t in pairs]
-    terms = [zeros, zeros, zeros]
+    of_layers = [zeros, zeros, zeros]
     if intra or return_terms:
-        terms[0] = mean_over_ranks([F.relation_loss(s, t, backend=backend) for s, t in pairs], ranks, sizes)
+        of_layers[0] = mean_over_ranks([F.relation_loss(s, t, backend=backend) for s, t in pairs], ranks, sizes)
     if inter or return_terms:
-        terms[1] = spanning(students, teachers, ranks, agreed, scope="inter", backend=backend)
+        of_layers[1] = spanning(students, teachers, ranks, agreed, scope="inter", backend=backend)
     if random or return_terms:
         at_home = [index.to(s.device) for index, s in zip(rows, students, strict=True)]
-        terms[2] = sampled(students, teachers, at_home, ranks, sizes, backend=backend)
-    L_intra, L_inter, L_random = (torch.stack(term).mean() for term in terms)
+        of_layers[2] = sampled(students, teachers, at_home, ranks, sizes, backend=backend)
+    L_intra, L_inter, L_random = (torch.stack(losses).mean() for losses in of_layers)
     loss = intra * L_intra + inter * L_inter + random * L_random
-    return (loss, (L_intra, L_inter, L_random)) if return_terms else loss
+    return _result(loss, (L_intra, L_inter, L_random), return_terms)
+
+
+def _result(
+    loss: Tensor, terms: tuple[Tensor, ...], return_terms: ReturnTerms
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    if not return_terms:
+        return loss
+    L_intra, L_inter, L_random = (term.detach() for term in terms) if return_terms == "detached" else terms
+    return loss, (L_intra, L_inter, L_random)
 
 
 def _source(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
@@ -131,7 +140,7 @@ def manifold_loss(
     num_samples: int = 192,
     generator: torch.Generator | None = None,
     index: Tensor | None = None,
-    return_terms: bool = False,
+    return_terms: ReturnTerms = False,
     backend: Backend = "auto",
     group: Group = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -149,7 +158,7 @@ def manifold_loss(
         num_samples: K distinct rows of the random term; all of them where K > ΣB*N.
         generator: source of the draw, which the first rank of the group makes for all; the others' is left alone.
         index: (K,) int64 rows of all ranks' tokens, in their order, instead of a draw. The first rank's counts.
-        return_terms: also give the unweighted (intra, inter, random).
+        return_terms: as in fastkd.manifold_loss.
         backend: of the relation kernels; an inter term by Grams is PyTorch operations.
         group: a torch.distributed process group that this rank is in; None: the default one.
 

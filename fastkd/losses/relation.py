@@ -10,7 +10,7 @@ from fastkd import distributed
 from fastkd import functional as F
 from fastkd.ops import _checks as check
 from fastkd.ops._dispatch import Backend
-from fastkd.ops.relation import Algorithm, Rectify, Scope, manifold_layers
+from fastkd.ops.relation import Algorithm, Rectify, ReturnTerms, Scope, manifold_layers
 
 
 class RelationLoss(nn.Module):
@@ -95,7 +95,7 @@ class ManifoldLoss(nn.Module):
         *,
         indices: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
-        return_terms: bool = False,
+        return_terms: ReturnTerms = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Mean of fastkd.manifold_loss over layers.
 
@@ -104,7 +104,8 @@ class ManifoldLoss(nn.Module):
             teachers: per matched layer the teacher's tokens (B, N, Dt).
             indices: per layer the rows (K,) of the random term, instead of a draw.
             generator: source of the draws (not under torch.compile).
-            return_terms: also give the layer means of the unweighted (intra, inter, random).
+            return_terms: also give the layer means of the unweighted (intra, inter, random), each differentiable by
+                itself; "detached" gives them as values to log, at no cost.
 
         Raises:
             ValueError: no layer, or lists of unequal length.
