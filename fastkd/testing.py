@@ -1,6 +1,7 @@
 """How this project decides that two tensors agree, and the inputs it tests on."""
 
 import contextlib
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +86,7 @@ def thresholds(**values: int) -> Iterator[None]:
     Raises:
         KeyError: no kernel has a threshold of that name.
     """
-    from fastkd import _C  # only called where the extension is built
+    _C = importlib.import_module("fastkd._C")  # only called where the extension is built
 
     names = {name.replace("_", ".", 1): value for name, value in values.items()}
     before = _C.thresholds()

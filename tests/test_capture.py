@@ -129,9 +129,9 @@ def test_sequence_by_position_name_and_slice():
 
 
 def test_int_blocks_of_each_family():
-    assert capture._resolve(build("efficientnet"), [0, -1]) == ["blocks.0", "blocks.4"]
-    assert capture._resolve(build("resnet"), [0, 4]) == ["act1", "layer4"]
-    assert capture._resolve(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), [-1]) == ["1"]
+    assert capture.resolve(build("efficientnet"), [0, -1]) == ["blocks.0", "blocks.4"]
+    assert capture.resolve(build("resnet"), [0, 4]) == ["act1", "layer4"]
+    assert capture.resolve(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), [-1]) == ["1"]
 
 
 def test_student_learns_and_teacher_does_not():

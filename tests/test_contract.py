@@ -1,7 +1,9 @@
 """What every public function promises beyond its value, checked on every case of tests/cases.py."""
 
+import importlib
+import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd.ops import _dispatch, _schemas
+import fastkd.reference
+from fastkd.ops import _autograd, _dispatch, _schemas
 from fastkd.ops._autograd import scaled
 from fastkd.testing import DEVICE, loss_and_gradients, poisoned_allocations, relative_difference
 
@@ -26,7 +29,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def test_every_public_function_has_a_case() -> None:
+def test_every_public_function_has_a_formula_and_a_case() -> None:
+    assert fastkd.reference.__all__ == fastkd.functional.__all__
     assert {case.function for case in CASES} == set(fastkd.functional.__all__)
 
 
@@ -149,6 +153,20 @@ def test_no_operator_is_registered_beside_the_page() -> None:
     assert registered == {f"fastkd::{op}{suffix}" for op in _schemas.STEMS for suffix in ("", "_eager", "_triton")}
 
 
+@pytest.mark.parametrize("op", list(_schemas.STEMS))
+def test_schema_and_implementations_name_the_same_arguments(op: str) -> None:
+    """The order of an operator's arguments is written in its schema; fake, eager and Triton follow it."""
+    schema = [argument.name for argument in getattr(torch.ops.fastkd, op).default._schema.arguments]
+    functions = [
+        getattr(_schemas, f"_{op}"),
+        getattr(importlib.import_module(f"fastkd.eager.{_schemas.STEMS[op]}"), op),
+    ]
+    if _dispatch.HAS_TRITON:
+        functions.append(getattr(importlib.import_module(f"fastkd_kernels.{_schemas.STEMS[op]}"), op))
+    for function in functions:
+        assert list(inspect.signature(function).parameters) == schema, function.__module__
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("stored", [torch.float32, None], ids=["from float32", "as stored"])
 def test_a_stored_gradient_is_scaled_in_float32_and_rounded_once(
@@ -174,6 +192,23 @@ def test_a_stored_gradient_on_a_gpu_is_scaled_by_one_kernel() -> None:
     with Kernels() as kernels:
         scaled(stored, torch.empty((), device="meta"), torch.bfloat16)
     assert kernels.calls == 1
+
+
+def test_a_stored_gradient_on_a_gpu_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured graph replays its backward pass, which would scale a tensor that it had written to once more."""
+
+    class Written(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(_autograd, "_is_last_use", lambda _: True)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        with Written() as written:
+            scaled(torch.empty(8, dtype=dtype, device="meta"), torch.empty((), device="meta"), dtype)
+        assert not any(name.split(".")[0].endswith("_") for name in written.names), written.names
 
 
 def test_a_stored_gradient_is_handed_out_once() -> None:

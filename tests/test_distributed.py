@@ -70,7 +70,7 @@ def shared_out(loss):
     """The same loss with the work shared out, as for batches that are too large for every rank to take whole."""
 
     def run(api, s, t, labels, **group):
-        with mock.patch.object(distributed, "SMALL", 0):
+        with mock.patch.object(distributed._ranks, "SMALL", 0):
             return loss(api, s, t, labels, **group)
 
     return run
@@ -190,12 +190,12 @@ def oracle(rank: Rank) -> None:
 def auto(rank: Rank) -> None:
     """Which algorithm sends less, and that what Grams send does not grow with the batch."""
     wide, narrow = (torch.empty(1, 1, D) for D in (24, 4))
-    assert distributed.pick_algorithm(100, wide, wide, "none", True) == "tile"
-    assert distributed.pick_algorithm(1000, wide, wide, "none", True) == "gram"
-    assert distributed.pick_algorithm(1000, wide.half(), wide.half(), "none", True) == "gram"
-    assert distributed.pick_algorithm(200, wide.half(), wide.half(), "none", True) == "tile"
-    assert distributed.pick_algorithm(1000, wide, wide, "both", True) == "tile"
-    assert distributed.pick_algorithm(1000, wide, wide, "none", False) == "tile"
+    assert distributed.relation.pick_algorithm(100, wide, wide, "none", True) == "tile"
+    assert distributed.relation.pick_algorithm(1000, wide, wide, "none", True) == "gram"
+    assert distributed.relation.pick_algorithm(1000, wide.half(), wide.half(), "none", True) == "gram"
+    assert distributed.relation.pick_algorithm(200, wide.half(), wide.half(), "none", True) == "tile"
+    assert distributed.relation.pick_algorithm(1000, wide, wide, "both", True) == "tile"
+    assert distributed.relation.pick_algorithm(1000, wide, wide, "none", False) == "tile"
     traffic = []
     for tokens in (20, 200):
         s, t = (randn(2, tokens, D, seed=D) for D in (4, 3))
@@ -211,7 +211,7 @@ def auto(rank: Rank) -> None:
             distributed.relation_loss(s, t, scope="batch", group=rank.group)
         traffic.append(sent[0])
     assert traffic == ([0, 0] if rank.world == 1 else [8 * (16 + 12 + 9)] * 2)
-    assert distributed.pick_algorithm(20, narrow, narrow, "none", True) == "tile"
+    assert distributed.relation.pick_algorithm(20, narrow, narrow, "none", True) == "tile"
 
 
 def first_index(rank: Rank) -> None:
@@ -222,7 +222,7 @@ def first_index(rank: Rank) -> None:
     options = {"intra": 0, "inter": 0, "random": 1.0, "num_samples": 4, "group": rank.group}
     drawn = distributed.manifold_loss(*own, generator=generator, **options)
     generator.manual_seed(100 + rank.rank)
-    with mock.patch.object(distributed, "SMALL", 0):
+    with mock.patch.object(distributed._ranks, "SMALL", 0):
         shared = distributed.manifold_loss(*own, generator=generator, **options)
     assert relative_difference(shared, drawn) <= 1e-5
     rows = torch.randperm(sum(rank.sizes) * N, generator=torch.Generator().manual_seed(100))[:4]
@@ -252,8 +252,8 @@ def sent_along(rank: Rank) -> None:
         return [losses[0].detach(), *torch.autograd.grad(losses[0], leaf)]
 
     def sent_later(**options) -> int:
-        gather = distributed._Ranks.gather
-        with mock.patch.object(distributed._Ranks, "gather", autospec=True, side_effect=gather) as sent:
+        gather = distributed._ranks.Ranks.gather
+        with mock.patch.object(distributed._ranks.Ranks, "gather", autospec=True, side_effect=gather) as sent:
             found = loss(rank.own, slice(None), **options)
         assert options or all(map(torch.equal, found, expected))
         return sent.call_count
@@ -468,7 +468,7 @@ CHECKS = {
 def work(rank: int, folder: str) -> None:
     """What each process does: every check in every group it is in, and a note of how that went."""
     torch.set_num_threads(1)
-    distributed._CHUNK = 100  # several pieces and a tail at these sizes
+    distributed._messages.CHUNK = 100  # several pieces and a tail at these sizes
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3, timeout=timedelta(seconds=30)
     )

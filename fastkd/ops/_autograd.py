@@ -63,17 +63,18 @@ def _is_last_use(dloss: Tensor) -> bool:
 def scaled(stored: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
     """stored * dloss (one number, or one per row), rounded once to dtype: the product is in float32 or better.
 
-    A new tensor unless nobody can read stored again, which then becomes the product: on CPUs the pages of a new one
-    cost up to a quarter of a whole loss. A pack hook (torch.autograd.graph.saved_tensors_hooks) that keeps the very
-    tensor it was given would see it change.
+    The result is a new tensor, except on a CPU in the backward pass that frees its graph: there nobody can read
+    `stored` again, and it becomes the product itself, because the pages of a new tensor cost up to a quarter of a whole
+    loss. Only a pack hook (torch.autograd.graph.saved_tensors_hooks) that keeps the very tensor it was given sees the
+    change. On a GPU memory is cached, and a captured graph may replay a backward pass: `stored` is never written there.
     """
     if torch.compiler.is_compiling():
         return (stored * dloss).to(dtype)
     # On CPU torch multiplies by a 0-dim float32 in float32; on CUDA it rounds it to 16 bits first.
     if stored.dtype == dtype and (stored.device.type == "cpu" or dtype in (torch.float32, torch.float64)):
-        if not _is_last_use(dloss):
+        if stored.device.type != "cpu" or not _is_last_use(dloss):
             return stored * dloss
-        return stored if dloss.numel() == 1 and dloss.device.type == "cpu" and dloss.item() == 1 else stored.mul_(dloss)
+        return stored if dloss.numel() == 1 and dloss.item() == 1 else stored.mul_(dloss)
     if dtype in (torch.float32, torch.float64) or dloss.numel() > 1:
         return (stored * dloss).to(dtype)
     out = torch.empty_like(stored, dtype=dtype)

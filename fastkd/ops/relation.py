@@ -14,6 +14,7 @@ from fastkd.ops._dispatch import Backend, call, resolve
 Scope = Literal["intra", "inter", "batch"]
 Rectify = Literal["none", "both", "teacher"]
 Algorithm = Literal["tile", "gram", "auto"]
+ReturnTerms = bool | Literal["detached"]
 
 
 class _Relation(torch.autograd.Function):
@@ -34,9 +35,9 @@ class _Relation(torch.autograd.Function):
 
 
 class _Manifold(torch.autograd.Function):
-    """The three terms of matched layers at once; the gradient of their weighted sum is formed in forward.
+    """The weighted sum of the three terms of matched layers, and the terms as values.
 
-    A term differentiated by itself, which only a caller of return_terms can do, has its gradient computed in backward.
+    The gradient of the sum is formed in forward; backward scales it.
     """
 
     @staticmethod
@@ -46,30 +47,17 @@ class _Manifold(torch.autograd.Function):
         students, teachers, indices = _thirds(tensors, n_layers)
         per_layer = [w / n_layers for w in weights]
         terms, dstudents = call(impl, "manifold_fwd", students, teachers, indices, *per_layer, with_grad)
-        ctx.save_for_backward(*dstudents, *(tensors if with_grad else ()))
-        ctx.impl, ctx.n_layers = impl, n_layers
-        ctx.set_materialize_grads(False)
-        means = terms.mean(0).unbind()
-        return (sum(w * mean for w, mean in zip(weights, means, strict=True)), *(mean.clone() for mean in means))
+        ctx.save_for_backward(*dstudents)
+        ctx.dtypes = [s.dtype for s in students]
+        means = [mean.clone() for mean in terms.mean(0).unbind()]
+        ctx.mark_non_differentiable(*means)
+        return (sum(w * mean for w, mean in zip(weights, means, strict=True)), *means)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, *dterms: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("manifold_loss")
-        n, saved = ctx.n_layers, ctx.saved_tensors  # unpacked once: checkpointing allows no more
-        dstudents, tensors = saved[:n], saved[n:]
-        students = tensors[:n]
-        grads = (
-            [None] * n
-            if dloss is None
-            else [scaled(d, dloss, s.dtype) for d, s in zip(dstudents, students, strict=True)]
-        )
-        for i, dterm in enumerate(dterms):
-            if dterm is not None:
-                alone = [float(i == k) / n for k in range(3)]
-                _, own = call(ctx.impl, "manifold_fwd", *_thirds(tensors, n), *alone, True)
-                extra = [scaled(d, dterm, s.dtype) for d, s in zip(own, students, strict=True)]
-                grads = extra if grads[0] is None else [a + b for a, b in zip(grads, extra, strict=True)]
-        return None, None, None, None, *grads, *(None,) * (2 * n)
+        gradients = [scaled(d, dloss, dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return None, None, None, None, *gradients, *(None,) * (2 * len(gradients))
 
 
 def _thirds(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -212,7 +200,7 @@ def manifold_loss(
     num_samples: int = 192,
     generator: torch.Generator | None = None,
     index: Tensor | None = None,
-    return_terms: bool = False,
+    return_terms: ReturnTerms = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Fine-grained manifold distillation of one layer: Hao et al. 2022 (arXiv:2107.01378), weights of its code.
@@ -228,7 +216,8 @@ def manifold_loss(
         num_samples: K distinct rows of the random term; all of them where K > B*N.
         generator: source of the draw (not under torch.compile); torch's default generator if None.
         index: (K,) int64 rows to take instead of drawing them.
-        return_terms: also give the unweighted (intra, inter, random).
+        return_terms: also give the unweighted (intra, inter, random), each differentiable by itself; "detached" gives
+            them as values to log, at no cost.
         backend: "auto", "eager", "native" or "triton".
 
     Returns:
@@ -283,21 +272,23 @@ def manifold_layers(
     num_samples: int,
     generator: torch.Generator | None,
     indices: Sequence[Tensor] | None,
-    return_terms: bool,
+    return_terms: ReturnTerms,
     backend: Backend,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Mean of manifold_loss over matched layers, in one operator call where no term is cheaper by Grams.
 
-    Returns (loss, terms); the terms are 0 where their weight is 0 and return_terms is not set.
+    Return (loss, terms); the terms are meant to be read only if return_terms asks for them. Those to be differentiated
+    have a gradient each, formed in forward: whichever of them a caller uses, nothing is computed twice.
     """
+    check.one_of("return_terms", return_terms, (False, True, "detached"))
     weights = {"intra": intra, "inter": inter, "random": random}
     check_manifold(students, teachers, indices, weights, num_samples)
     refuse_transforms("manifold_loss")
     if indices is None:
         indices = [draw_rows(s, num_samples, generator) for s in students]
 
-    # Grams need a call of their own, and so does a graph in which a term may be differentiated by itself.
-    separate = (return_terms and torch.compiler.is_compiling()) or (not return_terms and 0 in weights.values())
+    # Terms to be differentiated by themselves, Grams, and a sum that lacks a term each need calls of their own.
+    separate = return_terms is True or (not return_terms and 0 in weights.values())
     for s, t in zip(students, teachers, strict=True):
         B, N, Ds = s.shape
         separate |= (s.dtype, s.device) != (students[0].dtype, students[0].device)
@@ -321,4 +312,7 @@ def manifold_layers(
         return torch.stack(losses).mean()
 
     terms = (term("intra", scope="intra"), term("inter", scope="inter"), term("random", scope="batch", index=indices))
-    return intra * terms[0] + inter * terms[1] + random * terms[2], terms
+    loss = intra * terms[0] + inter * terms[1] + random * terms[2]
+    if return_terms == "detached":
+        terms = (terms[0].detach(), terms[1].detach(), terms[2].detach())
+    return loss, terms

@@ -23,7 +23,7 @@ class _ManifoldFeatures(FeatureLoss):
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[Tensor, Parts]:
         if self.interpolate:
             teachers = [resize_tokens(t, s.shape[1]) for s, t in zip(students, teachers, strict=True)]
-        loss, terms = self.loss(students, teachers, return_terms=True)
+        loss, terms = self.loss(students, teachers, return_terms="detached")
         return loss, dict(zip(("intra", "inter", "random"), terms, strict=True))
 
 

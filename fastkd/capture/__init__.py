@@ -1,0 +1,10 @@
+"""Context managers that collect what a loss needs from a live model; a hook lives no longer than its `with`."""
+
+from fastkd.capture._batch_norm import BatchNormInputs, FusedBatchNormStat, bn_inputs
+from fastkd.capture._hooks import Captured
+from fastkd.capture._modules import block_names as block_names
+from fastkd.capture._modules import resolve as resolve
+from fastkd.capture._qkv import QKV, qkv
+from fastkd.capture._tokens import tokens
+
+__all__ = ["QKV", "BatchNormInputs", "Captured", "FusedBatchNormStat", "bn_inputs", "qkv", "tokens"]

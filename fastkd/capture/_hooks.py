@@ -1,0 +1,195 @@
+"""What a forward pass leaves behind: slots that hooks fill, and the sequence that reads them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+T = TypeVar("T")
+Moments = tuple[Tensor, Tensor]  # mean and biased variance per channel
+
+
+class Captured(Sequence[T], Generic[T]):
+    """What the latest forward pass left, in the order asked for: by position, by module name, by iteration.
+
+    Each forward pass replaces what the one before left (of a module that runs twice in it, the last run stays);
+    the recomputation of activation checkpointing replaces nothing. Read it inside the `with`: at its end all is let go.
+
+    names: the modules' names.
+
+    Raises:
+        RuntimeError: read before a forward pass, of a module that never fired, after the `with`, or when what was
+            captured has been overwritten in place since.
+        KeyError, IndexError: nothing captured under that name or position.
+    """
+
+    def __init__(self, slots: "list[Slot]", order: list[int], finish: "Callable[[Slot], T]") -> None:
+        self._slots = slots
+        self._order = order
+        self._finish = finish
+        self.names: tuple[str, ...] = tuple(slots[i].name for i in order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int | str) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | str | slice) -> "T | list[T]":
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if isinstance(index, str):
+            if index not in self.names:
+                raise KeyError(f"{index!r} was not asked for; captured are {', '.join(self.names)}")
+            index = self.names.index(index)
+        return self._read(self._slots[self._order[index]])
+
+    def clear(self) -> None:
+        """Let go of the captured tensors now, for a `with` that spans many steps."""
+        for slot in self._slots:
+            slot.reset()
+
+    def _read(self, slot: "Slot") -> T:
+        if not slot.is_open:
+            raise RuntimeError(
+                f"{slot.name!r} is read after its `with`, which lets go of what it captured; read inside"
+            )
+        if slot.value is None:
+            raise RuntimeError(never_fired([slot.name], slot.hint))
+        if slot.result is None:
+            if slot.version is not None and slot.version != slot.value._version:
+                raise RuntimeError(
+                    f"what {slot.name!r} gave was overwritten in place later in the forward pass; "
+                    "capture the module that overwrites it, or one before an in-place operation"
+                )
+            slot.result = self._finish(slot)
+        return slot.result
+
+
+@dataclass
+class ReplacedForward:
+    """A module whose forward pass is another one until `remove`."""
+
+    module: nn.Module
+    forward: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        # Not by assignment, for which a module looks through its parameters, buffers and modules first.
+        self._before = self.module.__dict__.get("forward")
+        self.module.__dict__["forward"] = self.forward
+
+    def remove(self) -> None:
+        del self.module.__dict__["forward"]
+        if self._before is not None:
+            self.module.__dict__["forward"] = self._before
+
+
+class Stoppable(Protocol):
+    """Something that watches a forward pass and must not outlive it."""
+
+    def stop(self) -> None: ...
+
+
+class State:
+    """What the hooks of one `with` share."""
+
+    def __init__(self) -> None:
+        self.grad = False  # inside a forward pass of the model that records gradients ..
+        self.input_grad = False  # .. and whose input wants one
+        self.watches: list[Stoppable] = []
+
+    def leave(self) -> None:
+        self.grad = False
+        for watch in self.watches:
+            watch.stop()  # still on after an exception
+
+
+class Slot:
+    """What one module left in the latest forward pass. Plain attributes: torch.compile replays their assignment."""
+
+    def __init__(self, name: str, module: nn.Module, hint: str = "") -> None:
+        self.name = name
+        self.module = module
+        self.hint = hint
+        self.is_open = True
+        self.has_fired = False
+        self.value: Any = None
+        self.version: int | None = None
+        self.result: Any = None
+
+    def put(self, value: Any, state: State) -> None:
+        if state.grad and not torch.is_grad_enabled() and (state.input_grad or _is_trained(self.module)):
+            raise RuntimeError(
+                f"{self.name!r} runs without gradients inside a pass that records them, so a loss on it would train "
+                "nothing; use non-reentrant activation checkpointing (use_reentrant=False)"
+            )
+        self.value = value
+        self.result = self.version = None
+        self.has_fired = True
+        if isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference():
+            self.version = value._version
+
+    def reset(self) -> None:
+        self.value = None
+        self.result = None
+        self.version = None
+
+
+@contextmanager
+def hooked(
+    root: nn.Module, slots: list[Slot], attach: Callable[[Slot, State], Sequence[RemovableHandle | ReplacedForward]]
+) -> Iterator[None]:
+    state = State()
+
+    def before(module: nn.Module, args: Any) -> None:
+        if not is_recomputing():
+            state.leave()
+            state.grad = torch.is_grad_enabled()
+            state.input_grad = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+            for slot in slots:
+                slot.reset()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if not is_recomputing():
+            state.leave()
+
+    # No always_call: torch.compile would recompile for the hooks' ids, that is each time the `with` is entered.
+    handles: list[RemovableHandle | ReplacedForward] = [
+        root.register_forward_pre_hook(before),
+        root.register_forward_hook(after),
+    ]
+    try:
+        for slot in slots:
+            handles += attach(slot, state)
+        yield
+        silent = [slot for slot in slots if not slot.has_fired]
+        if silent:
+            raise RuntimeError(never_fired([slot.name for slot in silent], silent[0].hint))
+    finally:
+        state.leave()
+        for handle in handles:
+            handle.remove()
+        for slot in slots:
+            slot.reset()
+            slot.is_open = False
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def is_recomputing() -> bool:
+    # Checkpointing runs modules again from within backward, where the autograd engine has a task id.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def never_fired(names: list[str], hint: str) -> str:
+    return (
+        f"{', '.join(names)} never fired: no forward pass inside the `with`, or the model was compiled and called "
+        f"before it (PyTorch ignores later hooks: enter before the first compiled call), or it is not used{hint}"
+    )

@@ -1,0 +1,97 @@
+"""Which modules a caller means: by name, by number, or by kind."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fastkd.capture._hooks import Slot
+
+
+def unwrap(model: nn.Module) -> Any:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.DataParallel):
+            raise ValueError("model is a DataParallel, which runs copies of its modules; use DistributedDataParallel")
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        else:
+            return inner
+
+
+def resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
+    if isinstance(blocks, str) or not isinstance(blocks, Sequence):
+        raise TypeError(f"blocks must be a list of block indices or module names, got {blocks!r}")
+    if not blocks:
+        raise ValueError("blocks is empty: name at least one")
+    modules = dict(root.named_modules())
+    numbered = block_names(root)
+    kind = type(root).__name__
+    names = []
+    for block in blocks:
+        if isinstance(block, bool) or not isinstance(block, (int, str)):
+            raise TypeError(f"blocks must hold ints or strings, got {block!r}")
+        if isinstance(block, int):
+            if not -len(numbered) <= block < len(numbered):
+                raise ValueError(f"block {block} is not among the {len(numbered)} of {kind}: {', '.join(numbered)}")
+            block = numbered[block]
+        elif block not in modules or not block:
+            close = difflib.get_close_matches(block, modules, n=8, cutoff=0.5)
+            other = [name for name, _ in root.named_children() if name not in numbered]
+            raise ValueError(
+                f"block {block!r} is not in {kind}. Blocks: {', '.join(numbered)}. Other modules: {', '.join(other)}"
+                + (f". Did you mean {', '.join(close)}?" if close else "")
+            )
+        names.append(block)
+    return names
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Module names of the model's blocks, in the order that integers count them in tokens and qkv."""
+    root: Any = model
+    modules = dict(root.named_modules())
+
+    def inside(prefix: str) -> list[str]:
+        children = [f"{prefix}.{name}" for name, _ in modules[prefix].named_children()]
+        # A ModuleList never fires: its members do.
+        return [n for c in children for n in (inside(c) if isinstance(modules[c], nn.ModuleList) else [c])]
+
+    if isinstance(modules.get("blocks"), (nn.ModuleList, nn.Sequential)):
+        return inside("blocks")
+    if "layers" in modules:
+        stages = [f"layers.{name}.blocks" for name, _ in modules["layers"].named_children()]
+        names = [name for stage in stages if stage in modules for name in inside(stage)]
+        if names and all(has_heads(modules[name]) for name in names):
+            return names
+    names = [name for name in feature_channels(root) if name in modules]
+    return names or [name for name, _ in root.named_children()]
+
+
+def feature_channels(root: Any) -> dict[str, int]:
+    info = getattr(root, "feature_info", None)
+    entries = [entry for entry in info if isinstance(entry, dict)] if isinstance(info, list) else []
+    return {entry["module"]: entry["num_chs"] for entry in entries if entry.get("module") and "num_chs" in entry}
+
+
+def module_order(slots: list[Slot], names: list[str]) -> list[int]:
+    position = {slot.name: i for i, slot in enumerate(slots)}
+    return [position[name] for name in names]
+
+
+def nearest(root: Any, name: str, attribute: str) -> Any:
+    """`attribute` of the module called `name`, else of the closest module around it that has it, else None."""
+    parts = name.split(".")
+    for end in range(len(parts), -1, -1):
+        value = getattr(root.get_submodule(".".join(parts[:end])), attribute, None)
+        if value is not None:
+            return value
+    return None
+
+
+def has_heads(module: nn.Module) -> bool:
+    return any(hasattr(m, "num_heads") for m in module.modules())

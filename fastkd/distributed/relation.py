@@ -1,0 +1,380 @@
+"""Relation losses over the batch of all ranks: Grams are summed, features pass by, sampled rows are gathered."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import functional as F
+from fastkd._precision import accumulator, has_fast_float64, matrix_gain, stored_gradient
+from fastkd.distributed import _messages
+from fastkd.distributed._autograd import Averaged, Sum, mean_over_ranks
+from fastkd.distributed._messages import Group, Shapes, length, slices
+from fastkd.distributed._ranks import About, Agreed, Own, Ranks, layout
+from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
+from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
+from fastkd.ops.relation import Algorithm, Rectify, Scope, check_relation
+from fastkd.ops.relation import pick_algorithm as pick_local
+
+
+def pick_algorithm(n: int, student: Tensor, teacher: Tensor, rectify: str, fast_float64: bool) -> str:
+    """What sends fewer bytes a group: its Grams, or the features of the n rows that pass by a rank.
+
+    gram: 2 (Ds² + Ds Dt + Dt²) float64 (an all-reduce sends twice).   tile: n (Ds + Dt) elements as they are.
+    As in one process, gram never with rectification nor where a rank's float64 is crippled.
+    """
+    if rectify != "none" or not fast_float64:
+        return "tile"
+    Ds, Dt = student.shape[-1], teacher.shape[-1]
+    features = n * (Ds * student.element_size() + Dt * teacher.element_size())
+    return "gram" if 16 * (Ds * Ds + Ds * Dt + Dt * Dt) < features else "tile"
+
+
+def _groups(x: Tensor, scope: str) -> Tensor:
+    """(B, N, D) -> (G, n, D)."""
+    return x.transpose(0, 1) if scope == "inter" else x.reshape(1, -1, x.shape[-1])
+
+
+class _Rows:
+    """How rows are scaled: to unit length, or not; a row whose norm is at most eps relates as 0."""
+
+    def __init__(self, normalize: bool, eps: float, acc: torch.dtype) -> None:
+        self.normalize, self.eps, self.acc = normalize, eps, acc
+
+    def unit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x̂, r) of x̂ = r x."""
+        x = x.to(self.acc)
+        if not self.normalize:
+            return x, x.new_ones(()).expand(*x.shape[:-1], 1)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = norm.reciprocal().masked_fill_(norm <= self.eps, 0)
+        return x * r, r
+
+    def through(self, ds_hat: Tensor, s_hat: Tensor, r: Tensor) -> Tensor:
+        """dS = r (dŜ - ŝ <ŝ, dŜ>)."""
+        return r * (ds_hat - s_hat * (s_hat * ds_hat).sum(-1, keepdim=True)) if self.normalize else ds_hat
+
+
+class _Scaled:
+    """Strips of x as (x̂, r): scaled at once where that takes little memory, else each when it is asked for."""
+
+    def __init__(self, x: Tensor, rows: _Rows, at_once: bool) -> None:
+        self.x, self.rows, self.whole = x, rows, rows.unit(x) if at_once else None
+
+    def __getitem__(self, strip: slice) -> tuple[Tensor, Tensor]:
+        if self.whole is None:
+            return self.rows.unit(self.x[strip])
+        x_hat, r = self.whole
+        return x_hat[strip], r[strip]
+
+
+def _gram(s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Rows, ranks: Ranks) -> Tensor:
+    """||SᵀS||² - 2||SᵀT||² + ||TᵀT||² with the Grams summed over ranks, dS = 4/(G n²) (S(SᵀS) - T(TᵀS)) of own rows.
+
+    What is sent does not grow with the batch.
+    """
+    (G, n_own, Ds), Dt, n = s.shape, t.shape[-1], sum(counts)
+    sizes = [Ds * Ds, Ds * Dt, Dt * Dt]
+    total = s.new_zeros((), dtype=torch.float64)
+    for g in slices(G, sum(sizes)):
+        # One message; ST stands in it as (Ds, Dt).
+        message = s.new_zeros(length(g) * sum(sizes), dtype=torch.float64)
+        parts = message.split([length(g) * size for size in sizes])
+        ss, st, tt = (x.view(-1, a, b) for x, (a, b) in zip(parts, ((Ds, Ds), (Ds, Dt), (Dt, Dt)), strict=True))
+        strips = list(slices(n_own, length(g) * (Ds + Dt)))
+        for r in strips:
+            s64, t64 = rows.unit(s[g, r])[0].double(), rows.unit(t[g, r])[0].double()
+            ss.baddbmm_(s64.mT, s64)
+            st.baddbmm_(s64.mT, t64)
+            tt.baddbmm_(t64.mT, t64)
+        ranks.sum_(message)
+        total += ss.square().sum() - 2 * st.square().sum() + tt.square().sum()
+        if ds is not None:
+            ss_acc, ts_acc = ss.to(rows.acc), st.mT.to(rows.acc)
+            for r in strips:
+                (s_hat, inverse), (t_hat, _) = rows.unit(s[g, r]), rows.unit(t[g, r])
+                ds_hat = torch.baddbmm(s_hat @ ss_acc, t_hat, ts_acc, alpha=-1).mul_(4 / (G * n * n))
+                ds[g, r] = rows.through(ds_hat, s_hat, inverse).to(ds.dtype)
+    return total.clamp_min(0) / (G * n * n)  # rounding alone can take a zero below 0
+
+
+def _tile(
+    s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Rows, ranks: Ranks, rectify: str
+) -> Tensor:
+    """Own rows of the one map (n_own, Ds) against the columns of each rank in turn, whose features pass by in pieces.
+
+    The map is symmetric, so dŜ = 4/n² E' Ŝ of own rows needs these strips alone; only the loss is summed.
+    """
+    (n_own, Ds), Dt, n = s.shape, t.shape[-1], sum(counts)
+    total = s.new_zeros((), dtype=torch.float64)
+    s, t = s.contiguous(), t.contiguous()
+    own = _Scaled(s, rows, s.numel() <= _messages.CHUNK), _Scaled(t, rows, t.numel() <= _messages.CHUNK)
+    ds_hat = None if ds is None else torch.zeros_like(s, dtype=rows.acc)
+    for source, count in enumerate(counts):
+        for c in slices(count, Ds + Dt):
+            sent = c if source == ranks.rank else slice(0)
+            columns_s = rows.unit(ranks.share(s[sent], (length(c), Ds), source))[0]
+            columns_t = rows.unit(ranks.share(t[sent], (length(c), Dt), source))[0]
+            for r in slices(n_own, max(length(c), Ds + Dt)):
+                (s_hat, _), (t_hat, _) = own[0][r], own[1][r]
+                if rectify == "none":
+                    error = torch.addmm(s_hat @ columns_s.T, t_hat, columns_t.T, alpha=-1)
+                else:
+                    map_s, map_t = s_hat @ columns_s.T, t_hat @ columns_t.T
+                    error = (map_s.clamp_min(0) if rectify == "both" else map_s) - map_t.clamp_min_(0)
+                total += torch.linalg.vector_norm(error).double().square()
+                if ds_hat is not None:
+                    if rectify == "both":
+                        error.masked_fill_(map_s < 0, 0)
+                    ds_hat[r].addmm_(error, columns_s, alpha=4 / n**2)
+    if ds is not None and ds_hat is not None:
+        for r in slices(n_own, Ds):
+            ds[r] = rows.through(ds_hat[r], *own[0][r]).to(ds.dtype)
+    return ranks.sum_(total) / n**2
+
+
+class _Relation(torch.autograd.Function):
+    """Scope "batch", and "inter" by Grams: forward forms the gradient of own rows from what all ranks send."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        ranks: Ranks,
+        sizes: list[int],
+        scope: str,
+        rectify: str,
+        algorithm: str,
+        rows: _Rows,
+        with_grad: bool,
+    ) -> Tensor:
+        dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=stored_gradient(student))
+        s, t = _groups(student, scope), _groups(teacher, scope)
+        ds = _groups(dstudent, scope) if with_grad else None
+        counts = sizes if scope == "inter" else [size * student.shape[1] for size in sizes]
+        # Autocast would round the products; the maths stays in its accumulation dtype.
+        with torch.autocast(student.device.type, enabled=False):
+            if algorithm == "gram":
+                loss = _gram(s, t, ds, counts, rows, ranks)
+            else:
+                loss = _tile(s[0], t[0], None if ds is None else ds[0], counts, rows, ranks, rectify)
+        ctx.save_for_backward(dstudent)
+        ctx.dtype = student.dtype
+        return loss.to(rows.acc)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("relation_loss")
+        (dstudent,) = ctx.saved_tensors
+        return scaled(dstudent, dloss, ctx.dtype), *(None,) * 8
+
+
+class _Inter(torch.autograd.Function):
+    """Scope "inter" of several layers: a rank relates the images of all ranks at its share of the tokens.
+
+    Two messages for all layers: features go out, gradients come home. A row of zeros relates as 0, so what fills up
+    the last shares changes nothing but the mean, which every rank takes over as many tokens.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ranks: Ranks,
+        sizes: list[int],
+        impl: Backend,
+        with_grad: bool,
+        options: list[tuple[Any, ...]],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        n_layers, own, world = len(options), sizes[ranks.rank], ranks.world
+        students = tensors[:n_layers]
+        shares = [-(-x.shape[1] // world) for x in tensors]
+
+        def shapes(images: int, of: Sequence[Tensor] = tensors) -> Shapes:
+            return [(images, share, x.shape[-1]) for share, x in zip(shares, of, strict=False)]
+
+        pieces = [[x[:, r * n : (r + 1) * n] for n, x in zip(shares, tensors, strict=True)] for r in range(world)]
+        received = ranks.exchange(pieces, [shapes(own)] * world, [shapes(size) for size in sizes])
+        images = [torch.cat(parts) for parts in zip(*received, strict=True)]
+        losses, gradients = [], []
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            for s, t, option in zip(images[:n_layers], images[n_layers:], options, strict=True):
+                loss, ds = call(impl, "relation_fwd", s, t, "inter", *option, with_grad)
+                losses.append(loss)
+                gradients.append(ds)
+        ctx.scales = [share / s.shape[1] for share, s in zip(shares, students, strict=False)]
+        ctx.dtypes = [s.dtype for s in students]
+        if with_grad:
+            pieces = [list(parts) for parts in zip(*(ds.split(sizes) for ds in gradients), strict=True)]
+            received = ranks.exchange(
+                pieces, [shapes(size, students) for size in sizes], [shapes(own, students)] * world
+            )
+            gradients = [
+                torch.cat(parts, 1)[:, : s.shape[1]].contiguous()
+                for parts, s in zip(zip(*received, strict=True), students, strict=True)
+            ]
+        ctx.save_for_backward(*gradients)
+        total = ranks.sum_(torch.stack([x.double() * scale for x, scale in zip(losses, ctx.scales, strict=True)]))
+        return tuple(x.to(loss.dtype, copy=True) for x, loss in zip(total.unbind(), losses, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("relation_loss")
+        gradients = [
+            scaled(stored, dloss * scale, dtype)
+            for stored, dloss, scale, dtype in zip(ctx.saved_tensors, dlosses, ctx.scales, ctx.dtypes, strict=True)
+        ]
+        return *(None,) * 5, *gradients, *(None,) * len(gradients)
+
+
+def spanning(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    ranks: Ranks,
+    agreed: Agreed,
+    *,
+    scope: str,
+    normalize: bool = True,
+    rectify: str = "none",
+    eps: float = 1e-12,
+    algorithm: str = "auto",
+    backend: Backend = "auto",
+) -> list[Tensor]:
+    """Scope "inter" or "batch" over all ranks, layer by layer; what "inter" sends as features goes together."""
+    sizes = agreed.sizes
+    losses: list[Tensor | None] = [None] * len(students)
+    together: dict[tuple[torch.device, Backend], list[int]] = {}
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        chosen = algorithm
+        if algorithm == "auto":
+            # "inter" sends a rank's features away and the gradient back, "batch" brings those of all ranks.
+            n = 2 * max(sizes) if scope == "inter" else sum(sizes) * s.shape[1]
+            chosen = pick_algorithm(n, s, t, rectify, agreed.fast_float64)
+        if scope == "inter" and chosen == "tile":
+            together.setdefault((s.device, resolve(backend, "relation_fwd", s, t)), []).append(i)
+        else:
+            rows = _Rows(normalize, eps, accumulator(s, t))
+            losses[i] = _Relation.apply(s, t, ranks, sizes, scope, rectify, chosen, rows, wants_grad(s))
+    for (device, impl), layers in together.items():
+        own, theirs = [students[i] for i in layers], [teachers[i] for i in layers]
+        local = [
+            algorithm
+            if algorithm != "auto"
+            else pick_local(sum(sizes), s.shape[-1], t.shape[-1], rectify, device, matrix_gain(device, s, t))
+            for s, t in zip(own, theirs, strict=True)
+        ]
+        options = [(normalize, rectify, float(eps), each) for each in local]
+        found = _Inter.apply(ranks, sizes, impl, agreed.with_grad, options, *own, *theirs)
+        for i, loss in zip(layers, found, strict=True):
+            losses[i] = loss
+    return [Averaged.apply(loss, ranks.world) for loss in losses]
+
+
+def _own_rows(x: Tensor, index: Tensor, start: int) -> Tensor:
+    """(K, D): the rows of the global batch that stand here, zeros for the others."""
+    N, last = x.shape[1], x.shape[0] * x.shape[1] - 1
+    local = (index - start).clamp(0, last)
+    return x[local // N, local % N].masked_fill((index - start != local)[:, None], 0)
+
+
+def sampled(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    ranks: Ranks,
+    sizes: list[int],
+    **options: Any,
+) -> list[Tensor]:
+    """The K x K map of rows of the global batch, on every rank; their gradient goes back to where they stand."""
+    pairs = list(zip(students, teachers, strict=True))
+    rows = []
+    for (s, t), index in zip(pairs, indices, strict=True):
+        total, start = sum(sizes) * s.shape[1], sum(sizes[: ranks.rank]) * s.shape[1]
+        torch._assert_async(((index >= 0) & (index < total)).all(), f"index must lie in [0, B*N = {total})")
+        dtype = torch.promote_types(s.dtype, t.dtype)
+        rows.append(torch.cat([_own_rows(x, index, start).to(dtype) for x in (s, t)], -1))
+    # Each row is x + 0 + ... + 0: exact in any dtype that holds both. One message where layers are alike.
+    if len({(x.dtype, x.device) for x in rows}) == 1:
+        parts = Sum.apply(torch.cat([x.flatten() for x in rows]), ranks).split([x.numel() for x in rows])
+        rows = [part.view(x.shape) for part, x in zip(parts, rows, strict=True)]
+    else:
+        rows = [Sum.apply(x, ranks) for x in rows]
+    losses = []
+    for (s, t), both in zip(pairs, rows, strict=True):
+        Ds = s.shape[-1]
+        own, theirs = both[:, :Ds].to(s.dtype), both[:, Ds:].detach().to(t.dtype)
+        losses.append(Averaged.apply(F.relation_loss(own[None], theirs[None], **options), ranks.world))
+    return losses
+
+
+@torch.compiler.disable
+def relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    scope: Scope = "intra",
+    index: Tensor | None = None,
+    normalize: bool = True,
+    rectify: Rectify = "none",
+    eps: float = 1e-12,
+    algorithm: Algorithm = "auto",
+    backend: Backend = "auto",
+    group: Group = None,
+) -> Tensor:
+    """fastkd.relation_loss of the batch of all ranks: Hao et al. 2022 (arXiv:2107.01378), DINOv3 (arXiv:2508.10104).
+
+        L = 1/(G n²) Σ_g || f(S_g S_gᵀ) - f(T_g T_gᵀ) ||²,  rows of S_g and T_g of unit length, from every rank
+
+    "intra" sends a scalar. "inter" and "batch" send D x D Grams or features (pick_algorithm). For "inter" a rank gets
+    its share of the tokens of all images; for "batch" features pass by in pieces: at no time a rank holds more than its
+    own batch besides its own. `index` sends those rows.
+
+    Args:
+        student: (B, N, Ds), this rank's; B may differ between ranks, all else may not. Differentiable.
+        teacher: (B, N, Dt). A constant.
+        scope: "intra", "inter" (N maps of all images) or "batch" (one map of all tokens of all images, exact).
+        index: (K,) int64 rows of the flattened (ΣB*N, D) tokens of all ranks, in their order, for scope "batch". The
+            first rank's counts.
+        normalize, rectify, eps: as in fastkd.relation_loss.
+        algorithm: "tile" sends features, "gram" Grams (no rectification), "auto" what is less; in "intra" and with
+            `index`, as in one process.
+        backend: of "intra", `index` and "inter" by features; all else is PyTorch operations ("auto" or "eager").
+        group: a torch.distributed process group that this rank is in; None: the default one.
+
+    Returns:
+        Scalar, the same on every rank, float32 (float64 if an input is).
+
+    Raises:
+        ValueError: ranks that disagree on widths, tokens, dtypes or options, on every rank; as in fastkd.relation_loss,
+            and then on the other ranks too.
+        TypeError, RuntimeError: as in fastkd.relation_loss; no process group.
+    """
+    ranks = Ranks(group)
+    options: dict[str, Any] = {"normalize": normalize, "rectify": rectify, "eps": eps, "algorithm": algorithm}
+    if ranks.world == 1:
+        return F.relation_loss(student, teacher, scope=scope, index=index, backend=backend, **options)
+
+    def arguments() -> Own:
+        check_relation(student, teacher, scope, index, rectify, eps, algorithm)
+        refuse_transforms("relation_loss")
+        if scope == "batch" and index is None:
+            resolve_plain(backend, "relation_loss of scope 'batch' over a process group")
+        elif scope == "inter" and algorithm == "gram":
+            resolve_plain(backend, "relation_loss of scope 'inter' by Grams over a process group")
+        else:
+            resolve(backend, "relation_fwd", student, teacher)
+        about: About = {"function": "relation_loss", "student": layout(student), "teacher": layout(teacher)}
+        about["scope"] = scope
+        about["index"] = None if index is None else tuple(index.shape)
+        return Own(about | options, len(student), has_fast_float64(student.device), wants_grad(student))
+
+    agreed = ranks.agree(arguments)
+    sizes = agreed.sizes
+    if index is not None:
+        index = ranks.share(index.to(student.device, non_blocking=True), index.shape, 0)
+        return sampled([student], [teacher], [index], ranks, sizes, backend=backend, **options)[0]
+    if scope == "intra":
+        return mean_over_ranks([F.relation_loss(student, teacher, backend=backend, **options)], ranks, sizes)[0]
+    return spanning([student], [teacher], ranks, agreed, scope=scope, backend=backend, **options)[0]

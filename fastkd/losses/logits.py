@@ -1,0 +1,69 @@
+"""Modules over logits."""
+
+from torch import Tensor, nn
+
+from fastkd import functional as F
+from fastkd.ops import _checks as check
+from fastkd.ops.logits import LogitReduction
+
+
+class SoftTargetLoss(nn.Module):
+    """fastkd.soft_target_loss with its options fixed: loss(student (B, C), teacher (B, C)) -> scalar.
+
+    Args:
+        temperature: T > 0; 1 as manifold distillation has it.
+        reduction: "batchmean", "mean" (DeiT's division by B C), "sum" or "none".
+    """
+
+    def __init__(self, *, temperature: float = 1.0, reduction: LogitReduction = "batchmean") -> None:
+        super().__init__()
+        check.number("temperature", temperature, low=0, open_low=True)
+        check.one_of("reduction", reduction, ("batchmean", "mean", "sum", "none"))
+        self.temperature, self.reduction = temperature, reduction
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, reduction={self.reduction!r}"
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return F.soft_target_loss(student, teacher, temperature=self.temperature, reduction=self.reduction)
+
+
+class DKDLoss(nn.Module):
+    """fastkd.dkd_loss with its options fixed: loss(student (B, C), teacher (B, C), label (B,)) -> scalar.
+
+    Args:
+        alpha, beta, temperature: 1, 4 and 1, as CIKD has them (on ImageNet without it 1, 0.5 and 1 are used).
+    """
+
+    def __init__(self, *, alpha: float = 1.0, beta: float = 4.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        check.number("alpha", alpha, low=0)
+        check.number("beta", beta, low=0)
+        check.number("temperature", temperature, low=0, open_low=True)
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+
+    def forward(self, student: Tensor, teacher: Tensor, label: Tensor | int) -> Tensor:
+        return F.dkd_loss(student, teacher, label, alpha=self.alpha, beta=self.beta, temperature=self.temperature)
+
+
+class NKDLoss(nn.Module):
+    """fastkd.nkd_loss with its options fixed: loss(student (B, C), teacher (B, C), label (B,) or (B, C)) -> scalar.
+
+    Args:
+        gamma, temperature: 1 and 1, the code's for DeiT (ResNet on ImageNet 1.5, 1; CIFAR-100 3.5, 3).
+    """
+
+    def __init__(self, *, gamma: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        check.number("gamma", gamma, low=0)
+        check.number("temperature", temperature, low=0, open_low=True)
+        self.gamma, self.temperature = gamma, temperature
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, temperature={self.temperature}"
+
+    def forward(self, student: Tensor, teacher: Tensor, label: Tensor | int) -> Tensor:
+        return F.nkd_loss(student, teacher, label, gamma=self.gamma, temperature=self.temperature)

@@ -1,0 +1,129 @@
+"""Modules over relation maps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import distributed
+from fastkd import functional as F
+from fastkd.ops import _checks as check
+from fastkd.ops._dispatch import Backend
+from fastkd.ops.relation import Algorithm, Rectify, ReturnTerms, Scope, manifold_layers
+
+
+class RelationLoss(nn.Module):
+    """fastkd.relation_loss with its options fixed: loss(student (B, N, Ds), teacher (B, N, Dt)) -> scalar.
+
+    process_group: relate the images of all its ranks (fastkd.distributed); None, those of this process.
+    """
+
+    def __init__(
+        self,
+        *,
+        scope: Scope = "intra",
+        normalize: bool = True,
+        rectify: Rectify = "none",
+        eps: float = 1e-12,
+        algorithm: Algorithm = "auto",
+        backend: Backend = "auto",
+        process_group: distributed.Group = None,
+    ) -> None:
+        super().__init__()
+        self.scope, self.normalize, self.rectify, self.eps = scope, normalize, rectify, eps
+        self.algorithm, self.backend, self.process_group = algorithm, backend, process_group
+
+    def extra_repr(self) -> str:
+        return f"scope={self.scope!r}, normalize={self.normalize}, rectify={self.rectify!r}"
+
+    def forward(self, student: Tensor, teacher: Tensor, *, index: Tensor | None = None) -> Tensor:
+        options: dict[str, Any] = {
+            "scope": self.scope,
+            "index": index,
+            "normalize": self.normalize,
+            "rectify": self.rectify,
+            "eps": self.eps,
+            "algorithm": self.algorithm,
+            "backend": self.backend,
+        }
+        if self.process_group is not None:
+            return distributed.relation_loss(student, teacher, group=self.process_group, **options)
+        return F.relation_loss(student, teacher, **options)
+
+
+class ManifoldLoss(nn.Module):
+    """Fine-grained manifold distillation over matched layers: Hao et al. 2022 (arXiv:2107.01378).
+
+        L = 1/L Σ_l ( intra L_intra + inter L_inter + random L_random ),  the weights of the official code
+
+    Args:
+        intra, inter, random: weights of the three terms.
+        num_samples: K rows of the random term, drawn anew for each layer and call.
+        backend: "auto", "eager", "native" or "triton".
+        process_group: relate the images of all its ranks (fastkd.distributed; torch.distributed.group.WORLD for all,
+            which is None before init_process_group); None, those of this process.
+
+    Raises:
+        TypeError, ValueError: a weight or number out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        intra: float = 4.0,
+        inter: float = 0.1,
+        random: float = 0.2,
+        num_samples: int = 192,
+        backend: Backend = "auto",
+        process_group: distributed.Group = None,
+    ) -> None:
+        super().__init__()
+        for name, weight in (("intra", intra), ("inter", inter), ("random", random)):
+            check.number(name, weight, low=0)
+        check.positive_int("num_samples", num_samples)
+        self.intra, self.inter, self.random = intra, inter, random
+        self.num_samples, self.backend, self.process_group = num_samples, backend, process_group
+
+    def extra_repr(self) -> str:
+        return f"intra={self.intra}, inter={self.inter}, random={self.random}, num_samples={self.num_samples}"
+
+    def forward(
+        self,
+        students: Tensor | Sequence[Tensor],
+        teachers: Tensor | Sequence[Tensor],
+        *,
+        indices: Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        return_terms: ReturnTerms = False,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Mean of fastkd.manifold_loss over layers.
+
+        Args:
+            students: per matched layer the student's tokens (B, N, Ds); one tensor for one layer.
+            teachers: per matched layer the teacher's tokens (B, N, Dt).
+            indices: per layer the rows (K,) of the random term, instead of a draw.
+            generator: source of the draws (not under torch.compile).
+            return_terms: also give the layer means of the unweighted (intra, inter, random), each differentiable by
+                itself; "detached" gives them as values to log, at no cost.
+
+        Raises:
+            ValueError: no layer, or lists of unequal length.
+            TypeError, ValueError, RuntimeError: as fastkd.manifold_loss.
+        """
+        students = [students] if isinstance(students, Tensor) else list(students)
+        teachers = [teachers] if isinstance(teachers, Tensor) else list(teachers)
+        options: dict[str, Any] = {
+            "intra": self.intra,
+            "inter": self.inter,
+            "random": self.random,
+            "num_samples": self.num_samples,
+            "generator": generator,
+            "indices": indices,
+            "return_terms": return_terms,
+            "backend": self.backend,
+        }
+        if distributed.spans_ranks(self.process_group):
+            return distributed.manifold_layers(students, teachers, group=self.process_group, **options)
+        loss, terms = manifold_layers(students, teachers, **options)
+        return (loss, terms) if return_terms else loss
