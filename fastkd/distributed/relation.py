@@ -12,6 +12,7 @@ from fastkd.distributed import _messages
 from fastkd.distributed._autograd import Averaged, Sum, mean_over_ranks
 from fastkd.distributed._messages import Group, Shapes, length, slices
 from fastkd.distributed._ranks import About, Agreed, Own, Ranks, layout
+from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
 from fastkd.ops.relation import Algorithm, Rectify, Scope, check_relation
@@ -292,7 +293,7 @@ def sampled(
     rows = []
     for (s, t), index in zip(pairs, indices, strict=True):
         total, start = sum(sizes) * s.shape[1], sum(sizes[: ranks.rank]) * s.shape[1]
-        torch._assert_async(((index >= 0) & (index < total)).all(), f"index must lie in [0, B*N = {total})")
+        check.rows("index", index, total)
         dtype = torch.promote_types(s.dtype, t.dtype)
         rows.append(torch.cat([_own_rows(x, index, start).to(dtype) for x in (s, t)], -1))
     # Each row is x + 0 + ... + 0: exact in any dtype that holds both. One message where layers are alike.

@@ -62,3 +62,10 @@ def positive_int(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value <= 0:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def rows(name: str, index: Tensor, total: int) -> None:
+    """Row numbers of the flattened (B*N, D) tokens, asserted on their device without waiting for it."""
+    # A compiled graph serves all sizes: its message cannot hold this one.
+    size = "B*N" if torch.compiler.is_compiling() else f"B*N = {total}"
+    torch._assert_async(((index >= 0) & (index < total)).all(), f"{name} must lie in [0, {size})")

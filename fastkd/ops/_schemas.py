@@ -172,7 +172,7 @@ _register(
 
 def _prior_fwd(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulator(images)
-    return images.new_empty(4, dtype=acc), images.new_empty(4, dtype=acc), images.new_empty(len(images), dtype=acc)
+    return images.new_empty(4, dtype=acc), images.new_empty(4, dtype=acc), images.new_empty(images.shape[0], dtype=acc)
 
 
 def _prior_bwd(dtv_l1: Tensor, dtv_l2: Tensor, dnorms: Tensor, images: Tensor, tv_l2: Tensor, norms: Tensor) -> Tensor:
@@ -289,7 +289,7 @@ def _softmax_kl(
 ) -> tuple[Tensor, Tensor]:
     acc = accumulator(student, teacher)
     dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=acc)
-    return student.new_empty(len(student), dtype=acc), dstudent
+    return student.new_empty(student.shape[0], dtype=acc), dstudent
 
 
 # kl: (B,), beta KL of softmax(teacher / T) against softmax(student / T); with a target (B,) that of the other classes

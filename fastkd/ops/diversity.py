@@ -67,9 +67,9 @@ def intra_divergence_loss(
     with torch.no_grad():
         # 2 - 2 <z, z'> would lose every distance below 3e-4; this form subtracts first.
         distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
-        same = labels[:, None] == labels
-        other = ~same
-        same.fill_diagonal_(False)
+        related = labels[:, None] == labels
+        rows = torch.arange(z.shape[0], device=z.device)  # fill_diagonal_ would bind a compiled graph to one B
+        same, other = related & (rows[:, None] != rows), ~related
         easy = distance.masked_fill(~same, torch.inf).argmin(1)
         hard = distance.masked_fill(~same, -torch.inf).argmax(1)
         to_boundary = distance.masked_fill(~other, torch.inf).amin(1)  # inf without another class

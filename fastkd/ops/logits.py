@@ -119,7 +119,7 @@ def soft_target_loss(
     refuse_transforms("soft_target_loss")
     loss = temperature**2 * _kl(backend, student, teacher, temperature)
     if reduction != "none":
-        loss = loss.sum() / {"batchmean": len(student), "mean": student.numel(), "sum": 1}[reduction]
+        loss = loss.sum() / {"batchmean": student.shape[0], "mean": student.numel(), "sum": 1}[reduction]
     return once(loss, "soft_target_loss")
 
 

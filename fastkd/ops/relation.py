@@ -122,14 +122,16 @@ def _checked_index(index: Tensor, student: Tensor) -> Tensor:
     """index on the device of student, its range asserted there without waiting for it."""
     index = index.to(student.device, non_blocking=True)
     total = student.shape[0] * student.shape[1]
-    torch._assert_async(((index >= 0) & (index < total)).all(), f"index must lie in [0, B*N = {total})")
+    check.rows("index", index, total)
     return index
 
 
 def draw_rows(student: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
     """num_samples distinct rows of the B*N tokens, all of them if there are fewer."""
-    device = student.device if generator is None else generator.device
-    return torch.randperm(student.shape[0] * student.shape[1], generator=generator, device=device)[:num_samples]
+    total = student.shape[0] * student.shape[1]
+    if generator is None:  # with one, the compiler would bind a graph to one total
+        return torch.randperm(total, device=student.device)[:num_samples]
+    return torch.randperm(total, generator=generator, device=generator.device)[:num_samples]
 
 
 def relation_loss(
