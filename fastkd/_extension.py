@@ -1,4 +1,4 @@
-"""Loads fastkd._C, if it was built for the torch that runs: for another one it would crash in the loader."""
+"""Load fastkd._C if it was built for the running torch; for another one it would crash in the loader."""
 
 import importlib
 import warnings

@@ -1,4 +1,4 @@
-"""What exists here, what does not, and why: `python -m fastkd.info`, `fastkd info`."""
+"""Report of the available backends and the reasons for missing ones: `python -m fastkd.info`, `fastkd info`."""
 
 import argparse
 import importlib
@@ -42,7 +42,7 @@ def _devices() -> list[str]:
 
 
 def _backends() -> dict[str, str]:
-    """Why each backend is missing, with the cure; "" if it runs."""
+    """Return, for each backend, why it is missing and how to install it; "" if it runs."""
     no_gpu = "" if torch.cuda.is_available() else "torch sees no GPU"
     triton = no_gpu and f"{no_gpu} (the tests run its kernels on CPU under TRITON_INTERPRET=1)"
     if _dispatch.INTERPRETED:
@@ -61,7 +61,7 @@ def _has_triton_kernel(op: str) -> bool:
 
 
 def _operators() -> dict[str, dict[str, bool]]:
-    """Which implementations of each operator this installation holds, whether or not the machine can run them."""
+    """Return the installed implementations of each operator, whether or not this machine can run them."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
         op: {
@@ -75,7 +75,7 @@ def _operators() -> dict[str, dict[str, bool]]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that main prints, ready for JSON."""
+    """Return the whole report, ready for JSON."""
     build = importlib.import_module("fastkd._C").build_info() if _extension.HAS_NATIVE else None
     versions = {"fastkd": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     return {
@@ -106,9 +106,9 @@ def _report(info: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the report; --json for machines. The exit status is 0 whatever is missing."""
     parser = argparse.ArgumentParser(prog="fastkd info", description="What exists here, what does not, and why.")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     if argv is None:
-        # `fastkd info --json` arrives with the command's name in front.
+        # `fastkd info --json` passes the command's name as the first argument.
         argv = sys.argv[2:] if sys.argv[1:2] == ["info"] else sys.argv[1:]
     as_json = parser.parse_args(argv).json
     info = collect()

@@ -1,4 +1,4 @@
-"""How this project decides that two tensors agree, and the inputs it tests on."""
+"""Comparison with an oracle, and inputs of tests."""
 
 import contextlib
 import importlib
@@ -29,8 +29,8 @@ def assert_matches_oracle(actual: Tensor, eager: Tensor, oracle: Tensor, reduced
         actual: the result under test.
         eager: the reference computed in the dtype of the test.
         oracle: the reference computed in float64 from the same (already rounded) inputs.
-        reduced: how many terms a sum that leads to one element has.
-        name: what the message calls it.
+        reduced: number of terms in the sum that leads to one element.
+        name: name of the value in the message.
     """
     assert actual.dtype == eager.dtype and oracle.dtype == torch.float64, f"{name}: {actual.dtype} vs {eager.dtype}"
     assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
@@ -60,7 +60,7 @@ def loss_and_gradients(
 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """torch.empty and its kin return NaN inside, so that an element nobody wrote is seen."""
+    """Make torch.empty and related functions return NaN, so that an element that is never written is found."""
 
     def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocated(*args: object, **kwargs: object) -> Tensor:
@@ -103,7 +103,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not _dispatch.INTERPRETED else 
 
 
 def backends(op: str, dtype: torch.dtype = torch.float32) -> list[str]:
-    """The backends that can run an operator on DEVICE in this process."""
+    """Return the backends that can run an operator on DEVICE in this process."""
     return [name for name in ("eager", "native", "triton") if _dispatch.why_not(op, name, DEVICE, dtype) is None]
 
 

@@ -1,4 +1,4 @@
-"""Context managers that collect what a loss needs from a live model; a hook lives no longer than its `with`."""
+"""Context managers that collect the inputs of losses from a live model; hooks are removed when the `with` ends."""
 
 from fastkd.capture._batch_norm import BatchNormInputs, FusedBatchNormStat, bn_inputs
 from fastkd.capture._hooks import Captured

@@ -30,7 +30,7 @@ class BatchNormInputs:
 
     @property
     def moments(self) -> list[Moments] | None:
-        """Per layer (mean, biased var) of its input, for `bn_stat_loss(.., moments=)`; None unless fused=True."""
+        """Return (mean, biased var) of each layer's input, for `bn_stat_loss(.., moments=)`; None unless fused=True."""
         found = [moments for _, moments in self._captured]
         return None if None in found else found  # type: ignore[return-value]
 
@@ -43,7 +43,7 @@ class BatchNormInputs:
         return [layer.running_var for layer in self._layers]
 
     def not_finite(self) -> list[str]:
-        """Names of the layers whose input holds NaN or infinity, first to last. Waits for the device."""
+        """Return the names of the layers whose input has a NaN or an infinity, in order. Waits for the device."""
         return [name for name, x in zip(self.names, self.inputs, strict=True) if not x.isfinite().all()]
 
     def clear(self) -> None:
@@ -52,10 +52,10 @@ class BatchNormInputs:
 
 
 class FusedBatchNormStat:
-    """The forward pass of a batch norm in eval mode that takes the batch moments of its input while it normalises.
+    """Forward pass of a batch norm in eval mode that computes the batch moments of its input while it normalises.
 
-    One read and one write, forward and backward (fastkd.batch_norm_moments). Parameters and statistics stay the
-    layer's own, and so do the dropout and activation of timm's BatchNormAct2d.
+    One read and one write, forward and backward (fastkd.batch_norm_moments). Parameters and statistics remain those
+    of the layer, as do the dropout and activation of timm's BatchNormAct2d.
 
     Args:
         layer: BatchNorm1d to 3d, SyncBatchNorm, timm's BatchNormAct2d or a frozen one, with running statistics.
@@ -76,7 +76,7 @@ class FusedBatchNormStat:
         self._layer: Any = layer
         self._keep = keep
         self._has_act = not is_plain
-        # A frozen one normalises alike in both modes.
+        # A frozen batch norm normalises in the same way in both modes.
         self._has_modes = isinstance(layer, _BatchNorm)
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ class FusedBatchNormStat:
 
 
 def _held(table: dict[str, Any], name: str, module: nn.Module) -> Any:
-    """module.<name>, from the table that mostly holds it: modules search theirs in Python, which takes a small layer
-    longer than its arithmetic."""
+    """Return module.<name> from the table that usually has it. A module's own search, in Python, takes longer than the
+    arithmetic of a small layer."""
     return table[name] if name in table else getattr(module, name)
 
 
@@ -108,7 +108,7 @@ def _held(table: dict[str, Any], name: str, module: nn.Module) -> Any:
 def bn_inputs(
     model: nn.Module, *, layers: Sequence[str] | None = None, fused: bool = False
 ) -> Iterator[BatchNormInputs]:
-    """Collect what enters each batch norm of `model` while it runs, beside its running statistics. Gradients flow.
+    """Collect the inputs and running statistics of each batch norm of `model` while it runs. Gradients flow.
 
         with capture.bn_inputs(teacher, fused=True) as bn:
             logits = teacher(images)
@@ -155,7 +155,7 @@ def bn_inputs(
 
 
 def _batch_norms(root: nn.Module, layers: Sequence[str] | None, fused: bool) -> dict[str, Any]:
-    """The batch norms asked for, by name, in module order."""
+    """Return the requested batch norms by name, in module order."""
     found = {name: module for name, module in root.named_modules() if _is_batch_norm(module)}
     if not found:
         raise ValueError(

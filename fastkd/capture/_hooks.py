@@ -14,16 +14,16 @@ Moments = tuple[Tensor, Tensor]  # mean and biased variance per channel
 
 
 class Captured(Sequence[T], Generic[T]):
-    """What the latest forward pass left, in the order asked for: by position, by module name, by iteration.
+    """Values captured in the latest forward pass, in the requested order: by position, by module name, by iteration.
 
-    Each forward pass replaces what the one before left (of a module that runs twice in it, the last run stays);
-    the recomputation of activation checkpointing replaces nothing. Read it inside the `with`: at its end all is let go.
+    Each forward pass replaces the values of the one before (for a module that runs twice, the last run counts); the
+    recomputation of activation checkpointing replaces nothing. Read it inside the `with`, which releases it at its end.
 
     names: the modules' names.
 
     Raises:
-        RuntimeError: read before a forward pass, of a module that never fired, after the `with`, or when what was
-            captured has been overwritten in place since.
+        RuntimeError: read before a forward pass, after the `with`, for a module that never ran, or after the captured
+            value was overwritten in place.
         KeyError, IndexError: nothing captured under that name or position.
     """
 
@@ -73,13 +73,13 @@ class Captured(Sequence[T], Generic[T]):
 
 @dataclass
 class ReplacedForward:
-    """A module whose forward pass is another one until `remove`."""
+    """A module whose forward pass is replaced until `remove`."""
 
     module: nn.Module
     forward: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
-        # Not by assignment, for which a module looks through its parameters, buffers and modules first.
+        # Not by assignment, which would first search the module's parameters, buffers and modules.
         self._before = self.module.__dict__.get("forward")
         self.module.__dict__["forward"] = self.forward
 
@@ -96,7 +96,7 @@ class Stoppable(Protocol):
 
 
 class State:
-    """What the hooks of one `with` share."""
+    """State shared by the hooks of one `with`."""
 
     def __init__(self) -> None:
         self.grad = False  # inside a forward pass of the model that records gradients ..
@@ -106,11 +106,11 @@ class State:
     def leave(self) -> None:
         self.grad = False
         for watch in self.watches:
-            watch.stop()  # still on after an exception
+            watch.stop()  # stays set after an exception
 
 
 class Slot:
-    """What one module left in the latest forward pass. Plain attributes: torch.compile replays their assignment."""
+    """Value of one module in the latest forward pass. Plain attributes, so torch.compile replays assignments."""
 
     def __init__(self, name: str, module: nn.Module, hint: str = "") -> None:
         self.name = name
@@ -158,7 +158,7 @@ def hooked(
         if not is_recomputing():
             state.leave()
 
-    # No always_call: torch.compile would recompile for the hooks' ids, that is each time the `with` is entered.
+    # No always_call: torch.compile guards the hooks' ids and would recompile each time the `with` is entered.
     handles: list[RemovableHandle | ReplacedForward] = [
         root.register_forward_pre_hook(before),
         root.register_forward_hook(after),

@@ -52,7 +52,7 @@ def resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """Module names of the model's blocks, in the order that integers count them in tokens and qkv."""
+    """Return the module names of the model's blocks, in the order in which integers number them in tokens and qkv."""
     root: Any = model
     modules = dict(root.named_modules())
 
@@ -84,7 +84,7 @@ def module_order(slots: list[Slot], names: list[str]) -> list[int]:
 
 
 def nearest(root: Any, name: str, attribute: str) -> Any:
-    """`attribute` of the module called `name`, else of the closest module around it that has it, else None."""
+    """Return `attribute` of the module `name`, or of the closest enclosing module that has it, or None."""
     parts = name.split(".")
     for end in range(len(parts), -1, -1):
         value = getattr(root.get_submodule(".".join(parts[:end])), attribute, None)

@@ -18,10 +18,10 @@ _SDPA = F.scaled_dot_product_attention
 
 
 class QKV(NamedTuple):
-    """What one attention is given: it computes softmax(q k^T * scale + bias) v.
+    """Inputs of an attention, which computes softmax(q k^T * scale + bias) v.
 
     q, k, v are (B,H,N,d), with windows folded into B and grouped heads repeated. bias broadcasts to (B,H,N,N) and is
-    -inf where a boolean mask forbids; None: there is none.
+    -inf where a boolean mask is False; None if there is no bias.
     """
 
     q: Tensor
@@ -36,7 +36,7 @@ class QKV(NamedTuple):
 def qkv(model: nn.Module, blocks: Sequence[int | str]) -> Iterator[Captured[QKV]]:
     """Collect q, k and v of the attention in each of `blocks` while `model` runs. Gradients flow through them.
 
-    They are what the attention multiplies, after q/k norm and rotary embedding and before the scale. Fused attention
+    They are the operands of the attention, after q/k norm and rotary embedding and before the scale. Fused attention
     stays on, the output keeps its bits, and no map is formed. They are the arguments of
     `scaled_dot_product_attention`; Swin's come from its projection, fused or not, with its windows folded into B (the
     windows of an image adjacent) and relative position bias and shifted window mask as `bias`.
@@ -71,7 +71,7 @@ def _is_window(module: nn.Module) -> bool:
 
 
 def _attention(name: str, block: nn.Module) -> nn.Module:
-    """The module in `block` whose run is watched: its attention where that is known, else the block."""
+    """Return the module in `block` to watch: its attention if it is known, otherwise the block."""
     found = []
     for module in block.modules():
         if hasattr(module, "proj_l") and hasattr(module, "proj_w"):
@@ -90,7 +90,7 @@ def _attention(name: str, block: nn.Module) -> nn.Module:
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps what the first scaled_dot_product_attention of a block's run is given."""
+    """Recorder of the arguments of the first scaled_dot_product_attention in a block's run."""
 
     def __init__(self, slot: Slot, state: State) -> None:
         self.slot = slot

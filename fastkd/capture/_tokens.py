@@ -39,8 +39,8 @@ def tokens(
             the children of any other model.
         prefix: the class, distillation and register tokens that lead the sequence. "drop": as many as the model's
             `num_prefix_tokens`, none before the class token joins (CaiT, XCiT, ConViT); "keep"; or how many to drop.
-        layout: of the outputs. "auto": NLC in 3 dimensions; in 4 what the model tells by `output_fmt` (Swin: NHWC) or
-            by the channels in `feature_info`, and NCHW where it tells nothing and holds no attention.
+        layout: layout of the outputs. "auto": NLC for 3 dimensions; for 4, the layout given by the model's `output_fmt`
+            (Swin: NHWC) or by the channels in `feature_info`, and NCHW if it has neither and no attention.
 
     Returns:
         Captured[Tensor], filled by the forward pass.
@@ -128,7 +128,7 @@ def _prefix_tokens(root: Any, name: str) -> int:
 
 
 def _is_before_class_token(root: Any, name: str) -> bool:
-    """Whether a block runs without the class token, whatever num_prefix_tokens says."""
+    """Return whether a block runs without the class token, regardless of num_prefix_tokens."""
     kind = type(root).__name__
     stem, _, rest = name.partition(".")
     if stem != "blocks" or kind not in ("Cait", "Xcit", "ConVit"):

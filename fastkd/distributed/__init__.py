@@ -1,4 +1,4 @@
-"""The losses that span images, over the global batch of a process group; the only place that knows ranks.
+"""Losses that relate images, over the global batch of a process group; the only module that knows ranks.
 
 Every rank gets the loss of one process on the concatenated batch (images in the order of the ranks, which may hold
 different numbers of them). Gradients are that loss's times the number of ranks: DistributedDataParallel averages over

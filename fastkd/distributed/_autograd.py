@@ -11,7 +11,7 @@ from fastkd.distributed._ranks import Agreed, Ranks
 
 
 class Averaged(torch.autograd.Function):
-    """x itself; its gradient times the world size, by which DDP divides. Only on results, so 16 bits round once."""
+    """Identity whose gradient is multiplied by the world size, by which DDP divides; applied to results only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, world: int) -> Tensor:
@@ -24,7 +24,7 @@ class Averaged(torch.autograd.Function):
 
 
 class Sum(torch.autograd.Function):
-    """Sum over ranks. What every rank makes of it is the same loss, so its gradient is already the whole one."""
+    """Sum over ranks. All ranks compute the same loss from it, so the gradient is already complete."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
@@ -69,7 +69,7 @@ class Whole(torch.autograd.Function):
 
 
 def mean_over_ranks(losses: Sequence[Tensor], ranks: Ranks, sizes: list[int]) -> list[Tensor]:
-    """Means over all images from the means over each rank's, in one message."""
+    """Return means over all images from the means over each rank's images, in one message."""
     share = sizes[ranks.rank] / sum(sizes)
     joined = Sum.apply(torch.stack([loss.double() * share for loss in losses]), ranks)
     return [Averaged.apply(x.to(loss.dtype), ranks.world) for x, loss in zip(joined.unbind(), losses, strict=True)]

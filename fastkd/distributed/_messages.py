@@ -18,10 +18,10 @@ Shapes: TypeAlias = "Sequence[tuple[int, ...]]"
 def start_gather(
     x: Tensor, sizes: Sequence[int], group: Any, parts: Sequence[Tensor] | None = None
 ) -> Callable[[], list[Tensor]]:
-    """Sends x to every rank of the group; what it returns waits for each rank's x (its size, ...), in their order.
+    """Start sending x to every rank. Return a function that waits for each rank's x (its size, ...), in order.
 
-    On CPUs straight from rank to rank: gloo's all-gather goes round a ring, in pieces and by other threads. There this
-    rank's own part is x itself, not to be written to, and the others' can go to given places: `parts`, x among them.
+    On CPUs x is sent directly from rank to rank, because gloo's all-gather passes pieces around a ring in other
+    threads. There this rank's own part is x itself, which must not be written to; `parts` can give memory for them.
     """
     rank = dist.get_rank(group)
     if x.device.type == "cpu":
@@ -47,13 +47,13 @@ def start_gather(
 
 
 def offsets(shapes: Shapes, dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Where tensors begin that lie one after the other in bytes, each at a multiple of 16, and where the last ends."""
+    """Return the byte offsets of consecutive tensors, each a multiple of 16, and the end of the last."""
     sizes = (-(-math.prod(shape) * dtype.itemsize // 16) * 16 for shape, dtype in zip(shapes, dtypes, strict=True))
     return list(itertools.accumulate(sizes, initial=0))
 
 
 def views(message: Tensor, shapes: Shapes, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """The tensors of those shapes and dtypes in a message of bytes."""
+    """Return views of a message of bytes as tensors of given shapes and dtypes."""
     starts = offsets(shapes, dtypes)
     return [
         message[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
@@ -62,14 +62,14 @@ def views(message: Tensor, shapes: Shapes, dtypes: Sequence[torch.dtype]) -> lis
 
 
 def image_bytes(features: Sequence[Tensor]) -> int:
-    """Of one image in all features, each at a multiple of 16."""
+    """Return the bytes of one image in all features, each rounded up to a multiple of 16."""
     return offsets([x.shape[1:] for x in features], [x.dtype for x in features])[-1]
 
 
 def images_of(message: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-    """The features of the images in a message of bytes, which come one after the other, each with all of its features.
+    """Return the features in a message of bytes, in which each image is followed by the next with all its features.
 
-    So each rank's images are one piece of the message, and all ranks' one tensor per feature.
+    Each rank's images thus form one piece of the message, and all ranks' images one tensor per feature.
     """
     starts = offsets([x.shape[1:] for x in features], [x.dtype for x in features])
     of_image = message.view(-1, starts[-1])

@@ -11,45 +11,45 @@ from torch import Tensor
 
 from fastkd.distributed._messages import Group, Shapes, image_bytes, offsets, pack, start_gather, views
 
-# Bytes of all ranks together that every rank takes whole and works on alone: waiting for more messages costs more.
+# Below this number of bytes of all ranks, each rank receives all and computes alone; more messages would cost more.
 SMALL = 1 << 22
 _STATE = 5056  # bytes of a CPU generator's state; a GPU's is smaller
-About = dict[str, object]  # what must be the same on every rank
+About = dict[str, object]  # values that must be the same on every rank
 
 
 class Own(NamedTuple):
-    """What a rank tells the others before a call."""
+    """Facts that a rank sends to the others before a call."""
 
-    about: About  # the same everywhere, or an error
-    size: int = 0  # of images
+    about: About  # must be equal on all ranks
+    size: int = 0  # number of images
     fast_float64: bool = True
     with_grad: bool = False
-    features: Sequence[Tensor] = ()  # that all ranks take whole where they are small
-    generator: torch.Generator | None = None  # the first rank's is the one that all draw from
+    features: Sequence[Tensor] = ()  # features that are sent whole to all ranks if they are small
+    generator: torch.Generator | None = None  # all ranks draw from the first rank's
 
 
 class Agreed(NamedTuple):
-    """What every rank knows then."""
+    """Facts that every rank knows after the handshake."""
 
     sizes: list[int]
     fast_float64: bool  # on every rank
-    with_grad: bool  # on some rank: the others must help to form it
+    with_grad: bool  # wanted on some rank, so the others must help to form it
     state: Tensor  # of the first rank's generator
     draws_on_host: bool  # that generator
-    images: Tensor | None  # everyone's features, if they came along
+    images: Tensor | None  # features of all ranks, if they were sent with the handshake
 
 
 class _Past(NamedTuple):
-    """The call before on a process group, as every rank knows it."""
+    """The previous call on a process group, which every rank knows."""
 
     digest: int
     sizes: list[int]
-    image: int  # bytes of the features of an image
-    again: bool  # it was like the one before it
+    image: int  # bytes of an image's features
+    again: bool  # it was identical to the call before it
 
     @property
     def bytes(self) -> list[int]:
-        """Per rank."""
+        """Return the bytes of each rank."""
         return [size * self.image for size in self.sizes]
 
 
@@ -57,7 +57,7 @@ _PAST: "weakref.WeakKeyDictionary[Any, _Past]" = weakref.WeakKeyDictionary()
 
 
 class Ranks:
-    """The ranks of one call, and what they tell each other."""
+    """The ranks of one call, and their messages."""
 
     def __init__(self, group: Any) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -68,21 +68,21 @@ class Ranks:
             raise ValueError("group must be one that this process belongs to")
 
     def agree(self, arguments: Callable[[], Own]) -> Agreed:
-        """What the ranks are up to, once every rank's arguments are good and in agreement.
+        """Check that every rank's arguments are valid and agree, and return the facts that all ranks then know.
 
-        After two calls alike the features of a third are sent along: all ranks know how much to expect, and one whose
-        arguments are others sends as much of nothing.
+        After two identical calls, the third sends its features with the handshake, since all ranks know the size; a
+        rank whose arguments changed sends padding of the same size.
 
         Args:
-            arguments: checks them and gives this rank's.
+            arguments: function that checks and returns this rank's facts.
 
-        Raises, on every rank: this rank's own error, else ValueError with another's or with what differs.
+        Raises, on every rank: this rank's own error, otherwise ValueError with another rank's error or the differences.
         """
         error: Exception | None = None
         own = Own({})
         try:
             own = arguments()
-        except Exception as caught:  # whatever it is, the others wait
+        except Exception as caught:  # any error must be sent, since the others wait
             error = caught
         digest_bytes = hashlib.blake2b(repr(own.about).encode(), digest_size=8).digest()
         digest = int.from_bytes(digest_bytes, "big", signed=True)
@@ -94,7 +94,7 @@ class Ranks:
         row = torch.tensor(
             [digest, own.size, own.fast_float64, own.with_grad, on_host, error is not None], device="cpu"
         )
-        # On the host where the group can: nothing then waits for the device.
+        # Sent from the host if the group supports it, so that nothing waits for the device.
         config = dist.get_backend_config(self.group)
         message = torch.cat([row.view(torch.uint8), state])[None]
         message = message.to("cpu" if "cpu:" in config else config.partition(":")[0])
@@ -128,23 +128,23 @@ class Ranks:
         return x
 
     def share(self, x: Tensor, shape: Sequence[int], source: int) -> Tensor:
-        """x of the rank `source`, of that shape, on every rank."""
+        """Return x of the rank `source`, of a known shape, on every rank."""
         x = x.contiguous() if self.rank == source else x.new_empty(shape)
         dist.broadcast(x, group=self.group, group_src=source)
         return x
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Each rank's x (its size, ...) one after the other."""
+        """Return the concatenation of all ranks' x (its size, ...)."""
         return torch.cat(self.gathered(x, sizes))
 
     def gathered(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Each rank's x (its size, ...)."""
+        """Return each rank's x (its size, ...)."""
         return start_gather(x, sizes, self.group)()
 
     def exchange(
         self, pieces: Sequence[Sequence[Tensor]], sent: Sequence[Shapes], taken: Sequence[Shapes]
     ) -> list[list[Tensor]]:
-        """Sends pieces[r] to each rank r, all in one message, and returns what came from each.
+        """Send pieces[r] to each rank r, all in one message, and return the pieces received from each.
 
         Args:
             pieces: tensors (images, tokens, D) per rank, alike in dtype on every rank.
@@ -164,17 +164,17 @@ class Ranks:
 
 
 def is_small(features: Sequence[Tensor], sizes: list[int]) -> bool:
-    """Whether every rank takes them whole."""
+    """Return whether the features are small enough for every rank to receive all of them."""
     return sum(sizes) * image_bytes(features) <= SMALL and len({x.device for x in features}) == 1
 
 
 def spans_ranks(group: Group) -> bool:
-    """Whether a module's process_group stands for more than this process."""
+    """Return whether a module's process_group has more than this process."""
     return group is not None and dist.get_world_size(group) > 1
 
 
 def _disagreement(told: list[Any]) -> str:
-    """The message of ranks whose arguments differ, the same on each."""
+    """Return the error message for ranks whose arguments differ, the same on each rank."""
     for rank, about in enumerate(told):
         if isinstance(about, str):
             return f"rank {rank} of the process group refused its arguments: {about}"
@@ -191,5 +191,5 @@ def kind(x: Tensor) -> str:
 
 
 def layout(x: Tensor) -> str:
-    """All but the number of images."""
+    """Return everything but the number of images."""
     return f"({', '.join(['B', *map(str, x.shape[1:])])}) {kind(x)}"

@@ -32,7 +32,7 @@ def manifold_layers(
     backend: Backend,
     group: Group,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Mean of manifold_loss over the layers of the same images, with one agreement and one draw for all of them."""
+    """Return the mean of manifold_loss over layers of the same images, with one handshake and one draw for all."""
     ranks = Ranks(group)
 
     def arguments() -> Own:
@@ -106,7 +106,7 @@ def _result(
 
 
 def _source(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
-    """PyTorch's own for None."""
+    """Return the generator, or PyTorch's default one for None."""
     if generator is not None:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
@@ -117,7 +117,7 @@ def _source(generator: torch.Generator | None, device: torch.device) -> torch.Ge
 def _draw(
     students: Sequence[Tensor], num_samples: int, generator: torch.Generator | None, ranks: Ranks, agreed: Agreed
 ) -> list[Tensor]:
-    """Per layer K distinct rows of the global batch, on every rank those that the first one draws."""
+    """Return, for each layer, K distinct rows of the global batch, which the first rank draws for all."""
     generator = _source(generator, students[0].device)
     if ranks.rank > 0:
         generator = torch.Generator("cpu" if agreed.draws_on_host else students[0].device)

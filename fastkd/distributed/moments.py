@@ -19,7 +19,7 @@ def _merged(moments: Moments, channels: Sequence[int], counts: Sequence[int], ra
 
     mean = Σ_r n_r/n mean_r,   M2 = Σ_r M2_r + n_r (mean_r - mean)²,   in float64
     """
-    # A count is exact in float64 up to 2^53.
+    # float64 represents counts up to 2^53 exactly.
     n = torch.tensor(counts, dtype=torch.float64).to(moments[0].device, non_blocking=True)
     flat = [*(x.double() for x in moments), n]
     table = Gather.apply(torch.cat(flat)[None], ranks, [1] * ranks.world)
@@ -80,7 +80,7 @@ def bn_stat_loss_and_global_moments(
     backend: Backend,
     group: Group,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """bn_stat_loss, and the means and variances that it compared, of all layers end to end (this rank's in "image")."""
+    """Return bn_stat_loss and the compared means and variances of all layers end to end (this rank's for "image")."""
     ranks = Ranks(group)
     options = (distance, layer_weights, momentum, ema, moments)
     if ranks.world == 1:

@@ -20,10 +20,10 @@ from fastkd.ops.relation import pick_algorithm as pick_local
 
 
 def pick_algorithm(n: int, student: Tensor, teacher: Tensor, rectify: str, fast_float64: bool) -> str:
-    """What sends fewer bytes a group: its Grams, or the features of the n rows that pass by a rank.
+    """Choose the algorithm that sends fewer bytes per group: Grams, or the features of the n rows.
 
-    gram: 2 (Ds² + Ds Dt + Dt²) float64 (an all-reduce sends twice).   tile: n (Ds + Dt) elements as they are.
-    As in one process, gram never with rectification nor where a rank's float64 is crippled.
+    gram: 2 (Ds² + Ds Dt + Dt²) float64 (an all-reduce sends twice).   tile: n (Ds + Dt) elements in their own dtype.
+    As in one process, "gram" is never chosen with rectification or if float64 is slow on a rank.
     """
     if rectify != "none" or not fast_float64:
         return "tile"
@@ -38,7 +38,7 @@ def _groups(x: Tensor, scope: str) -> Tensor:
 
 
 class _Rows:
-    """How rows are scaled: to unit length, or not; a row whose norm is at most eps relates as 0."""
+    """Scaling of rows, to unit length or none; the similarities of a row with a norm of at most eps are 0."""
 
     def __init__(self, normalize: bool, eps: float, acc: torch.dtype) -> None:
         self.normalize, self.eps, self.acc = normalize, eps, acc
@@ -58,7 +58,7 @@ class _Rows:
 
 
 class _Scaled:
-    """Strips of x as (x̂, r): scaled at once where that takes little memory, else each when it is asked for."""
+    """Strips of x as (x̂, r), scaled in advance if that takes little memory, otherwise on request."""
 
     def __init__(self, x: Tensor, rows: _Rows, at_once: bool) -> None:
         self.x, self.rows, self.whole = x, rows, rows.unit(x) if at_once else None
@@ -79,7 +79,7 @@ def _gram(s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Row
     sizes = [Ds * Ds, Ds * Dt, Dt * Dt]
     total = s.new_zeros((), dtype=torch.float64)
     for g in slices(G, sum(sizes)):
-        # One message; ST stands in it as (Ds, Dt).
+        # All Grams are one message, in which ST has the shape (Ds, Dt).
         message = s.new_zeros(length(g) * sum(sizes), dtype=torch.float64)
         parts = message.split([length(g) * size for size in sizes])
         ss, st, tt = (x.view(-1, a, b) for x, (a, b) in zip(parts, ((Ds, Ds), (Ds, Dt), (Dt, Dt)), strict=True))
@@ -103,9 +103,9 @@ def _gram(s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Row
 def _tile(
     s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Rows, ranks: Ranks, rectify: str
 ) -> Tensor:
-    """Own rows of the one map (n_own, Ds) against the columns of each rank in turn, whose features pass by in pieces.
+    """Compare this rank's rows of the map (n_own, Ds) with the columns of each rank in turn, received in pieces.
 
-    The map is symmetric, so dŜ = 4/n² E' Ŝ of own rows needs these strips alone; only the loss is summed.
+    The map is symmetric, so dŜ = 4/n² E' Ŝ of this rank's rows needs only these strips; only the loss is summed.
     """
     (n_own, Ds), Dt, n = s.shape, t.shape[-1], sum(counts)
     total = s.new_zeros((), dtype=torch.float64)
@@ -175,8 +175,8 @@ class _Relation(torch.autograd.Function):
 class _Inter(torch.autograd.Function):
     """Scope "inter" of several layers: a rank relates the images of all ranks at its share of the tokens.
 
-    Two messages for all layers: features go out, gradients come home. A row of zeros relates as 0, so what fills up
-    the last shares changes nothing but the mean, which every rank takes over as many tokens.
+    All layers take two messages: one sends features, one returns gradients. The similarities of a zero row are 0, so
+    the padding of the last shares changes only the mean, which every rank takes over the same number of tokens.
     """
 
     @staticmethod
@@ -243,14 +243,14 @@ def spanning(
     algorithm: str = "auto",
     backend: Backend = "auto",
 ) -> list[Tensor]:
-    """Scope "inter" or "batch" over all ranks, layer by layer; what "inter" sends as features goes together."""
+    """Return scope "inter" or "batch" over all ranks for each layer; features for "inter" are sent in one message."""
     sizes = agreed.sizes
     losses: list[Tensor | None] = [None] * len(students)
     together: dict[tuple[torch.device, Backend], list[int]] = {}
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         chosen = algorithm
         if algorithm == "auto":
-            # "inter" sends a rank's features away and the gradient back, "batch" brings those of all ranks.
+            # "inter" sends a rank's features and returns the gradient; "batch" receives the features of all ranks.
             n = 2 * max(sizes) if scope == "inter" else sum(sizes) * s.shape[1]
             chosen = pick_algorithm(n, s, t, rectify, agreed.fast_float64)
         if scope == "inter" and chosen == "tile":
@@ -274,7 +274,7 @@ def spanning(
 
 
 def _own_rows(x: Tensor, index: Tensor, start: int) -> Tensor:
-    """(K, D): the rows of the global batch that stand here, zeros for the others."""
+    """Return (K, D): the rows of the global batch that are on this rank, zeros for the others."""
     N, last = x.shape[1], x.shape[0] * x.shape[1] - 1
     local = (index - start).clamp(0, last)
     return x[local // N, local % N].masked_fill((index - start != local)[:, None], 0)
@@ -288,7 +288,7 @@ def sampled(
     sizes: list[int],
     **options: Any,
 ) -> list[Tensor]:
-    """The K x K map of rows of the global batch, on every rank; their gradient goes back to where they stand."""
+    """Return the loss of the K x K map of sampled rows on every rank; gradients go to the rank that has the row."""
     pairs = list(zip(students, teachers, strict=True))
     rows = []
     for (s, t), index in zip(pairs, indices, strict=True):
@@ -296,7 +296,7 @@ def sampled(
         check.rows("index", index, total)
         dtype = torch.promote_types(s.dtype, t.dtype)
         rows.append(torch.cat([_own_rows(x, index, start).to(dtype) for x in (s, t)], -1))
-    # Each row is x + 0 + ... + 0: exact in any dtype that holds both. One message where layers are alike.
+    # Each row is x + 0 + ... + 0: exact in any dtype. Layers of equal shape share a message.
     if len({(x.dtype, x.device) for x in rows}) == 1:
         parts = Sum.apply(torch.cat([x.flatten() for x in rows]), ranks).split([x.numel() for x in rows])
         rows = [part.view(x.shape) for part, x in zip(parts, rows, strict=True)]
@@ -329,8 +329,8 @@ def relation_loss(
         L = 1/(G n²) Σ_g || f(S_g S_gᵀ) - f(T_g T_gᵀ) ||²,  rows of S_g and T_g of unit length, from every rank
 
     "intra" sends a scalar. "inter" and "batch" send D x D Grams or features (pick_algorithm). For "inter" a rank gets
-    its share of the tokens of all images; for "batch" features pass by in pieces: at no time a rank holds more than its
-    own batch besides its own. `index` sends those rows.
+    its share of the tokens of all images; for "batch" features are received in pieces: at any time a rank holds at most
+    one local batch's worth of other ranks' features. `index` sends those rows.
 
     Args:
         student: (B, N, Ds), this rank's; B may differ between ranks, all else may not. Differentiable.

@@ -31,15 +31,15 @@ class _Map(NamedTuple):
 
 
 class _Mask(NamedTuple):
-    """What a row may not see, and which rows have a weight of their own."""
+    """The keys that each row may not attend to, and the weights of rows."""
 
     keys: Tensor | None  # (B, N_k), True = attend
     is_causal: bool
-    row_start: int  # query row i stands at position row_start + i row_step
+    row_start: int  # query row i has position row_start + i row_step
     row_step: int
 
     def hidden(self, b: slice, r: range, n_keys: int, device: torch.device) -> Tensor | None:
-        """What a strip's rows may not see, broadcastable to it."""
+        """Return the mask of keys hidden from the strip's rows, broadcastable to the strip."""
         out = None if self.keys is None else ~self.keys[b, None, None, :]
         if self.is_causal:
             position = self.row_start + self.row_step * torch.arange(r.start, r.stop, device=device)
@@ -49,7 +49,7 @@ class _Mask(NamedTuple):
 
 
 def _blocks(B: int, H: int, N_q: int, N_k: int, together: bool) -> Iterator[tuple[slice, slice, list[range]]]:
-    """(images, heads, strips of rows) that cover all maps; `together` keeps the heads of an image in one block."""
+    """Yield (images, heads, strips of rows) that cover all maps; `together` keeps an image's heads in one block."""
     images = chunks(B, STRIPS * H * N_q * N_k)
     for b in images:
         n_images = min(images.step, B - b)
@@ -66,8 +66,8 @@ def _part(x: Tensor, *index: slice) -> Tensor:
 
 
 def _keys(k: Tensor, mask: Tensor | None, has_softmax: bool, acc: torch.dtype) -> Tensor:
-    """Keys of a block. Less their mean under a softmax, which cannot tell: a common offset of the scores is gone
-    before it costs digits."""
+    """Return the keys of a block, under a softmax minus their mean. Softmax is invariant to it, and removing a common
+    offset of the scores first avoids cancellation."""
     k = k.to(acc)
     if mask is not None:
         k = k.masked_fill(~mask[:, None, :, None], 0)  # padding may hold anything
@@ -77,7 +77,7 @@ def _keys(k: Tensor, mask: Tensor | None, has_softmax: bool, acc: torch.dtype) -
 def _scores(
     q: Tensor, k: Tensor, bias: Tensor | None, bias_scale: float, hidden: Tensor | None, has_softmax: bool
 ) -> Tensor:
-    """z of a strip, -inf where hidden. Under a softmax the bias, too, is taken less its row maximum."""
+    """Return z of a strip, -inf where hidden. Under a softmax, the bias is used minus its row maximum."""
     z = q @ k.mT
     if bias is not None:
         bias = bias.to(z.dtype) * bias_scale
@@ -89,7 +89,7 @@ def _scores(
 
 
 def _softmax(z: Tensor, has_holes: bool) -> _Map:
-    """Takes z over."""
+    """Return the softmax; z is overwritten."""
     m = z.amax(-1, keepdim=True)
     if has_holes:
         m.masked_fill_(m == NEVER, 0)
@@ -104,13 +104,13 @@ def _softmax(z: Tensor, has_holes: bool) -> _Map:
 
 
 def _head_mean(x: _Map) -> _Map:
-    """(n, H, rows, N_k) -> (n, 1, rows, N_k); the logarithm by log-sum-exp, since p underflows where y does not."""
+    """Average over heads, (n, H, rows, N_k) -> (n, 1, rows, N_k); log-sum-exp gives log p even if p underflows."""
     y = torch.logsumexp(x.y - x.l.log(), 1, keepdim=True) - math.log(x.p.shape[1])
     return _Map(y, x.p.mean(1, keepdim=True), torch.ones_like(x.l[:, :1]), x.total.mean(1, keepdim=True))
 
 
 def _log_ratio(a: _Map, b: _Map, absent: Tensor | None) -> Tensor:
-    """log(p_a / p_b) without the rounding of either logarithm; 0 where absent, keys that carry no weight."""
+    """Return log(p_a / p_b) without the rounding of either logarithm, and 0 for keys without weight."""
     x = a.y - b.y
     x += torch.log1p((b.l - a.l) / a.l)
     return x if absent is None else x.masked_fill_(absent, 0)
@@ -159,7 +159,7 @@ def _softmax_loss(divergence: str, heads: str, z_s: Tensor, z_t: Tensor, off: Te
     s, t = (_head_mean(each), _head_mean(t)) if heads == "mean" else (each, t)
     loss, dz = _divergence(divergence, s, t, has_holes)
     if heads == "mean":
-        share = torch.softmax(each.y - each.l.log(), 1)  # of each head in the logarithm of the mean
+        share = torch.softmax(each.y - each.l.log(), 1)  # gradient of each head by the logarithm of the mean
         dz = share.mul_(dz)
         if has_holes:
             dz.masked_fill_(s.y == NEVER, 0)
@@ -172,7 +172,7 @@ def _softmax_loss(divergence: str, heads: str, z_s: Tensor, z_t: Tensor, off: Te
 
 
 def _score_loss(z_s: Tensor, z_t: Tensor, off: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same for the mean squared difference of scores; takes z_s over."""
+    """Return the losses and dz_s of the mean squared difference of scores; z_s is overwritten."""
     if off is None:
         d = z_s.sub_(z_t)
     else:
@@ -183,7 +183,7 @@ def _score_loss(z_s: Tensor, z_t: Tensor, off: Tensor | None) -> tuple[Tensor, T
 
 
 class _Gradients(NamedTuple):
-    """Where the student's gradients go; None where not wanted."""
+    """Outputs for the student's gradients; None for those not wanted."""
 
     q: Tensor | None
     k: Tensor | None
@@ -369,7 +369,7 @@ def attention_bwd(
     with_dk: bool,
     with_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of reduction "none", drows (B, H | 1, N_q): the same sweep, weighted by what comes in."""
+    """Return the gradients of reduction "none" for incoming drows (B, H | 1, N_q), by the same sweep."""
     k = q_student if k_student is None else k_student
     student = _Network(q_student, k, bias_student, scale_student)
     teacher = _Network(q_teacher, k_teacher, bias_teacher, scale_teacher)

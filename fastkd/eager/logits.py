@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd._precision import accumulator
 
-CHUNK = 1 << 17  # elements on a CPU: what is between stays in the caches of its cores
+CHUNK = 1 << 17  # elements on a CPU, so that intermediate results stay in the cores' caches
 
 
 def softmax_kl(
@@ -62,8 +62,9 @@ def softmax_kl(
 
 
 def _moves(m_s: Tensor, m_t: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What to move two rows of these maxima by before they are subtracted: the one that lies farther out comes to the
-    other, by a multiple of a power of two, so that the difference has the digits that both have."""
+    """Return the shifts of two rows with these maxima that make their difference exact.
+
+    The row with the larger offset is moved towards the other by a multiple of a power of two."""
     step = 2.0 ** math.floor(math.log2(temperature))
     apart = ((m_s - m_t) / step).round() * step
     a_s = apart.masked_fill(m_s.abs() < m_t.abs(), 0)

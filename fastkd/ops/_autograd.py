@@ -1,4 +1,4 @@
-"""What the autograd functions share: when a gradient is wanted, how a stored one is scaled, what is refused."""
+"""Helpers of the autograd functions: whether a gradient is wanted, scaling of a stored one, rejected transforms."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ _SCALE_CHUNK = 1 << 16  # elements; on a CPU a product of mixed dtypes converts 
 
 
 def wants_grad(*tensors: Tensor) -> bool:
-    """Whether forward should form gradients (needs_input_grad stays True under no_grad)."""
+    """Return whether forward should compute gradients (needs_input_grad stays True under no_grad)."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def refuse_transforms(function: str) -> None:
-    """vmap, torch.func.grad and the like cannot look inside a fused kernel."""
+    """Raise under vmap, torch.func.grad and other transforms, which cannot look inside a fused kernel."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{function} does not support torch.vmap or torch.func transforms; fastkd.reference.{function} does"
@@ -22,7 +22,7 @@ def refuse_transforms(function: str) -> None:
 
 
 def refuse_double_backward(function: str) -> None:
-    """Call first in backward: grad mode is on there only under create_graph=True."""
+    """Raise under create_graph=True, the only case with grad mode on in backward. Call it first there."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{function} cannot be differentiated twice: its gradient is a constant here. "
@@ -43,12 +43,12 @@ class _Once(torch.autograd.Function):
 
 
 def once(loss: Tensor, function: str) -> Tensor:
-    """The same loss, not differentiable twice: what PyTorch's own operations compute obeys the contract of the rest."""
+    """Return the loss, not twice differentiable, so that losses of PyTorch operations obey the same contract."""
     return _Once.apply(loss, function)
 
 
 def _is_last_use(dloss: Tensor) -> bool:
-    """Whether the backward that runs frees its graph, with nothing that records or transforms what it does."""
+    """Return whether the running backward frees its graph and nothing records or transforms it."""
     try:
         return not (
             torch._C._autograd._get_current_graph_task_keep_graph()  # True outside of a backward

@@ -1,4 +1,4 @@
-"""What every public function checks of its arguments before anything runs. Shapes and types only, never values."""
+"""Checks of arguments, which every public function makes first. They read shapes and types, never values."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -10,7 +10,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def tensor(name: str, x: Tensor, ndim: int | Collection[int], shape: str) -> None:
-    """A floating-point tensor of the given rank; `shape` is how the message writes it, e.g. "(B, N, D)"."""
+    """Check for a floating-point tensor of the given rank; `shape` is its form in the message, e.g. "(B, N, D)"."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
     if x.dtype not in FLOATS:
@@ -20,7 +20,7 @@ def tensor(name: str, x: Tensor, ndim: int | Collection[int], shape: str) -> Non
 
 
 def integers(name: str, x: Tensor) -> None:
-    """A tensor of integers: class indices."""
+    """Check for a tensor of integers, such as class indices."""
     if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
 
@@ -48,7 +48,7 @@ def one_of(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def number(name: str, value: float, *, low: float = -math.inf, open_low: bool = False) -> None:
-    """A finite Python number, at least `low` (above it if open_low)."""
+    """Check for a finite Python number, at least `low` (above it if open_low)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     # No math.isfinite: a number that changes between calls is symbolic under torch.compile.

@@ -62,10 +62,10 @@ def _recorder(op: str, device: str) -> Callable[..., Any] | None:
 
 
 def recorder(name: str, op: str, x: Tensor) -> Callable[..., Any] | None:
-    """The native operator where it is what runs and records its own gradient (csrc/autograd.cpp), else None.
+    """Return the native operator if it runs and records its own gradient (csrc/autograd.cpp), otherwise None.
 
-    The compiler is shown Python's; forward-mode differentiation and transforms Python's refuses, and C++'s would pass
-    over.
+    torch.compile gets the Python form. So do forward-mode differentiation and transforms, which the Python form rejects
+    and the C++ form would silently ignore.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return None
@@ -75,7 +75,7 @@ def recorder(name: str, op: str, x: Tensor) -> Callable[..., Any] | None:
 
 
 def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run an operator on tensors of this device type and dtype; None if it can."""
+    """Return why a backend cannot run an operator on tensors of this device type and dtype; None if it can."""
     if name == "native":
         if not _extension.HAS_NATIVE:
             return _extension.WHY_NOT
@@ -105,7 +105,7 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(name: str, op: str, x: Tensor, *others: Tensor | None) -> Backend:
-    """Name the implementation of op for these inputs. "auto": native, then triton on GPUs, then eager."""
+    """Return the backend that runs op for these inputs. "auto" tries native, then triton on GPUs, then eager."""
     device, dtype = x.device.type, accumulator(x, *(other for other in others if other is not None))
     name = _named(name, "backend")
     if name == "auto":
@@ -123,7 +123,7 @@ def resolve(name: str, op: str, x: Tensor, *others: Tensor | None) -> Backend:
 
 
 def resolve_plain(name: str, function: str) -> None:
-    """The same for a loss that is PyTorch operations alone: only a backend named for this very call can be missing."""
+    """Check the backend of a loss that consists of PyTorch operations; only one named for this call can be missing."""
     if _named(name, "backend") in ("native", "triton"):
         raise RuntimeError(f"backend={name!r} cannot run here: {function} has no kernel of its own")
 

@@ -19,7 +19,7 @@ N_INPUTS = 7  # q, k of the student, of the teacher; their biases; key_mask
 
 
 class _Attention(torch.autograd.Function):
-    """A scalar: forward forms the student's gradients while the strips are at hand; backward scales them."""
+    """A scalar loss. Forward computes the student's gradients while the strips are in cache; backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -42,7 +42,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionRows(torch.autograd.Function):
-    """One loss per row, whose gradients come with weights of their own: backward forms the strips again."""
+    """One loss per row. The incoming gradient has a weight per row, so backward recomputes the strips."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -66,7 +66,7 @@ class _AttentionRows(torch.autograd.Function):
 
 
 def pick_algorithm(N_q: int, N_k: int, d_s: int, d_t: int, device: torch.device, gain: int = 1) -> str:
-    """Cheaper of strips and Grams for score_mse, in float32 multiply-adds per head; a float64 one counts twice.
+    """Choose the cheaper of strips and Grams for score_mse, in float32 multiply-adds per head; float64 counts twice.
 
     tile: N_q N_k (3 d_s + d_t) / gain, matrix_gain's.  gram: 2 (N_q + N_k) (2 d_s² + 2 d_s d_t + d_t²), without bias
     and causality, to a scalar, and never on a GPU whose float64 is crippled.
@@ -129,7 +129,7 @@ def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], letters:
 
 
 def _bias_4d(name: str, bias: Tensor | None, q: Tensor, N_k: int) -> Tensor | None:
-    """The bias with leading dimensions of 1."""
+    """Return the bias with leading dimensions of 1."""
     if bias is None:
         return None
     check.tensor(name, bias, range(5), "broadcastable to (B, H, N_q, N_k)")
@@ -141,7 +141,7 @@ def _bias_4d(name: str, bias: Tensor | None, q: Tensor, N_k: int) -> Tensor | No
 
 
 def _rows(query_slice: slice | None, N_q: int) -> slice:
-    """The slice with start, stop and step within the N_q rows."""
+    """Return the slice with start, stop and step within the N_q rows."""
     if query_slice is None:
         return slice(0, N_q, 1)
     if not isinstance(query_slice, slice):
@@ -162,7 +162,7 @@ def _rows(query_slice: slice | None, N_q: int) -> slice:
 
 
 def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors given twice become views: torch.compile wants the inputs of an autograd function to differ."""
+    """Replace repeated tensors by views, since torch.compile needs distinct inputs of an autograd function."""
     out: list[Tensor | None] = []
     for x in tensors:
         out.append(x.view_as(x) if x is not None and any(x is y for y in out) else x)

@@ -1,4 +1,4 @@
-"""Diversity of synthetic images within a class: PyTorch operations alone, no kernel of its own."""
+"""Diversity of synthetic images within a class, in PyTorch operations without a kernel."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ EPS = 1e-12  # a feature whose norm is at most this counts as 0 and gets gradien
 
 
 def check_intra_divergence(features: Tensor, labels: Tensor, spread_margin: float, boundary_margin: float) -> None:
-    """What intra_divergence_loss raises about its arguments, before anything runs."""
+    """Check the arguments of intra_divergence_loss."""
     check.tensor("features", features, 2, "(B, D)")
     check.not_empty("features", features)
     check.integers("labels", labels)
@@ -65,7 +65,7 @@ def intra_divergence_loss(
     z = x * torch.where(norm > EPS, norm, torch.inf).reciprocal()
     labels = labels.to(features.device, non_blocking=True)
     with torch.no_grad():
-        # 2 - 2 <z, z'> would lose every distance below 3e-4; this form subtracts first.
+        # 2 - 2 <z, z'> would lose all distances below 3e-4, so the vectors are subtracted first.
         distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
         related = labels[:, None] == labels
         rows = torch.arange(z.shape[0], device=z.device)  # fill_diagonal_ would bind a compiled graph to one B

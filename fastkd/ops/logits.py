@@ -1,4 +1,4 @@
-"""Losses of logits (B, C), right at extreme values and near a match.
+"""Losses of logits (B, C), accurate at extreme values and near a match.
 
 The divergence of two softmaxes has kernels, and the digits that the logits have wherever the rows of the two lie.
 """
@@ -30,7 +30,7 @@ def _check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str], temper
 
 
 def _target(label: Tensor | int, like: Tensor, mixed: bool) -> Tensor:
-    """(B, 1) class indices on the device of `like`; a mixed label's is its largest entry."""
+    """Return class indices (B, 1) on the device of `like`; a mixed label counts as its largest entry."""
     B, C = like.shape
     if C < 2:
         raise ValueError(f"student must have at least 2 classes, a target and others, got {tuple(like.shape)}")

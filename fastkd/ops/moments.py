@@ -33,9 +33,9 @@ class _Moments(torch.autograd.Function):
 
 
 class _Distance(torch.autograd.Function):
-    """Of mean and var of all layers end to end; `about` is what the operator takes behind the statistics.
+    """Distance of the means and variances of all layers end to end; `about` are the operator's other arguments.
 
-    The gradient goes to `moments`: the same, end to end or layer by layer, the means before the variances.
+    The gradient goes to `moments`: the same values, end to end or layer by layer, means before variances.
     """
 
     @staticmethod
@@ -87,8 +87,8 @@ class _BatchNorm(torch.autograd.Function):
         if with_dx:
             dx = call(ctx.impl, "batch_norm_bwd", dy, dmean, dvar, x, mean, running_var, weight, ctx.eps)
         if with_dweight or with_dbias:
-            # A trained teacher is not what this is for: PyTorch's own sums, in a pass of their own.
-            # Contiguous: it sums some planes of one row or column wrongly where dy lies otherwise than x.
+            # Gradients of weight and bias are rarely wanted, so PyTorch sums them in separate passes.
+            # Contiguous, because PyTorch sums some planes of one row or column wrongly if dy and x differ in layout.
             acc = accumulator(x)
             wide = [v if v is None else v.to(acc).contiguous() for v in (dy, x, weight, running_mean, running_var)]
             _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
@@ -143,7 +143,7 @@ def normalised_with_moments(
     eps: float,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """batch_norm_moments of what is known to fit: the checks would cost a fifth of a small layer's time."""
+    """Return batch_norm_moments without checks, which would take a fifth of a small layer's time."""
     if (native := recorder(backend, "batch_norm_fwd", x)) is not None:
         normalised: tuple[Tensor, Tensor, Tensor] = native(x, running_mean, running_var, weight, bias, eps)
         return normalised
@@ -199,7 +199,7 @@ def batch_norm_moments(
 
 
 def _elements(x: Tensor, distance: Distance) -> int:
-    """Of x, not empty, that one mean is taken of."""
+    """Return the number of elements of x in one mean; raise if it is 0."""
     return x.numel() // (x.shape[0] * x.shape[1] if distance == "image" else x.shape[1])
 
 
@@ -260,7 +260,7 @@ def check_bn_stat(
     moments: Sequence[Moments] | None,
     spans_ranks: bool,
 ) -> None:
-    """What bn_stat_loss raises about its arguments, before anything runs."""
+    """Check the arguments of bn_stat_loss."""
     check.one_of("distance", distance, ("l2", "mse", "image"))
     _check_inputs(inputs, distance, spans_ranks)
     _check_layers("running_means", running_means, inputs)
@@ -280,7 +280,7 @@ def check_bn_stat(
 
 
 def _moments_of(inputs: Sequence[Tensor], per_image: bool, backend: Backend) -> Moments:
-    """The moments of all layers end to end, in one operator call for each dtype there is."""
+    """Return the moments of all layers end to end, with one operator call for each dtype."""
     of_dtype: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(inputs):
         of_dtype.setdefault(x.dtype, []).append(i)
@@ -309,7 +309,7 @@ def bn_stat_loss_and_moments(
     backend: Backend,
     merge: Merge | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """bn_stat_loss, and the means and variances that it compared, of all layers end to end.
+    """Return bn_stat_loss and the compared means and variances of all layers end to end.
 
     merge turns the moments of this rank's images into those of all ranks' images.
     """

@@ -18,7 +18,7 @@ ReturnTerms = bool | Literal["detached"]
 
 
 class _Relation(torch.autograd.Function):
-    """Forward forms the student's gradient while the maps' tiles are at hand; backward scales it."""
+    """Relation loss. Forward computes the student's gradient while the maps' tiles are in cache; backward scales it."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, impl: Backend, with_grad: bool, *options: Any) -> Tensor:
@@ -65,7 +65,7 @@ def _thirds(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tenso
 
 
 def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device, gain: int = 1) -> Algorithm:
-    """Cheaper of tile and gram, counted in float32 multiply-adds per row; a float64 one counts twice.
+    """Choose the cheaper of tile and gram, in float32 multiply-adds per row; float64 counts twice.
 
     tile: n (2 Ds + Dt) / gain, matrix_gain's.  gram: 2 (Ds² + Ds Dt + Dt²) + Ds (Ds + Dt), never with rectification,
     and never on a GPU whose float64 is crippled (all but compute capability 8.0, 9.0 and 10.0).
@@ -77,7 +77,7 @@ def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device,
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` of the flattened batch as one group (1, K, D), read in place."""
+    """Return rows `index` of the flattened batch as one group (1, K, D)."""
     N = x.shape[1]
     return x[index // N, index % N].unsqueeze(0)
 
@@ -91,7 +91,7 @@ def check_relation(
     eps: float,
     algorithm: str,
 ) -> None:
-    """What relation_loss raises about its arguments, before anything runs."""
+    """Check the arguments of relation_loss."""
     check.tensor("student", student, 3, "(B, N, Ds)")
     check.tensor("teacher", teacher, 3, "(B, N, Dt)")
     check.not_empty("student", student)
@@ -119,7 +119,7 @@ def check_relation(
 
 
 def _checked_index(index: Tensor, student: Tensor) -> Tensor:
-    """index on the device of student, its range asserted there without waiting for it."""
+    """Return index on the student's device; its range is asserted there without waiting."""
     index = index.to(student.device, non_blocking=True)
     total = student.shape[0] * student.shape[1]
     check.rows("index", index, total)
@@ -127,7 +127,7 @@ def _checked_index(index: Tensor, student: Tensor) -> Tensor:
 
 
 def draw_rows(student: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
-    """num_samples distinct rows of the B*N tokens, all of them if there are fewer."""
+    """Draw num_samples distinct rows of the B*N tokens, or all of them if there are fewer."""
     total = student.shape[0] * student.shape[1]
     if generator is None:  # with one, the compiler would bind a graph to one total
         return torch.randperm(total, device=student.device)[:num_samples]
@@ -250,7 +250,7 @@ def check_manifold(
     weights: dict[str, float],
     num_samples: int,
 ) -> None:
-    """What manifold_loss, of one layer or several, checks of its arguments."""
+    """Check the arguments of manifold_loss for one or several layers."""
     for name, weight in weights.items():
         check.number(name, weight, low=0)
     check.positive_int("num_samples", num_samples)
