@@ -1,16 +1,16 @@
-# On a machine with Python >= 3.10, make and g++:  make demo, make test.  What is missing there: README.md.
+# `make demo` and `make test` need Python >= 3.10, make and g++. README.md says what happens if something is missing.
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= benchmarks/results
 BIN    := $(VENV)/bin
 ENV    := $(VENV)/.installed
-# On the GPU machine: its own Python, no network.
+# A GPU machine may have no network, so its own Python and packages are used.
 GPU_PYTHON ?= python3
 GPU_PIP    := PIP_BREAK_SYSTEM_PACKAGES=1 $(GPU_PYTHON) -m pip install --no-index --no-deps --no-build-isolation
-# Two workers with a thread each: xdist's workers would otherwise fight for the cores.
+# Each worker uses one thread, because workers with more threads would compete for the cores.
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
-# The GPU machine's Python may lack xdist. Compiling 1,700 Triton kernels is most of the time, and its workers share them
-# on disk. What is late is interrupted: it then still says what it found.
+# The GPU machine's Python may lack xdist. Most of the time goes into compiling 1,700 Triton kernels, which the workers
+# share on disk. A call that is too slow is interrupted by SIGINT, so that it still reports its results.
 GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import os, xdist; print("-n", max(1, os.cpu_count() - 2), "--dist worksteal")' \
                 2> /dev/null)
 GPU_LIMIT  := timeout --signal=INT --kill-after=20 540
@@ -20,7 +20,7 @@ verdict = && echo "$@: pass" || { echo "$@: fail"; exit 1; }
 .PHONY: install demo demo-datafree study test test-all mutants lint types bench docs dist clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-training gpu-report
 
-# An environment with torch, the extension and the trainer: as much as a demo needs.
+# An environment with everything that a demo needs: torch, the extension and the trainer.
 $(ENV): pyproject.toml setup.py MANIFEST.in $(wildcard csrc/* csrc/*/*)
 	@echo "fastkd: installing torch, fastkd with its extension, and the trainer (timm, matplotlib, ...) into $(VENV)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastkd needs Python >= 3.10: make PYTHON=...")'
@@ -29,7 +29,7 @@ $(ENV): pyproject.toml setup.py MANIFEST.in $(wildcard csrc/* csrc/*/*)
 	$(BIN)/python -m pip install -e '.[train]'
 	touch $@
 
-# The packages of one more extra, beside the environment: fastkd itself is there and is not built again.
+# The packages of one more extra. fastkd itself is already installed and is not built again.
 $(VENV)/.%: $(ENV)
 	@$(BIN)/python -c 'import importlib.metadata as m, re; print("fastkd: installing the packages for \"make $*\":", \
 	  ", ".join(re.split("[ ;]", x)[0] for x in m.requires("fastkd") if re.search("extra == .$*.$$", x)))'
@@ -52,12 +52,12 @@ test: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive'
 	$(PYTEST) -m 'not exhaustive'
 
-# Every product of options too.
+# All tests, including the exhaustive products of options.
 test-all: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) -m triton
 	$(PYTEST)
 
-# Plants the faults of tests/mutants one at a time and records the test that catches each: some hours on two cores.
+# Plants the faults of tests/mutants one at a time and records the test that catches each. Takes hours on two cores.
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants/run.py
 
@@ -69,7 +69,7 @@ lint: $(VENV)/.lint
 types: $(VENV)/.lint $(VENV)/.test
 	$(BIN)/mypy
 
-# About ten minutes on two cores; writes benchmarks/results/<machine>.json and what the docs show of it.
+# Takes about ten minutes on two cores. Writes benchmarks/results/<machine>.json and the parts of the docs that show it.
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --device cpu --json $(OUT)
 	$(BIN)/python docs/generate.py
@@ -78,7 +78,7 @@ docs: $(VENV)/.docs
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
 
-# Each call takes at most nine minutes; gpu.json and gpu.md in GPU_OUT say what became of all of them.
+# Each part takes at most nine minutes. gpu.json and gpu.md in GPU_OUT hold the results of all of them.
 gpu:
 	@$(MAKE) --no-print-directory -k gpu-build gpu-test gpu-sanitize gpu-bench gpu-training; status=$$?; \
 	$(MAKE) --no-print-directory gpu-report && (exit $$status) $(verdict)
@@ -103,7 +103,7 @@ gpu-training:
 gpu-report:
 	@$(GPU_PYTHON) -m benchmarks gpu $(GPU_OUT) $(verdict)
 
-# The sources, a wheel for any machine without the extension, and one for this machine and its torch.
+# An sdist, a wheel without the extension for any machine, and a wheel for this machine and its torch.
 dist: $(VENV)/.lint
 	rm -rf dist
 	$(BIN)/python setup.py --quiet sdist

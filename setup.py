@@ -1,11 +1,11 @@
-"""The one description of the build: the packages, the extension fastkd._C, and a record of what was built for whom.
+"""Build script: the packages, the extension fastkd._C, and a record of the build in fastkd/_built_for.py.
 
-    FASTKD_BUILD_EXT=auto|1|0   build what can be built | fail if what was asked for cannot be | pure Python
-    FORCE_ONLY_CPU=1            leave CUDA out
-    FORCE_CUDA=1                build CUDA without a GPU at hand, as does TORCH_CUDA_ARCH_LIST="8.0;9.0"
-    CUDA_HOME, CXX, MAX_JOBS    as everywhere
+    FASTKD_BUILD_EXT=auto|1|0   build the parts that can be built | fail if a part cannot be built | pure Python
+    FORCE_ONLY_CPU=1            build without CUDA
+    FORCE_CUDA=1                build CUDA on a machine without a GPU, as does TORCH_CUDA_ARCH_LIST="8.0;9.0"
+    CUDA_HOME, CXX, MAX_JOBS    their usual meaning
 
-What cannot be built is left out: the record, fastkd/_built_for.py, says why, and so does the build in one line.
+Parts that cannot be built are skipped. The record has the reason, and the build prints it in one line.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from setuptools.command.build_py import build_py
 MODE = os.getenv("FASTKD_BUILD_EXT", "auto")
 REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ."
 NO_COMPILER = f"no working C++ compiler with Python's headers (install g++ and python3-dev, then: {REINSTALL})"
-# Metadata and sdist need no torch, and none is imported for them.
+# Metadata and sdist do not need torch, so it is not imported for them.
 BUILDS = not {"bdist_wheel", "build", "build_ext", "build_py", "develop", "editable_wheel"}.isdisjoint(sys.argv)
 
 
 @dataclass(frozen=True)
 class Build:
-    """What is built; becomes fastkd/_built_for.py."""
+    """The plan of the build, which is written to fastkd/_built_for.py."""
 
     torch_version: str = ""
     why_not_ext: str = ""
@@ -58,7 +58,7 @@ def flag(name: str) -> bool:
 
 
 def say(line: str) -> None:
-    """pip hides what a build prints unless it fails; a terminal, where there is one, still reaches the person."""
+    """Print a message to the terminal, if there is one: pip hides the output of a build that succeeds."""
     try:
         with open("/dev/tty", "w") as tty:
             print(f"fastkd: {line}", file=tty)
@@ -68,18 +68,18 @@ def say(line: str) -> None:
 
 @contextmanager
 def target_packages() -> Iterator[None]:
-    """pip hides site-packages from an isolated build; the interpreter still knows where they are."""
+    """Add site-packages, which pip hides from an isolated build, to sys.path within the `with` block."""
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()} - set(sys.path)
     sys.path.extend(sorted(paths))
     try:
         yield
     finally:
-        # setuptools looks for plugins along sys.path, and those of the target are none of this build's.
+        # setuptools searches sys.path for plugins, and must not load those of the target environment.
         sys.path[:] = [path for path in sys.path if path not in paths]
 
 
 def compiles(source: str, *flags: str) -> bool:
-    """Whether the C++ compiler that setuptools takes, or the platform's, accepts the source."""
+    """Return whether the compiler that setuptools uses, or the platform's, compiles the source."""
     if sys.platform == "win32":
         return True
     cxx = shlex.split(os.getenv("CXX") or sysconfig.get_config_var("CXX") or "c++")
@@ -94,10 +94,10 @@ def compiles(source: str, *flags: str) -> bool:
 
 
 def toolkit(cuda_major: str, torch_folder: Path) -> tuple[str, str]:
-    """Folder and version of the first CUDA toolkit that has both compiler and headers; empty if none has."""
+    """Return folder and version of the first CUDA toolkit with both compiler and headers; empty if there is none."""
     homes = [os.getenv("CUDA_HOME"), os.getenv("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
-        # nvcc on PATH may be a script that leads elsewhere: it knows its own folder.
+        # nvcc on PATH may be a script in another folder, so ask nvcc for its own.
         dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
         homes += re.findall(r"TOP=(\S+)", dryrun.stderr)
     homes += [str(torch_folder.parent / "nvidia" / f"cu{cuda_major}"), "/usr/local/cuda"]
@@ -138,7 +138,7 @@ def plan_cuda(build: Build) -> Build:
 
 
 def plan() -> Build:
-    """Decide what this machine and its torch can build."""
+    """Return the plan of the parts that this machine and its torch can build."""
     if MODE == "0":
         return Build(why_not_ext=f"left out by FASTKD_BUILD_EXT=0 (to build it: {REINSTALL})")
     try:
@@ -153,7 +153,7 @@ def plan() -> Build:
 
 
 def extension(build: Build) -> Extension:
-    """fastkd._C as planned."""
+    """Return the extension fastkd._C of the plan."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
     # The version on the command line makes ninja recompile when torch is replaced in place.
@@ -161,9 +161,9 @@ def extension(build: Build) -> Extension:
     cxx, nvcc, link = ["/O2", version], ["-O3", version], []
     if sys.platform != "win32":
         cxx = ["-O3", "-g0", "-fvisibility=hidden", version]
-        # As torch is built: sqrt and trunc may be vectorised, no value changes.
+        # torch is built with the same options: sqrt and trunc may be vectorised, and no value changes.
         cxx += ["-fno-math-errno", "-fno-trapping-math"]
-        # Warnings are for our own sources.
+        # Warnings are enabled for our own sources only.
         cxx += ["-Wall", "-Wextra", *(f"-isystem{folder}" for folder in include_paths())]
         nvcc += ["-Xcompiler", "-fvisibility=hidden"]
     # at::parallel_for is inlined here and runs in this library's threads.
@@ -183,13 +183,13 @@ def extension(build: Build) -> Extension:
 
 
 def commands(build: Build) -> dict[str, type]:
-    """build_py writes the record; build_ext builds, gives up first CUDA and then the rest if it must, and mends it."""
+    """Return commands: build_py writes the record; build_ext builds, if necessary without CUDA or not at all."""
 
     class BuildPy(build_py):
         def run(self) -> None:
             super().run()
             package = "fastkd" if self.editable_mode else os.path.join(self.build_lib, "fastkd")
-            # build/ outlives a build, and what another torch left there would be packed.
+            # build/ persists, and an extension left there by another torch would be packed.
             for stale in glob(os.path.join(self.build_lib, "fastkd", "_C.*")):
                 os.remove(stale)
             replace(build, has_ext=False, has_cuda=False).write(package)
@@ -204,7 +204,7 @@ def commands(build: Build) -> dict[str, type]:
             done.write("fastkd" if self.inplace else os.path.join(self.build_lib, "fastkd"))
 
         def attempt(self, build: Build) -> Build:
-            # A failed run leaves both changed.
+            # A failed run changes both.
             compiler, inplace = self.compiler, self.inplace
             try:
                 with target_packages():

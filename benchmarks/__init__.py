@@ -1,1 +1,1 @@
-"""Time, memory and error of every loss beside what one would use instead: python -m benchmarks."""
+"""Time, memory and error of every loss, compared with its alternatives: python -m benchmarks."""

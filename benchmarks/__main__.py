@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks --help; python -m benchmarks COMMAND --help for the others."""
+"""Command line of the benchmarks: python -m benchmarks --help, and python -m benchmarks COMMAND --help."""
 
 import argparse
 import fnmatch
@@ -27,12 +27,12 @@ def select(cases: Sequence[Case], device: str, dtype: str | None, pattern: str) 
 
 
 def quick(case: Case) -> Case:
-    """Without the providers that take long to compile."""
+    """Return the case without the providers that take long to compile."""
     return replace(case, providers={name: p for name, p in case.providers.items() if not p.thorough})
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; the status is 1 only if fastkd itself fails the accuracy gate or cannot run."""
+    """Print the table. Return status 1 only if fastkd itself fails the accuracy gate or cannot run."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         return int(importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:]))
@@ -41,14 +41,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--case", metavar="GLOB", default="*", help="names to run, such as 'relation/*'")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: all")
-    parser.add_argument("--rounds", type=int, metavar="N", help="default: as many as --seconds allow")
-    seconds = "timed seconds of a case; its oracle, compilation and memory come on top; default: %(default)s"
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="rounds of each case; default: as many as --seconds allow"
+    )
+    seconds = "timed seconds per case, without its oracle, compilation and memory; default: %(default)s"
     parser.add_argument("--seconds", type=float, default=SECONDS, help=seconds)
-    thorough = "the providers that take long to compile too: the tuned mode, the compiled stock formulations"
+    thorough = "also run the providers that take long to compile: tuned mode, compiled stock formulations"
     parser.add_argument("--thorough", action="store_true", help=thorough)
-    where = "a file, or a folder for <machine>.json; default: benchmarks/results/ after a run of every case"
+    where = "file for the results, or folder for <machine>.json; default: benchmarks/results/ after a run of every case"
     parser.add_argument("--json", type=Path, metavar="PATH", help=where)
-    parser.add_argument("--list", action="store_true", help="only print the names")
+    parser.add_argument("--list", action="store_true", help="only print the names of the cases")
     args = parser.parse_args(argv)
     cases = select(CASES, args.device, args.dtype, args.case)
     if not cases:
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases:
         done.append(measure(case if args.thorough else quick(case), args.rounds, args.seconds))
         print(report.block(done[-1]), flush=True)
-        if args.json is not None:  # what is there when the run is cut short
+        if args.json is not None:  # keeps the finished cases if the run is interrupted
             report.write(args.json, head, report.rows(done))
     print(report.bars(done))
     print(f"{len(done)} cases in {time.monotonic() - begin:.0f} s")

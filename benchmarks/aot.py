@@ -1,8 +1,8 @@
-"""What ahead-of-time compilation says of every GPU kernel, and what cards could at best do: python -m benchmarks aot.
+"""Compiler report on every GPU kernel, and lower bounds on the times of the cases: python -m benchmarks aot.
 
 No GPU is needed: Triton's configurations are compiled for each architecture, CUDA kernels are read from a built
-extension. A kernel that spills, wants more shared memory than a block can have, or multiplies 16-bit matrices without a
-matrix instruction is a failure. Occupancy is only reported: kernels that work by warp groups rightly run at 12%.
+extension. A kernel fails if it spills, needs more shared memory than a block can have, or multiplies 16-bit matrices
+without a matrix instruction. Occupancy is only reported: kernels that use warp groups are expected to run at 12%.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from benchmarks.case import Case
 from benchmarks.cases import CASES
 
 ROOT = Path(__file__).parent.parent
-MOST_SPILLED = 64  # bytes a thread, outside of the innermost loops
+MOST_SPILLED = 64  # bytes per thread, outside the innermost loops
 
 
 class Card(NamedTuple):
-    """Peaks of a card by its maker's data sheet: bytes/s of memory, FLOP/s without sparsity."""
+    """Peak rates of a GPU, from the maker's data sheet: bytes/s of memory, FLOP/s without sparsity."""
 
     name: str
     bandwidth: float
@@ -51,8 +51,10 @@ CARDS = (
 
 
 class Unit(NamedTuple):
-    """A multiprocessor: registers, how they are dealt to a warp, warps and blocks it holds, bytes of shared memory, of
-    which each block is charged `reserved` more than it asks for, and the most a block may ask for."""
+    """Limits of a multiprocessor: registers and their granularity per warp, warps, blocks, and bytes of shared memory.
+
+    A block takes `reserved` bytes of shared memory more than it requests; the last field is the most it may request.
+    """
 
     registers: int
     granularity: int
@@ -81,11 +83,11 @@ MATRIX = {"HGMMA": "wgmma", "HMMA": "mma", "UTCHMMA": "tcgen05", "DMMA": "mma fl
 class Kernel:
     """One compiled kernel.
 
-    registers: a thread. stack: bytes a thread. spills: loads and stores that move them; looped: in innermost loops.
-    shared: bytes a block.
-    occupancy: share of the warps that a multiprocessor can hold. matrix: matrix instruction, and how many.
-    loads, wide: instructions that read global memory, and those of them that take 16 bytes a lane or a tile.
-    multiplies16: a product of 16-bit matrices stands in its source.
+    registers: number per thread. stack: bytes per thread. shared: bytes per block.
+    spills: loads and stores of spilled registers; looped: those in innermost loops.
+    occupancy: share of the warps that a multiprocessor can hold. matrix: the matrix instruction; products: its number.
+    loads: instructions that read global memory; wide: those that read 16 bytes per lane, or a tile.
+    multiplies16: the source has a product of 16-bit matrices.
     """
 
     stem: str
@@ -109,7 +111,7 @@ class Kernel:
     def problems(self) -> list[str]:
         found = []
         most = UNITS[self.target].shared_block
-        if self.looped and "double" not in self.types:  # float64 serves checks, not training
+        if self.looped and "double" not in self.types:  # float64 is used for checks, not for training
             found.append(f"{self.looped} spilled registers move in an innermost loop")
         if self.spills and self.stack > MOST_SPILLED:
             found.append(f"{self.stack} bytes a thread spilled, {MOST_SPILLED} are allowed")
@@ -124,7 +126,7 @@ class Kernel:
 
 
 def occupancy(target: str, registers: int, shared: int, threads: int) -> float:
-    """Warps that a multiprocessor holds at once, over those it could."""
+    """Return the share of a multiprocessor's warps that can be resident at once."""
     unit = UNITS[target]
     warps = -(-threads // unit.lanes)
     of_warp = -(-max(registers, 1) * unit.lanes // unit.granularity) * unit.granularity
@@ -135,7 +137,7 @@ def occupancy(target: str, registers: int, shared: int, threads: int) -> float:
 
 @cache
 def _cuobjdump() -> str:
-    """Triton's package carries one, the toolkit another."""
+    """Return the path of cuobjdump, from Triton's package or, without it, from PATH."""
     spec = find_spec("triton")
     if spec is None or spec.origin is None:
         return "cuobjdump"
@@ -148,7 +150,7 @@ def _dump(path: Path, *options: str) -> str:
 
 
 def _nvidia(code: str) -> dict[str, Any]:
-    """What counts in SASS."""
+    """Return the counted instructions of SASS."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*?);", code)
     names = [name for _, name, _ in lines]
     at = [(int(address, 16), name.split(".")[0], operands) for address, name, operands in lines]
@@ -174,7 +176,7 @@ def _nvidia(code: str) -> dict[str, Any]:
 
 
 def _amd(code: str) -> dict[str, Any]:
-    """The same in amdgcn text, with the registers of its metadata."""
+    """Return the counted instructions of amdgcn assembly, and the registers from its metadata."""
     loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", code)
     products = len(re.findall(r"\bv_mfma\w*", code))
 
@@ -195,13 +197,13 @@ def _amd(code: str) -> dict[str, Any]:
 
 
 def _usage(text: str) -> tuple[int, int, int]:
-    """Registers, bytes of stack, static bytes of shared memory."""
+    """Return registers, bytes of stack and bytes of static shared memory."""
     registers, stack, shared = (int(x) for x in re.findall(r"(?:REG|STACK|SHARED):(\d+)", text)[:3])
     return registers, stack, shared
 
 
 def inspect(variant: Any, compiled: Any, target: str) -> Kernel:
-    """A Triton kernel as compiled: variant and compiled as tests/aot.py has them."""
+    """Return the report on a compiled Triton kernel; `variant` and `compiled` come from tests/aot.py."""
     asm, meta, shared = compiled.asm, compiled.metadata, compiled.metadata.shared
     if target.startswith("sm"):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -212,7 +214,7 @@ def inspect(variant: Any, compiled: Any, target: str) -> Kernel:
     else:
         found = _amd(asm["amdgcn"])
     threads = meta.num_warps * UNITS[target].lanes
-    # The tensors of the formula are called by a letter; what else there is, is float32 on the way.
+    # Only the tensors of the formula have names of one letter; all others are float32 intermediates.
     types = variant.pointers(r"[a-z](_[st])?_ptr")
     shown = {**variant.constants, **variant.options}
     return Kernel(
@@ -230,7 +232,7 @@ def inspect(variant: Any, compiled: Any, target: str) -> Kernel:
 
 
 def _variants() -> Any:
-    """tests/aot.py: the table of configurations that the tests compile."""
+    """Return the module tests/aot.py, which has the configurations that the tests compile."""
     sys.path[:0] = [] if str(ROOT / "tests") in sys.path else [str(ROOT / "tests")]
     return importlib.import_module("aot")
 
@@ -247,7 +249,7 @@ def triton_kernels(jobs: int) -> Iterator[Kernel]:
 
 
 def _demangle(names: list[str]) -> list[str]:
-    """The kernel's name and template arguments alone."""
+    """Return the name and the template arguments of each kernel."""
     try:
         run = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     except OSError:
@@ -260,13 +262,13 @@ def _demangle(names: list[str]) -> list[str]:
 
 @cache
 def _bodies(extension: Path, target: str) -> dict[str, str]:
-    """Machine code by the kernels' mangled names."""
+    """Return the machine code of each kernel, by its mangled name."""
     code = _dump(extension, "-sass", "-arch", target)
     return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL))
 
 
 def cuda_kernels(extension: Path) -> Iterator[Kernel]:
-    """Kernels of the compiled extension, by architecture; their block size stands in their launch bounds."""
+    """Yield reports on the kernels of the compiled extension, by architecture."""
     for unit in _dump(extension, "-res-usage").split("Fatbin elf code:")[1:]:
         target = "sm_" + re.findall(r"arch = sm_(\d+)", unit)[0]
         usages = dict(re.findall(r"Function (\S+):\n\s*(REG:.*)", unit))
@@ -293,8 +295,10 @@ def cuda_kernels(extension: Path) -> Iterator[Kernel]:
 
 
 def rooflines() -> list[dict[str, Any]]:
-    """Seconds that each case needs at least on each card: its bytes at the memory's rate or its operations at the
-    arithmetic's, whichever takes longer. 16-bit inputs count at the matrix units' rate, float32 at the plain one."""
+    """Return a lower bound in seconds for each case on each GPU: its bytes or its operations at the peak rate.
+
+    The longer of the two counts. Operations on 16-bit inputs have the rate of the matrix units, float32 the plain one.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def row(case: Case) -> dict[str, Any]:
@@ -311,13 +315,15 @@ def rooflines() -> list[dict[str, Any]]:
 
 
 def main(argv: list[str]) -> int:
-    """Print what is wrong; the status is 1 if anything is."""
+    """Print the kernels that fail. Return status 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__)
-    parser.add_argument("--extension", type=Path, help="a fastkd/_C*.so built with CUDA: its kernels are read too")
-    parser.add_argument("--no-triton", action="store_true", help="only the extension's kernels")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="where results go; benchmarks/results/aot.json is shown"
+        "--extension", type=Path, help="path of a fastkd/_C*.so built with CUDA, whose kernels are read too"
+    )
+    parser.add_argument("--no-triton", action="store_true", help="only the extension's kernels")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of parallel compilations")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="file for the results; the docs show benchmarks/results/aot.json"
     )
     args = parser.parse_args(argv)
     if find_spec("triton") is None:

@@ -1,4 +1,4 @@
-"""Every case and provider as a test of pytest-benchmark."""
+"""Tests of pytest-benchmark, one for every case and provider."""
 
 from collections.abc import Callable
 

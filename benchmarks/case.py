@@ -1,4 +1,4 @@
-"""What a benchmark is made of: a case, the providers that compute it, the bars it is held to."""
+"""The parts of a benchmark: a case, the providers that compute it, and the bars (goals) of fastkd."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ TUNED = "max-autotune-no-cudagraphs"
 
 
 class Inputs(NamedTuple):
-    """What a provider is called with: the tensors it is differentiated in, then the others."""
+    """Arguments of a provider: the tensors that receive gradients, then the others."""
 
     leaves: tuple[Tensor, ...]
     constants: tuple[Tensor, ...] = ()
@@ -33,11 +33,11 @@ class Provider:
     """One way to compute a case.
 
     Args:
-        call: (*leaves, *constants) -> tensor or tensors; None where there is nothing to differentiate.
-        compiled: run through torch.compile; a string names its mode.
-        thorough: takes long to compile, and is left out unless asked for.
-        prepare: applied to each floating-point input beforehand, untimed: another dtype, fewer images.
-        gated: must agree with the oracle. What does not compute the case (a floor) is not.
+        call: (*leaves, *constants) -> tensor or tensors, or None if there is nothing to differentiate.
+        compiled: whether it runs through torch.compile; a string names the mode.
+        thorough: whether it takes long to compile and runs only with --thorough.
+        prepare: function applied to each floating-point input beforehand, untimed: another dtype, fewer images.
+        gated: whether it must agree with the oracle. A floor, which does not compute the case, is not gated.
     """
 
     call: Callable[..., Result | None]
@@ -48,11 +48,11 @@ class Provider:
 
 
 class Bar(NamedTuple):
-    """fastkd's goal: a rival's figure over fastkd's is at_least so much.
+    """A goal of fastkd: the ratio of a rival's figure to fastkd's must be `at_least` this number.
 
-    rival: a provider, "others" (the best of all that are gated), COPY, MATMUL or ALLOWANCE.
-    what: "error" is the gradient's, of a rival that fails the gate too.
-    or_below: seconds (bytes) that satisfy the bar by themselves.
+    rival: a provider, "others" (the best of all gated ones), COPY, MATMUL or ALLOWANCE.
+    what: the figure. "error" is the gradient's error, also of a rival that fails the gate.
+    or_below: seconds (or bytes) of fastkd that satisfy the bar whatever the ratio.
     """
 
     rival: str
@@ -69,12 +69,12 @@ class Case:
         name: "<stem>/<what>-<model>...", unique.
         inputs: (device, dtype) -> Inputs, the same values at every call.
         providers: by name; the first is the yardstick of the accuracy gate.
-        oracle: in float64, terms whose sum is the result, each differentiated and freed before the next is formed.
-        reduced: how many terms a sum that leads to one element has.
-        flops: operations that the algorithm needs, forward and (if so run) backward.
-        reads: how often the leaves must be read; constants are read once, gradients written once.
-        allowance: (bytes of the gradients) -> peak extra memory that fastkd may take.
-        backward: differentiate; otherwise run under no_grad.
+        oracle: float64 terms whose sum is the result, each differentiated and freed before the next is formed.
+        reduced: number of terms in the sum that leads to one element.
+        flops: operations that the algorithm needs, forward and, if it runs, backward.
+        reads: number of times the leaves must be read; constants are read once, gradients written once.
+        allowance: (bytes of the gradients) -> peak extra bytes that fastkd may use.
+        backward: whether to differentiate; otherwise the case runs under no_grad.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Case:
         return sum(x.nbytes for x in inputs.leaves) if self.backward else 0
 
     def bytes(self, inputs: Inputs) -> int:
-        """What must be read and written."""
+        """Bytes that must be read and written."""
         read = self.reads * sum(x.nbytes for x in inputs.leaves) + sum(x.nbytes for x in inputs.constants)
         return read + self.gradient_bytes(inputs)
 
@@ -107,7 +107,7 @@ def as_tuple(result: Result) -> tuple[Tensor, ...]:
 
 
 def incoming(results: tuple[Tensor, ...]) -> list[Tensor]:
-    """A gradient for each result: 1 for a scalar, uneven for the elements of a vector."""
+    """Return an incoming gradient for each result: 1 for a scalar, unequal values for the elements of a vector."""
     return [
         torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device).view_as(x) if x.ndim else torch.ones_like(x)
         for x in results
@@ -116,7 +116,7 @@ def incoming(results: tuple[Tensor, ...]) -> list[Tensor]:
 
 @dataclass
 class Step:
-    """What is timed: one call of a provider, forward and backward, to results and gradients."""
+    """A call of a provider that is ready to be timed: it returns results and gradients."""
 
     call: Callable[..., Result | None]
     inputs: Inputs
@@ -125,7 +125,7 @@ class Step:
 
     @classmethod
     def of(cls, provider: Provider, inputs: Inputs, backward: bool) -> "Step":
-        """Ready to run: compiled (at its first call), its inputs prepared."""
+        """Prepare the inputs and wrap the provider in torch.compile, which compiles at the first call."""
         prepare = provider.prepare
 
         def ready(x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class Step:
 
 
 def oracle(case: Case, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
-    """Results and gradients in float64, from the inputs as the providers get them."""
+    """Return results and gradients in float64, from the same inputs as the providers'."""
     wide: list[Any] = [x.double() if x.is_floating_point() else x for x in (*inputs.leaves, *inputs.constants)]
     leaves = [x.requires_grad_(case.backward) for x in wide[: len(inputs.leaves)]]
     total: list[Tensor] = []
@@ -163,7 +163,7 @@ def oracle(case: Case, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def mean_over_groups(function: Callable[..., Tensor], *tensors: Tensor, entries: int) -> Iterable[Tensor]:
-    """Terms of a loss that is the mean over dimension 0, 256 MB a map of `entries` a group at a time."""
+    """Split a loss that is a mean over dimension 0 into terms whose maps, of `entries` per group, take 256 MB."""
     groups = len(tensors[0])
     step = max(1, 2**25 // entries)
     for i in range(0, groups, step):

@@ -1,4 +1,4 @@
-"""Whether a run is slower, hungrier or less exact than an earlier one: python -m benchmarks compare BEFORE AFTER."""
+"""Compare time, memory and error of two runs: python -m benchmarks compare BEFORE AFTER."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ SAME = ("machine", "gpu", "versions")
 
 
 class Change(NamedTuple):
-    """before and after in the unit of `what`; worse: by more than the threshold, and not by scatter alone."""
+    """A change of one figure, in the unit of `what`. worse: by more than the threshold and more than the scatter."""
 
     case: str
     provider: str
@@ -30,12 +30,12 @@ def _providers(results: Row) -> dict[tuple[str, str], Row]:
 
 
 def _apart(before: Row, after: Row) -> bool:
-    """The middle three fifths of the times do not overlap."""
+    """Return whether the middle three fifths of the times do not overlap."""
     return bool(after["p20"] > before["p80"])
 
 
 def changes(before: Row, after: Row, threshold: float, only: str = "fastkd") -> Iterator[Change]:
-    """Every figure of a provider that both runs hold; a failure that is new counts as infinitely slow."""
+    """Return the changes of a provider that is in both runs. A new failure counts as infinitely slow."""
     old, new = _providers(before), _providers(after)
     for (case, name), a in old.items():
         b = new.get((case, name))
@@ -49,13 +49,13 @@ def changes(before: Row, after: Row, threshold: float, only: str = "fastkd") -> 
             yield Change(case, name, "time", a["median"], b["median"], worse)
         for what, floor in (("memory", 2**20), ("loss_error", 1e-7), ("gradient_error", 1e-6)):
             if a.get(what) is not None and b.get(what) is not None:
-                # Errors scatter with the order of sums: twice is a change, and below the floor nothing is.
+                # Errors depend on the order of sums. Only twice the error is a change, and none below the floor.
                 most = 1 + threshold if what == "memory" else 2
                 yield Change(case, name, what, a[what], b[what], b[what] > most * a[what] + floor)
 
 
 def lost_bars(before: Row, after: Row) -> list[str]:
-    """Bars reached before and missed after."""
+    """Return the bars that were reached before and are missed after."""
 
     def reached(results: Row) -> dict[tuple[str, ...], bool]:
         bars = ((row["case"], bar) for row in results["cases"] for bar in row["bars"])
@@ -66,12 +66,14 @@ def lost_bars(before: Row, after: Row) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Print every change; the status is 1 if one is a regression."""
+    """Print every change. Return status 1 if one is a regression."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--threshold", type=float, default=0.1, help="share by which time and memory may grow: 0.1")
-    parser.add_argument("--provider", default="fastkd", help="whose figures; all for everybody's")
+    parser.add_argument(
+        "--threshold", type=float, default=0.1, help="share by which time and memory may grow, such as 0.1 for 10%%"
+    )
+    parser.add_argument("--provider", default="fastkd", help="provider to compare; all compares every provider")
     args = parser.parse_args(argv)
     before, after = (json.loads(path.read_text()) for path in (args.before, args.after))
     for key in SAME:

@@ -1,4 +1,4 @@
-"""pytest benchmarks: the providers of a case are measured together, and each test is handed its own."""
+"""Fixtures of pytest benchmarks: the providers of a case are measured together, and each test gets its own times."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,7 +13,7 @@ MEASURED = pytest.StashKey[dict[str, Measured]]()
 
 
 class Replay:
-    """A clock that goes by recorded times, so that pytest-benchmark stores what was measured side by side."""
+    """A clock that replays recorded times, so that pytest-benchmark stores times that were measured together."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[Case], Measured]:
-    """The figures of all providers of a case, measured once in a session."""
+    """Return the figures of all providers of a case, measured once per session."""
     done = request.config.stash[MEASURED]
 
     def get(case: Case) -> Measured:

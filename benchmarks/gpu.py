@@ -1,6 +1,6 @@
-"""What the calls of `make gpu` left behind, as one JSON and one Markdown: python -m benchmarks gpu FOLDER.
+"""Collect the results of `make gpu` in one JSON file and one Markdown file: python -m benchmarks gpu FOLDER.
 
-Reads tests.xml (pytest), sanitizer.json, cases.json, profile.json and training.json; what is missing is said to be.
+Reads tests.xml (pytest), sanitizer.json, cases.json, profile.json and training.json, and reports missing ones as such.
 """
 
 import argparse
@@ -18,7 +18,7 @@ FILES = {"sanitizer": "sanitizer.json", "cases": "cases.json", "profile": "profi
 
 
 def tests(path: Path) -> Row | None:
-    """Outcomes, failures by name, and the reasons of skips."""
+    """Return the number of each outcome, the names of failed tests, and the reasons for skips."""
     if not path.exists():
         return None
     outcomes: Counter[str] = Counter()
@@ -35,7 +35,7 @@ def tests(path: Path) -> Row | None:
 
 
 def collect(folder: Path) -> Row:
-    """Everything that the folder holds."""
+    """Return all results in the folder."""
     found: Row = {"tests": tests(folder / "tests.xml")}
     for key, name in FILES.items():
         path = folder / name
@@ -88,7 +88,7 @@ def markdown(head: Row, found: Row) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The status is 1 if a test failed, the sanitizer found errors, or tests or benchmarks never ran."""
+    """Return status 1 if a test failed, the sanitizer found errors, or tests or benchmarks did not run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(argv).folder

@@ -1,4 +1,4 @@
-"""One case: the accuracy gate first, then all providers round by round. What fails the gate is never timed."""
+"""Measure a case: first the accuracy gate, then all providers round by round. A failed provider is never timed."""
 
 import gc
 import statistics
@@ -13,20 +13,20 @@ from benchmarks import memory
 from benchmarks.case import ALLOWANCE, COPY, MATMUL, MB, Bar, Case, Inputs, Step, oracle
 from fastkd.testing import assert_matches_oracle
 
-SECONDS = 6.0  # of timed rounds a case; its oracle, compilation and memory come on top
+SECONDS = 6.0  # of timed rounds per case, without its oracle, compilation and memory
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
-SETTLE = 1e-2  # seconds of calls before a sample, one at least
+SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
+SETTLE = 1e-2  # seconds of calls before a sample, at least one call
 
 
 @dataclass
 class Figures:
-    """One provider in one case.
+    """The figures of one provider in one case.
 
-    times: seconds of each round; empty if it failed.
+    times: seconds of each round; empty if the provider failed.
     memory: peak extra bytes.
-    loss_error, gradient_error: relative L2 error against float64, the worst of several; None if not gated.
-    failure: why it was not timed.
+    loss_error, gradient_error: relative L2 error against float64, the largest of several; None if not gated.
+    failure: the reason why the provider was not timed.
     """
 
     times: list[float] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar and what was reached: ratio is the rival's figure over fastkd's, None where one is missing."""
+    """A bar and its result: `ratio` is the rival's figure over fastkd's, or None if one of them is missing."""
 
     bar: Bar
     ratio: float | None
@@ -54,7 +54,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Measured:
-    """A case with its figures. copy: bytes/s of a clone; matmul: FLOP/s of a product, both in the same rounds."""
+    """A case with its figures. copy: bytes/s of a clone; matmul: FLOP/s of a product, both timed in the same rounds."""
 
     case: Case
     bytes: int
@@ -101,7 +101,7 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def _gate(case: Case, values: list[Tensor], eager: list[Tensor], exact: list[Tensor], results: int) -> None:
-    """Raise AssertionError unless values are as good as the yardstick's, and those as good as their dtype allows."""
+    """Raise AssertionError if values are less accurate than the yardstick's, or those less than their dtype allows."""
     bound = case.reduced**0.5 * torch.finfo(case.dtype).eps
     for i, (v, e, o) in enumerate(zip(values, eager, exact, strict=True)):
         what = f"loss {i}" if i < results else f"gradient {i - results}"
@@ -112,7 +112,7 @@ def _gate(case: Case, values: list[Tensor], eager: list[Tensor], exact: list[Ten
 
 
 def _accuracy(case: Case, steps: Mapping[str, Step], inputs: Inputs) -> dict[str, Figures]:
-    """Run every provider once: its errors, and a failure for one that cannot run or is wrong."""
+    """Run every provider once and record its errors, or a failure if it cannot run or is wrong."""
     results, gradients = oracle(case, inputs)
     n, exact = len(results), [*results, *gradients]
     yardstick: list[Tensor] | None = None
@@ -135,7 +135,7 @@ def _accuracy(case: Case, steps: Mapping[str, Step], inputs: Inputs) -> dict[str
 
 
 def _sample(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -154,10 +154,10 @@ def _sample(call: Callable[[], object], repeats: int, device: str) -> float:
 def interleave(
     calls: Mapping[str, Callable[[], object]], device: str, rounds: int | None, seconds: float
 ) -> dict[str, list[float]]:
-    """Time every call once a round, in another order each round; as many rounds as the seconds allow.
+    """Time every call once per round, in alternating order, for as many rounds as the seconds allow.
 
-    Before its sample a call runs uncounted: it then finds the caches and the allocator as it left them itself, as in a
-    loop of its own, not as its neighbour did. A first round, not counted, says how long each call takes.
+    Each call runs untimed before its sample, so that it finds caches and allocator as it left them itself, not as the
+    previous call did. A first round, which is not counted, estimates how long each call takes.
     """
     names = list(calls)
     estimate = {name: _sample(calls[name], 1, device) for name in names}
@@ -172,7 +172,7 @@ def interleave(
     gc.disable()
     try:
         for r in range(rounds):
-            # Forwards and backwards by turns: nobody always follows the same one.
+            # The order alternates, so that no provider always follows the same one.
             for name in (names[r % len(names) :] + names[: r % len(names)])[:: -1 if r % 2 else 1]:
                 _sample(calls[name], before[name], device)
                 times[name].append(_sample(calls[name], repeats[name], device))
@@ -182,9 +182,9 @@ def interleave(
 
 
 def measure(case: Case, rounds: int | None = None, seconds: float = SECONDS, with_memory: bool = True) -> Measured:
-    """Gate, time and weigh every provider of a case."""
+    """Check, time and measure the memory of every provider of a case."""
     torch._dynamo.reset()
-    gc.collect()  # what an earlier case held
+    gc.collect()  # frees the memory of earlier cases
     on_gpu = case.device == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Peak extra memory of one step: the CUDA allocator's on a GPU, the resident peak of a fresh process on a CPU."""
+"""Measure the peak extra memory of a step: by the CUDA allocator on a GPU, by a fresh process's peak RSS on a CPU."""
 
 import ctypes
 import gc
@@ -15,7 +15,7 @@ SECONDS = 120
 
 
 def peak(case: Case, provider: Provider, step: Step) -> int | None:
-    """Bytes above what is held before the step; None where Linux's /proc is missing or the process failed."""
+    """Return the peak bytes above those held before the step; None without Linux's /proc or if the process failed."""
     if case.device == "cuda":
         return _on_gpu(step)
     if not (PROC / "clear_refs").exists():
@@ -58,7 +58,7 @@ def _child(pipe: Connection, case: Case, provider: Provider) -> None:
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # else memory freed by compilation would serve the step unseen
+        libc.malloc_trim(0)  # otherwise the step would reuse memory freed by the compilation, which is not counted
     (PROC / "clear_refs").write_text("5")  # VmHWM := VmRSS
     before, code = _resident("VmRSS"), _resident("RssFile")
     step()

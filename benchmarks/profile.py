@@ -1,7 +1,7 @@
-"""Where a training step spends its time, with fused losses and with eager maps: python -m benchmarks profile.
+"""Measure the parts of a training step, with fused losses and with eager maps: python -m benchmarks profile.
 
-The step is a DeiT-Ti student's forward pass, the manifold loss of four layers and the attention loss of the last one
-against a DeiT-S teacher's, backward pass and optimiser.
+The step has the forward passes of a DeiT-Ti student and a DeiT-S teacher, the manifold loss of four layers, the
+attention loss of the last layer, the backward pass and the optimiser.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def fused(s: Tokens, t: Tokens, q: list[Tensor]) -> Tensor:
 
 
 def eager(s: Tokens, t: Tokens, q: list[Tensor]) -> Tensor:
-    """The same losses with their maps; heads that differ in number are averaged."""
+    """Return the same losses, computed with maps; different numbers of heads are averaged."""
     p_s, p_t = ((x @ y.mT * x.shape[-1] ** -0.5).softmax(-1).mean(1) for x, y in ((q[0], q[1]), (q[2], q[3])))
     attention = torch.nn.functional.kl_div(p_s.log(), p_t, reduction="sum") / p_s[..., 0].numel()
     return manifold_by_maps(s, t) + attention
@@ -79,7 +79,7 @@ def training_step(loss: Callable[..., Tensor], batch: int, device: str) -> Calla
 def measure(
     name: str, loss: Callable[..., Tensor], batch: int, device: str, steps: int, trace: Path | None
 ) -> list[dict[str, Any]]:
-    """Seconds of each part of a step, host and device, and the device's peak memory."""
+    """Return the seconds of each part of a step on host and device, and the device's peak memory."""
     step = training_step(loss, batch, device)
     for _ in range(2):
         step()
@@ -114,10 +114,12 @@ def main(argv: list[str]) -> int:
     """Print the parts of both steps."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks profile", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, help="images; default: 128 on a GPU, 8 on a CPU")
+    parser.add_argument("--batch", type=int, help="images per step; default: 128 on a GPU, 8 on a CPU")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--trace", type=Path, metavar="DIR", help="also write traces for chrome://tracing")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="a file, or a folder for profile-<machine>.json")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="folder for traces that chrome://tracing can open")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="file for the results, or folder for profile-<machine>.json"
+    )
     args = parser.parse_args(argv)
     batch = args.batch or (128 if args.device == "cuda" else 8)
     head, rows = report.header(args.device), []

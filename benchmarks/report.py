@@ -1,4 +1,4 @@
-"""Measured cases as a table for people and as JSON."""
+"""Write measured cases as a text table and as JSON."""
 
 import json
 import re
@@ -23,7 +23,7 @@ HEAD = (
 
 
 def _commit() -> str:
-    """The commit, marked where what is measured differs from it: anything but results and the docs made of them."""
+    """Return the commit, marked "-dirty" if the tree differs from it by more than results and generated docs."""
 
     def git(*args: str) -> str:
         try:
@@ -38,7 +38,7 @@ def _commit() -> str:
 
 
 def header(device: str) -> dict[str, Any]:
-    """Where, when and with what the figures were measured."""
+    """Return the machine, the date, the commit and the versions of a measurement."""
     found = info.collect()
     cpu = found["devices"][0].removeprefix("cpu: ")
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
@@ -97,7 +97,7 @@ def _verdict(verdict: Verdict) -> str:
 
 
 def block(measured: Measured) -> str:
-    """A case: its providers, one a line, and its bars."""
+    """Return the text table of a case: one provider per line, then its bars."""
     case = measured.case
     rounds = max((len(f.times) for f in measured.figures.values()), default=0)
     lines = [
@@ -112,14 +112,14 @@ def block(measured: Measured) -> str:
 
 
 def bars(cases: Sequence[Measured]) -> str:
-    """All bars, one a line."""
+    """Return all bars, one per line."""
     lines = [f"{m.case.name:<44}{_verdict(v)}" for m in cases for v in m.verdicts()]
     missed = sum(line.endswith("MISS") for line in lines)
     return "\n".join([*lines, f"{len(lines) - missed} of {len(lines)} bars reached"])
 
 
 def provider_json(f: Figures) -> dict[str, Any]:
-    """Seconds, bytes and relative errors."""
+    """Return a provider's seconds, bytes and relative errors as JSON."""
     timed = (
         {"median": f.median, "p20": f.quantile(0.2), "p80": f.quantile(0.8), "rounds": len(f.times)} if f.times else {}
     )
@@ -128,7 +128,7 @@ def provider_json(f: Figures) -> dict[str, Any]:
 
 
 def rows(cases: Sequence[Measured]) -> dict[str, Any]:
-    """Seconds, bytes, bytes/s and FLOP/s."""
+    """Return the cases as JSON, in seconds, bytes, bytes/s and FLOP/s."""
     return {
         "cases": [
             {
@@ -149,7 +149,7 @@ def rows(cases: Sequence[Measured]) -> dict[str, Any]:
 
 
 def write(path: Path, head: dict[str, Any], body: dict[str, Any], prefix: str = "") -> Path:
-    """Header and body as JSON, into path or, where that is a folder, into <prefix><machine>.json there."""
+    """Write header and body as JSON to the path or, if it is a folder, to <prefix><machine>.json in it."""
     path = path if path.suffix == ".json" else path / f"{prefix}{head['machine']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = {"header": json.dumps(head, indent=1), **{name: _to_json(value) for name, value in body.items()}}
@@ -158,6 +158,6 @@ def write(path: Path, head: dict[str, Any], body: dict[str, Any], prefix: str = 
 
 
 def _to_json(value: Any) -> str:
-    """A table of plain rows takes a line each."""
+    """Return JSON with one line per row for a table of plain rows, indented JSON otherwise."""
     plain = isinstance(value, list) and not any(isinstance(x, (dict, list)) for row in value for x in row.values())
     return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if plain else json.dumps(value, indent=1)

@@ -1,6 +1,6 @@
-"""compute-sanitizer over the tests of the CUDA operators: python -m benchmarks sanitize.
+"""Run compute-sanitizer on the tests of the CUDA operators: python -m benchmarks sanitize.
 
-Some machines have none, and some refuse it: both are said and are no failure. Errors that it finds are.
+A machine without compute-sanitizer, or one that does not allow it, is reported and is no failure. Errors it finds are.
 """
 
 import argparse
@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 TOOLS = ("memcheck", "racecheck")
 TESTS = ("tests/test_moments.py", "tests/test_prior.py")
-CHOSEN = "native and not permuted and not float16"  # every kernel in every mode, in the time there is
-SECONDS = 240  # of each tool
+CHOSEN = (
+    "native and not permuted and not float16"  # a selection with every kernel in every mode that fits the time limit
+)
+SECONDS = 240  # seconds per tool
 
 
 class Verdict(NamedTuple):
-    """errors: None where the tool did not run, and why says so."""
+    """The result of a tool. errors: None if the tool did not run; `why` has the reason."""
 
     tool: str
     errors: int | None
@@ -33,7 +35,7 @@ class Verdict(NamedTuple):
 
 
 def find() -> str | None:
-    """On PATH, or in the toolkit."""
+    """Return the path of compute-sanitizer, from PATH or from the toolkit."""
     homes = [os.getenv("CUDA_HOME", ""), "/usr/local/cuda"]
     places = [os.path.join(home, folder) for home in homes if home for folder in ("bin", "compute-sanitizer")]
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
@@ -45,14 +47,14 @@ def check(tool: str, program: list[str], seconds: float = SECONDS) -> Verdict:
     if sanitizer is None:
         return Verdict(tool, None, "no compute-sanitizer on this machine")
     command = [sanitizer, "--tool", tool, "--target-processes", "all", *program]
-    # Without PyTorch's cache every tensor is an allocation of its own, with bounds to overstep.
+    # Without PyTorch's cache every tensor has its own allocation, so that out-of-bounds accesses are found.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     both: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, **both, env=environment, cwd=ROOT, start_new_session=True) as run:
         try:
             text, _ = run.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)  # the program, too, which would go on by itself
+            os.killpg(run.pid, signal.SIGKILL)  # kills the program too, which would otherwise keep running
             return Verdict(tool, None, f"longer than {seconds:g} s")
     found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
     errors = sum(int(a or b) for a, b in found)
@@ -65,7 +67,7 @@ def check(tool: str, program: list[str], seconds: float = SECONDS) -> Verdict:
 
 
 def main(argv: list[str]) -> int:
-    """The status is 1 if errors are found."""
+    """Run all tools. Return status 1 if they find errors."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks sanitize", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="PATH")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""How time and memory grow with tokens, images, width, layers and ranks: python -m benchmarks scaling.
+"""Measure how time and memory grow with tokens, images, width, layers and ranks: python -m benchmarks scaling.
 
 Each sweep is one of the cases at several sizes. The exponent is the slope of the last three sizes on log-log axes,
-where the work outweighs what a call costs by itself; beside it stands what the algorithm promises.
+where the work outweighs the fixed cost of a call; the theoretical exponent of the algorithm is reported beside it.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from benchmarks.measure import interleave
 from fastkd.losses import RelationLoss
 from fastkd.ops.relation import Scope
 
-SECONDS = 1.5  # of timed rounds a size
+SECONDS = 1.5  # of timed rounds per size
 FITTED = 3  # the largest sizes
-RANKED = (8, 196, 192, 384)  # images a rank, tokens, widths
+RANKED = (8, 196, 192, 384)  # images per rank, tokens, widths
 
 
 class Theory(NamedTuple):
@@ -38,7 +38,7 @@ class Theory(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """A case at several sizes; `most` is the largest that a provider other than fastkd is given."""
+    """A case at several sizes; `most` is the largest size for providers other than fastkd."""
 
     name: str
     variable: str
@@ -93,7 +93,7 @@ SWEEPS = (
 
 
 def slope(sizes: Sequence[float], values: Sequence[float | None]) -> float | None:
-    """Least squares of log value against log size over the last sizes; None if fewer than two were measured."""
+    """Return the slope of log value against log size over the last sizes; None if fewer than two were measured."""
     points = [(math.log(x), math.log(y)) for x, y in zip(sizes, values, strict=True) if y is not None and y > 0]
     points = points[-FITTED:]
     if len(points) < 2:
@@ -103,7 +103,7 @@ def slope(sizes: Sequence[float], values: Sequence[float | None]) -> float | Non
 
 
 def _point(case: Case, names: list[str], seconds: float) -> dict[str, tuple[float, int | None]]:
-    """Seconds and bytes of each provider."""
+    """Return the seconds and bytes of each provider."""
     inputs = case.inputs(case.device, case.dtype)
     steps = {name: Step.of(case.providers[name], inputs, case.backward) for name in names}
     times = interleave(steps, case.device, None, seconds)
@@ -111,7 +111,7 @@ def _point(case: Case, names: list[str], seconds: float) -> dict[str, tuple[floa
 
 
 def measure(sweep: Sweep, seconds: float = SECONDS) -> list[dict[str, Any]]:
-    """A row for each provider: sizes, seconds, bytes, exponents fitted and promised."""
+    """Return a row for each provider: sizes, seconds, bytes, fitted and theoretical exponents."""
     found: dict[str, list[tuple[float | None, int | None]]] = {name: [] for name in sweep.theory}
     for size in sweep.sizes:
         case = sweep.case(size)
@@ -130,7 +130,7 @@ def measure(sweep: Sweep, seconds: float = SECONDS) -> list[dict[str, Any]]:
 
 
 def _rank(rank: int, world: int, folder: str, rounds: int) -> None:
-    """A rank's part of the batch-scope loss over all ranks: seconds of its own processor, the median of the rounds."""
+    """Return the median processor seconds of one rank for the batch-scope loss over all ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
     B, tokens, Ds, Dt = RANKED
@@ -149,7 +149,7 @@ def _rank(rank: int, world: int, folder: str, rounds: int) -> None:
 
 
 def ranks(worlds: Sequence[int] = (1, 2, 3, 4), rounds: int = 15) -> dict[str, Any]:
-    """Processor time of a rank with as many images each: what the others hold should cost it nothing."""
+    """Measure a rank's processor time with a fixed number of images per rank: other ranks should cost it nothing."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         for world in worlds:
@@ -170,10 +170,10 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Print the exponents, promised ones in brackets, as they are found."""
+    """Print each exponent as soon as it is measured, with the theoretical one in brackets."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks scaling", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="timed seconds of a size; default: %(default)s")
-    where = "a file, or a folder for scaling-<machine>.json; benchmarks/results/ is what the docs show"
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="timed seconds per size; default: %(default)s")
+    where = "file for the results, or folder for scaling-<machine>.json; the docs show benchmarks/results/"
     parser.add_argument("--json", type=Path, metavar="PATH", help=where)
     args = parser.parse_args(argv)
     head = report.header("cpu")

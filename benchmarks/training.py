@@ -1,8 +1,8 @@
-"""What the trainer must reach, measured on its own loop: python -m benchmarks training.
+"""Measure the trainer's own loop against its goals: python -m benchmarks training.
 
-Three figures: the share of a step that the distillation loss takes, with fused losses and with eager maps; what a step
-of the trainer costs beyond one of a bare loop; two processes against one. What is compared takes turns, and the median
-of the turns counts. Weights are random, images are the digits. On a GPU the processes are left out.
+Three figures: the share of a step in the distillation loss, with fused losses and with eager maps; the extra time of a
+step over a bare loop; two processes against one. The compared variants run in turn, and the median of the turns counts.
+Weights are random, images are the digits. On a GPU the comparison of processes is omitted.
 """
 
 import argparse
@@ -40,8 +40,8 @@ from fastkd.train.tasks import FeatureLoss, renormalisation
 
 T = TypeVar("T")
 SHARE, ADDED, ADDED_SHARE, AGAINST_ONE = 0.03, 5e-3, 0.05, 1.15  # the goals
-THREADS = 2  # of one process, and of all processes together
-LATE = 300.0  # seconds that processes may take for a turn, their start included
+THREADS = 2  # threads of one process, and of all processes together
+LATE = 300.0  # seconds that processes may take for a turn, including their start
 
 
 def recipe(device: str) -> Settings:
@@ -53,7 +53,7 @@ def recipe(device: str) -> Settings:
 
 
 class Pair(NamedTuple):
-    """What one process and two do, steps at a turn."""
+    """The setting in which one process and two are compared; `steps` are those of a turn."""
 
     setting: str
     settings: Settings
@@ -61,7 +61,7 @@ class Pair(NamedTuple):
     rounds: int
 
 
-# Steps with CaiT-S24 would be too long for several turns.
+# Steps with CaiT-S24 take too long for several turns.
 DEIT = dataclasses.replace(
     FOLDER, data="digits", teacher="deit_small_patch16_224", teacher_epochs=1, batch_size=16, workers=0
 )
@@ -73,10 +73,10 @@ PAIRS = (
 
 
 class Figure(NamedTuple):
-    """A figure of a setting; without a goal it stands beside one.
+    """A figure of a setting; one without a goal is given for comparison.
 
-    value, goal: in `unit`, "share", "seconds" or "ratio". seconds: of a step, or of an image. against: those of what it
-    is compared with, or those of them in the loss.
+    value, goal: in `unit`, which is "share", "seconds" or "ratio". seconds: of a step, or of an image.
+    against: seconds of the variant that it is compared with, or the seconds of the step that are in the loss.
     """
 
     figure: str
@@ -101,14 +101,14 @@ class Figure(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """Seconds of a step, and those of them in the distillation loss."""
+    """Seconds of a step, and its seconds in the distillation loss."""
 
     seconds: float
     in_loss: float = 0.0
 
 
 def turns(calls: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What the calls give, one after the other, every second round backwards."""
+    """Return the results of the calls, run in turn and in reverse order in every second round."""
     found: dict[str, list[T]] = {name: [] for name in calls}
     for r in range(rounds):
         for name in list(calls)[:: -1 if r % 2 else 1]:
@@ -117,7 +117,7 @@ def turns(calls: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T
 
 
 class Maps(FeatureLoss):
-    """The manifold loss by its maps."""
+    """The manifold loss, computed with maps."""
 
     name = "manifold"
 
@@ -132,7 +132,7 @@ def with_maps(task: Any) -> TrainingTask:
 
 
 class Kept:
-    """A loader's first batches, again and again: a step is then that of networks and losses alone."""
+    """A loader that repeats the first batches of another, so that a step contains only networks and losses."""
 
     def __init__(self, loader: Any, batches: int) -> None:
         self.images, self._loader = loader.images, loader
@@ -144,13 +144,13 @@ class Kept:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(start, len(self)):
             images, targets = self._kept[number % len(self._kept)]
-            yield images.clone(), targets  # mixup and erasing write into them
+            yield images.clone(), targets  # mixup and erasing write into the images
 
 
 class Trainer:
-    """The loop of `fastkd train` over the distilled student, some steps at a time.
+    """The loop of `fastkd train` for the distilled student, run a few steps at a time.
 
-    maps: the manifold loss by its maps. keep: only so many batches, loaded beforehand.
+    maps: whether the manifold loss is computed with maps. keep: number of preloaded batches to repeat.
     """
 
     def __init__(self, settings: Settings, *, maps: bool = False, keep: int = 0) -> None:
@@ -163,11 +163,11 @@ class Trainer:
         if maps:
             create = trainee.create_task
             trainee.create_task = lambda network, stage: with_maps(create(network, stage))
-        bar = tqdm(file=open(os.devnull, "w"), disable=setup.ranks.rank > 0)  # noqa: SIM115  lives as long
+        bar = tqdm(file=open(os.devnull, "w"), disable=setup.ranks.rank > 0)  # noqa: SIM115  lives as long as this object
         self._steps = (step for epoch in range(trainee.epochs) for step in trainee.train_epoch(epoch, bar))
 
     def take(self, steps: int) -> Taken:
-        """So many of them, as the trainer's own record has them."""
+        """Run some steps and return their times from the trainer's record."""
         record, device = self.trainee.record, self.trainee.device
         before = record.seconds, record.loss_seconds
         settle(device)
@@ -179,14 +179,14 @@ class Trainer:
         return Taken((record.seconds - before[0]) / steps, (record.loss_seconds - before[1]) / steps)
 
     def loss(self) -> float:
-        """Its mean so far."""
+        """Return the mean loss so far."""
         record = self.trainee.record
         record.look()
         return record.sums["loss"] / record.seen
 
 
 class Bare:
-    """What a user would write for the manifold loss: a trainer's networks, images and losses, and nothing else."""
+    """A loop that a user would write for the manifold loss: a trainer's networks, images and losses, nothing else."""
 
     def __init__(self, settings: Settings) -> None:
         self.setup = prepare(dataclasses.replace(settings, baseline=False, check=False))
@@ -227,7 +227,7 @@ def settle(device: torch.device) -> None:
 
 
 class Processes:
-    """So many processes of the trainer, under torchrun where they are several, with THREADS threads in all."""
+    """Processes of the trainer, under torchrun if there are several, with THREADS threads in total."""
 
     def __init__(self, store: TCPStore, world: int) -> None:
         self.store, self.world, self._turn = store, world, 0
@@ -237,17 +237,17 @@ class Processes:
         self._process = subprocess.Popen(command, env=env, cwd=report.ROOT.parent)
 
     def take(self, settings: Settings, steps: int) -> float:
-        """Seconds of a step of the last of them.
+        """Let the processes take some steps and return the seconds of a step.
 
         Raises:
-            RuntimeError: they have ended, or have not done it in time.
+            RuntimeError: the processes have ended, or exceed the time limit.
         """
         self._tell({"settings": as_json(settings), "steps": steps})
         keys = [f"{self.world}/{self._turn}/{rank}" for rank in range(self.world)]
         late = time.monotonic() + LATE
         while not self.store.check(keys):
             if self._process.poll() is not None or time.monotonic() > late:
-                raise RuntimeError(f"{self.world} process(es) of the trainer did not take the steps they were told to")
+                raise RuntimeError(f"{self.world} process(es) of the trainer did not take the requested steps")
             time.sleep(0.02)
         return max(float(self.store.get(key)) for key in keys)
 
@@ -267,7 +267,7 @@ class Processes:
 
 
 def work(port: int) -> None:
-    """What a process does: the steps that Processes tells it to take."""
+    """Run a process: take the steps that Processes requests."""
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LATE))
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     trainer, made_of = None, None
@@ -282,7 +282,7 @@ def work(port: int) -> None:
 
 
 def share(settings: Settings, rounds: int, steps: int = 1) -> Iterator[Figure]:
-    """The part of a step that is the distillation loss, forward and backward; the images are there already.
+    """Measure the share of a step in the distillation loss, forward and backward, with preloaded images.
 
     Raises:
         RuntimeError: fused losses and eager maps do not agree.
@@ -304,7 +304,7 @@ def share(settings: Settings, rounds: int, steps: int = 1) -> Iterator[Figure]:
 
 
 def added(settings: Settings, rounds: int, steps: int = 10) -> Figure:
-    """What a step of the trainer takes longer than one of the bare loop."""
+    """Measure the extra time of a step of the trainer over a step of the bare loop."""
     loops: dict[str, Trainer | Bare] = {"trainer": Trainer(settings), "bare": Bare(settings)}
     found = turns({name: partial(settled, loop, steps) for name, loop in loops.items()}, rounds)
     trainer, bare = (statistics.median(found[name]) for name in ("trainer", "bare"))
@@ -315,19 +315,19 @@ def added(settings: Settings, rounds: int, steps: int = 10) -> Figure:
 
 
 def settled(loop: Trainer | Bare, steps: int) -> float:
-    """Seconds of a step; one that is not counted goes before."""
+    """Return the seconds of a step, after one step that is not counted."""
     loop.take(1)
     return loop.take(steps).seconds
 
 
 def image(processes: Processes, settings: Settings, steps: int) -> float:
-    """Seconds of an image; a step that is not counted goes before."""
+    """Return the seconds of an image, after one step that is not counted."""
     processes.take(settings, 1)
     return processes.take(settings, steps) / (settings.batch_size * processes.world)
 
 
 def against_one(pairs: tuple[Pair, ...], world: int = 2) -> Iterator[Figure]:
-    """Time of an image with that many processes over that with one; a step has as many images in all."""
+    """Measure the time per image with several processes over that with one, at equal images per step in total."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with Processes(store, 1) as one, Processes(store, world) as several:
         for pair in pairs:
@@ -346,7 +346,7 @@ def against_one(pairs: tuple[Pair, ...], world: int = 2) -> Iterator[Figure]:
 
 
 def figures(device: str) -> Iterator[Figure]:
-    """All of them, as they are found."""
+    """Yield each figure as soon as it is measured."""
     on_gpu = device == "cuda"
     yield from share(recipe(device), 7, 10 if on_gpu else 1)
     yield added(dataclasses.replace(DIGITS, device=device), 30)
@@ -355,10 +355,10 @@ def figures(device: str) -> Iterator[Figure]:
 
 
 def main(argv: list[str]) -> int:
-    """Print the figures; the status is 1 if one misses its goal."""
+    """Print the figures. Return status 1 if one misses its goal."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    where = "a file, or a folder for training-<machine>.json; benchmarks/results/ is what the docs show"
+    where = "file for the results, or folder for training-<machine>.json; the docs show benchmarks/results/"
     parser.add_argument("--json", type=Path, metavar="PATH", help=where)
     args = parser.parse_args(argv)
     head = report.header(args.device)

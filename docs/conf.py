@@ -1,4 +1,4 @@
-"""The documentation site: make docs."""
+"""Sphinx configuration of the documentation site (make docs)."""
 
 import sys
 from pathlib import Path

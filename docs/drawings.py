@@ -1,4 +1,4 @@
-"""Data-flow drawings of the kernels and of what each loss compares, as SVG: docs/generate.py writes them."""
+"""Data-flow drawings of the losses and kernels, as SVG. docs/generate.py writes them."""
 
 from html import escape
 from itertools import pairwise, product
@@ -9,7 +9,7 @@ FILL = {"memory": "#e8e8e8", "chip": "#d7e8fa", "result": "#dcf2dc"}
 
 
 class Box(NamedTuple):
-    """Lines of text; memory: lies in main memory, chip: in cache or registers only, result: what is returned."""
+    """A box with lines of text. kind: "memory" (main memory), "chip" (only cache or registers) or "result"."""
 
     text: str
     kind: str = "chip"
@@ -32,8 +32,10 @@ def _box(box: Box, x: float, y: float, height: int) -> str:
 
 
 def flow(rows: Rows) -> str:
-    """Rows of boxes from top to bottom. Rows of one length are linked box by box, a lone box to all, n boxes to the
-    nearest two of n + 1."""
+    """Return an SVG of rows of boxes, from top to bottom, with arrows between consecutive rows.
+
+    Rows of equal length are linked box by box, a single box to all, and n boxes to the nearest two of n + 1.
+    """
     columns = max(map(len, rows))
     width = columns * (WIDTH + GAP) + GAP
     parts, centres, y = [], [], GAP
@@ -92,7 +94,7 @@ DRAWINGS: dict[str, Rows] = {
     ],
     "loss-attention": [
         [memory("student q, k\n(B, H, N, d)"), memory("teacher q, k\n(B, H, N, d')")],
-        [Box("softmax of q kᵀ, a row a query"), Box("softmax of q kᵀ, a row a query")],
+        [Box("softmax of q kᵀ,\none row per query"), Box("softmax of q kᵀ,\none row per query")],
         [Box("divergence of the two rows")],
         [result("mean over rows, heads, images")],
     ],
@@ -105,13 +107,13 @@ DRAWINGS: dict[str, Rows] = {
     ],
     "loss-statistics": [
         [memory("input of a BatchNorm\n(B, C, H, W)"), memory("its running mean\nand variance (C)")],
-        [Box("mean and variance\nof the batch, per channel"), Box("what real images had")],
+        [Box("mean and variance\nof the batch, per channel"), Box("mean and variance\nof real images")],
         [Box("distance of means + distance of variances")],
         [result("sum over layers")],
     ],
     "loss-prior": [
         [memory("images (B, C, H, W)")],
-        [Box("each pixel less its neighbour:\nright, below, two diagonals"), Box("the pixels themselves")],
+        [Box("each pixel minus neighbour:\nright, below, two diagonals"), Box("the pixels")],
         [Box("L1: means of |d|,\nL2: norms of d"), Box("norm of each image")],
         [result("weighted sum")],
     ],
@@ -123,7 +125,7 @@ DRAWINGS: dict[str, Rows] = {
     "loss-logits": [
         [memory("student logits (B, C)"), memory("teacher logits (B, C)")],
         [Box("the target against all others"), Box("the others among themselves")],
-        [Box("soft targets: one KL of both;\nDKD: a weight for each; NKD: cross-entropies")],
+        [Box("soft targets: one KL of both\nDKD: one weight for each\nNKD: cross-entropies")],
         [result("loss")],
     ],
     "kernel-relation": [
@@ -148,7 +150,7 @@ DRAWINGS: dict[str, Rows] = {
         [memory("q, k of the student\nread in place"), memory("q, k of the teacher\nread in place")],
         [Box("strip of Z_s = q kᵀ\nstays in cache"), Box("strip of Z_t = q kᵀ\nstays in cache")],
         [Box("row maxima m, sums l of both")],
-        [Box("row losses"), Box("dZ = p_s - p_t\nin the place of Z_s, float32")],
+        [Box("row losses"), Box("dZ = p_s - p_t\noverwrites Z_s, float32")],
         [result("loss"), result("dQ = dZ K, dK += dZᵀ Q")],
     ],
     "kernel-moments": [

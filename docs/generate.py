@@ -1,7 +1,7 @@
-"""Writes what README and docs show of benchmarks/results: tables between markers, pictures beside the pages.
+"""Write the tables and pictures that README and docs show of benchmarks/results; tables go between markers.
 
 python docs/generate.py           write
-python docs/generate.py --check   fail where text or pictures differ from the committed results
+python docs/generate.py --check   fail if text or pictures differ from the committed results
 """
 
 import argparse
@@ -35,13 +35,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def results(body: str) -> list[Row]:
-    """The committed files that hold such a table: "cases", "sweeps", "parts" or "training"."""
+    """Return the contents of the result files that have the table `body`: cases, sweeps, parts or training."""
     loaded = (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
     return [found for found in loaded if body in found and "header" in found]
 
 
 def machine(header: Row) -> str:
-    """Where, with what and when."""
+    """Return a line with the machine, the versions, the commit and the date."""
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v and k in ("fastkd", "torch", "triton"))
     return f"{header['gpu'] or header['cpu']}; {versions}; commit {header['commit']}, {header['date'][:10]}.\n"
 
@@ -51,7 +51,7 @@ def ms(seconds: float) -> str:
 
 
 def demo() -> str:
-    """The closing table of `fastkd train` and the machine it ran on."""
+    """Return the result table of `make demo` and the machine it ran on."""
     from fastkd.train.report import table as closing
 
     summary = json.loads((RESULTS / "demo.json").read_text())
@@ -60,7 +60,7 @@ def demo() -> str:
 
 
 def demo_datafree() -> str:
-    """The rungs of `make demo-datafree` and the machine they were climbed on."""
+    """Return the result table of `make demo-datafree` and the machine it ran on."""
     from fastkd.train.inversion.demo import table
 
     summary = json.loads((RESULTS / "demo-datafree.json").read_text())
@@ -71,7 +71,7 @@ def demo_datafree() -> str:
 
 
 def _case(row: Row) -> str:
-    """A case's providers: milliseconds, ratio to fastkd, extra memory and errors."""
+    """Return the table of a case's providers: milliseconds, ratio to fastkd, extra memory and errors."""
     ours = row["providers"]["fastkd"].get("median")
     lines = []
     for name, p in row["providers"].items():
@@ -95,19 +95,19 @@ def _picture(name: str, title: str) -> str:
 
 
 def cases() -> str:
-    """Every machine: its picture and all its cases."""
+    """Return the pictures and all cases of every machine."""
     parts = []
     for found in results("cases"):
         name = found["header"]["machine"]
         parts += [f"### {found['header']['gpu'] or found['header']['cpu']}\n", machine(found["header"])]
         parts += [_picture(f"speedup-{name}", "Times faster than eager PyTorch and torch.compile, case by case")]
-        parts += [_picture(f"roofline-{name}", "Operations a second against operations per byte")]
+        parts += [_picture(f"roofline-{name}", "Operations per second against operations per byte")]
         parts += [_case(row) for row in found["cases"]]
     return "\n".join(parts) or NONE
 
 
 def bars() -> str:
-    """Goals and what was reached, on every machine."""
+    """Return the goals and the measured ratios of every machine."""
     parts = []
     for found in results("cases"):
         lines = [
@@ -139,7 +139,7 @@ HEADLINE = (
 
 
 def study() -> str:
-    """Every method and none on shares of the digits."""
+    """Return the results of `make study`: every method, and training without distillation, on shares of the digits."""
     path = RESULTS / "study.json"
     if not path.exists():
         return NONE
@@ -156,8 +156,8 @@ def study() -> str:
             own = cell[method, fraction]
             gain, noise = own["top1"] - none["top1"], own["spread"] + none["spread"]
             (even if abs(gain) <= noise else won if gain > 0 else lost).append(f"{method} ({gain:+.1f})")
-        told = [("better than none", won), ("worse", lost), ("within the spread", even)]
-        text = "; ".join(f"{what}: {', '.join(names)}" for what, names in told if names)
+        groups = [("better than none", won), ("worse", lost), ("within the spread", even)]
+        text = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups if names)
         parts.append(f"- With {none['images']} images ({fraction:.0%}), {text}.")
     same = found["same"]
     of_loss = {
@@ -166,12 +166,12 @@ def study() -> str:
     }
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts += [
-        f"\nThe first manifold run on {whole:.0%} of the images, once more with the eager losses, and once more with "
-        "the fused ones on another number of threads, which rounds otherwise: "
+        f"\nThe first manifold run on {whole:.0%} of the images was repeated with the eager losses, and with the fused "
+        "losses on another number of threads, which changes the rounding. Top-1 is "
         f"{same['top1']['fused']:.1f}%, {same['top1']['eager']:.1f}% and {same['top1']['threads']:.1f}%. "
-        "Apart from the first run, after each epoch:\n",
+        "The losses of the repeated runs differ from the first run after each epoch:\n",
         table(
-            ["difference of the loss, of its value", *(str(i + 1) for i in range(len(same["eager"])))],
+            ["relative difference of the loss", *(str(i + 1) for i in range(len(same["eager"])))],
             [["eager losses", *of_loss["eager"]], ["other threads", *of_loss["threads"]]],
         )
         + "\n",
@@ -182,7 +182,7 @@ def study() -> str:
 
 
 def headline() -> str:
-    """A case of each kind: milliseconds and extra memory of the official form, compiled, and fastkd."""
+    """Return milliseconds and extra memory of one case of each kind: official form, compiled form, fastkd."""
     parts = []
     for found in results("cases"):
         rows = {row["case"]: row["providers"] for row in found["cases"]}
@@ -204,7 +204,7 @@ def headline() -> str:
 
 
 def scaling() -> str:
-    """Fitted exponents beside the promised ones, and the curves."""
+    """Return the fitted exponents beside the theoretical ones, and the pictures of the curves."""
 
     def exponent(row: Row, key: str) -> str:
         if row[key] is None:
@@ -227,7 +227,7 @@ def scaling() -> str:
 
 
 def profiles() -> str:
-    """Parts of a training step, with and without fused losses."""
+    """Return the time of each part of a training step, with and without fused losses."""
     parts = []
     for found in results("parts"):
         rows = found["parts"]
@@ -242,7 +242,7 @@ def profiles() -> str:
 
 
 def training() -> str:
-    """What the trainer must reach, and what it does."""
+    """Return the trainer's goals and measured figures."""
 
     def shown(row: Row, key: str) -> str:
         if row[key] is None:
@@ -265,7 +265,7 @@ def training() -> str:
             ]
             for row in found["training"]
         ]
-        head = ["figure", "setting", "measured", "goal", "", "step or image, ms", "the loss or the other, ms"]
+        head = ["figure", "setting", "measured", "goal", "", "step or image, ms", "loss or baseline, ms"]
         parts.append(f"{machine(found['header'])}\n{table(head, lines)}")
     return "\n".join(parts) or NONE
 
@@ -276,7 +276,7 @@ def _aot() -> Row | None:
 
 
 def rooflines() -> str:
-    """The least time of each case on each card."""
+    """Return the lower bound on the time of each case on each GPU."""
     found = _aot()
     if found is None:
         return NONE
@@ -291,7 +291,7 @@ def rooflines() -> str:
 
 
 def aot() -> str:
-    """Every compiled kernel."""
+    """Return the table of all compiled kernels."""
     found = _aot()
     if found is None:
         return NONE
@@ -337,7 +337,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """text with each generated section in place of what stands between its markers."""
+    """Return the text with each generated section inserted between its markers."""
     for name in re.findall(r"<!-- (\w+) -->\n", text):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         head, tail = text.split(begin)[0], text.split(end)[1]
@@ -346,7 +346,7 @@ def fill(text: str) -> str:
 
 
 def pictures() -> Iterator[tuple[str, Any, Callable[[Any, Any], None], tuple[float, float]]]:
-    """(name, data, how to draw it, inches) of every picture."""
+    """Yield (name, data, drawing function, size in inches) for every picture."""
     for found in results("cases"):
         name = found["header"]["machine"]
         rows = [row for row in found["cases"] if "median" in row["providers"]["fastkd"]]
@@ -382,7 +382,7 @@ def pictures() -> Iterator[tuple[str, Any, Callable[[Any, Any], None], tuple[flo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; the status is 1 if anything differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if anything differs")
     check = parser.parse_args().check
     stale = []
     for page in PAGES:
@@ -407,7 +407,7 @@ def main() -> int:
                 plots.write(picture, data, draw, size)
     names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
     if check and stale:
-        print(f"not as measured: {names} (python docs/generate.py)", file=sys.stderr)
+        print(f"differs from the committed results: {names} (run python docs/generate.py)", file=sys.stderr)
         return 1
     print(f"{'up to date' if not stale else f'written: {names}'}")
     return 0

@@ -1,4 +1,4 @@
-"""What the site takes from the source as it is built: the messages of every error, and docstrings with equations."""
+"""Sphinx hooks that build the table of error messages and keep the equations of docstrings."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ PLACE = "<!-- every message, by messages.py -->"
 
 
 def _text(node: ast.expr) -> str:
-    """A message with `...` where values go."""
+    """Return the text of a message, with `...` for each value."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -27,7 +27,7 @@ def _text(node: ast.expr) -> str:
 
 
 def raised() -> Iterator[tuple[str, str, str]]:
-    """(module, error, message) of every error that fastkd raises by itself."""
+    """Yield (module, error, message) for every error that fastkd raises itself."""
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text())):
@@ -38,7 +38,7 @@ def raised() -> Iterator[tuple[str, str, str]]:
 
 
 def insert(app: "Sphinx", page: str, source: list[str]) -> None:
-    """The table of messages, in the page that has its place."""
+    """Replace the placeholder in messages.md by the table of messages."""
     if PLACE not in source[0]:
         return
     rows = [f"| `{message.replace('|', '/')}` | `{error}` | `{module}` |" for module, error, message in raised()]
@@ -47,7 +47,7 @@ def insert(app: "Sphinx", page: str, source: list[str]) -> None:
 
 
 def keep_equations(app: "Sphinx", what: str, name: str, of: object, options: object, lines: list[str]) -> None:
-    """Indented equations stand as they are written, and plain prose has no markup to be mistaken for."""
+    """Turn indented equations into literal blocks and escape characters of prose that Sphinx would take for markup."""
     kept: list[str] = []
     for i, line in enumerate(lines):
         is_quote = line.startswith("    ") and i > 0 and not lines[i - 1].strip()

@@ -1,4 +1,4 @@
-"""Pictures of the benchmarks page, drawn by matplotlib from committed results. Each carries a digest of its data."""
+"""Pictures of the benchmarks page, drawn by matplotlib from committed results. Each contains a digest of its data."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ def digest(data: Any) -> str:
 
 
 def drawn_from(picture: Path) -> str | None:
-    """The digest that a picture carries; None if it is missing."""
+    """Return the digest in a picture, or None if there is none."""
     found = DIGEST.search(picture.read_text()) if picture.exists() else None
     return found[1] if found else None
 
 
 def write(picture: Path, data: Any, draw: Callable[[Any, Any], None], size: tuple[float, float]) -> None:
-    """draw(figure, data), as SVG whose bytes depend on the data and on matplotlib alone."""
+    """Draw the data by draw(figure, data) into an SVG whose bytes depend only on the data and on matplotlib."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -35,12 +35,12 @@ def write(picture: Path, data: Any, draw: Callable[[Any, Any], None], size: tupl
         draw(figure, data)
         picture.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(picture, metadata={"Date": None, "Description": f"data sha256 {digest(data)}"})
-    # matplotlib leaves blanks at the ends of lines.
+    # matplotlib writes trailing blanks.
     picture.write_text("".join(f"{line.rstrip()}\n" for line in picture.read_text().splitlines()))
 
 
 def speedups(figure: Any, cases: list[Row]) -> None:
-    """How many times faster than each other provider fastkd is, case by case."""
+    """Draw a bar per case and provider: how many times faster fastkd is."""
     axes = figure.subplots()
     rivals = [name for name in ("eager", "compile") if any(name in case["others"] for case in cases)]
     height = 0.8 / len(rivals)
@@ -58,7 +58,7 @@ def speedups(figure: Any, cases: list[Row]) -> None:
 
 
 def scaling(figure: Any, rows: list[Row]) -> None:
-    """Seconds (left) and bytes (right) of the sweeps over one variable, with the fitted exponents."""
+    """Draw seconds (left) and bytes (right) of the sweeps over one variable, with the fitted exponents."""
     left, right = figure.subplots(1, 2)
     for axes, key, slope, what in ((left, "seconds", "time", "seconds"), (right, "bytes", "memory", "extra bytes")):
         for row in rows:
@@ -78,7 +78,7 @@ def scaling(figure: Any, rows: list[Row]) -> None:
 
 
 def roofline(figure: Any, data: Row) -> None:
-    """FLOP/s against FLOP/byte under the copy and matrix-product rates measured in the same runs."""
+    """Draw FLOP/s against FLOP/byte, below the copy and matrix-product rates measured in the same runs."""
     axes = figure.subplots()
     copy, matmul = data["copy"], data["matmul"]
     found = [case["flops"] / case["bytes"] for case in data["cases"]]

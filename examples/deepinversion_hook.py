@@ -1,4 +1,4 @@
-"""DeepInversion with one import changed: images from a classifier alone, by the statistics its batch norms keep.
+"""DeepInversion with one changed import: make images from a classifier and the statistics in its batch norms.
 
 python examples/deepinversion_hook.py
 """
@@ -26,13 +26,13 @@ def cnn(width: int) -> nn.Sequential:
 
 
 def statistics(hooks: list[DeepInversionFeatureHook]) -> Tensor:
-    """The distance of the batch's statistics to the kept ones, over all layers."""
+    """Return the distance of the batch's statistics to the stored ones, summed over all layers."""
     rescale = [FIRST_BN_MULTIPLIER] + [1.0] * (len(hooks) - 1)
     return sum((hook.r_feature * scale for hook, scale in zip(hooks, rescale, strict=True)), torch.zeros(()))
 
 
 def main(iterations: int = 200, images_per_class: int = 6) -> tuple[float, float]:
-    """Synthesises digits; the batch-norm distance of the noise and of the images."""
+    """Synthesise digits. Return the batch-norm distance of the noise and of the images."""
     torch.manual_seed(0)
     train, held_out = digits.load()
     teacher, witness = (digits.fit(cnn(width), train, epochs=5) for width in (16, 24))

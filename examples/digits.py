@@ -1,6 +1,6 @@
-"""What the examples share: scikit-learn's handwritten digits, and networks trained on them in seconds.
+"""Data and networks of the examples: scikit-learn's handwritten digits, and networks trained on them in seconds.
 
-In a project of yours the data is a folder and the teacher a checkpoint.
+In your own project, replace the data by a folder and the teacher by a checkpoint.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def load() -> tuple[TensorDataset, TensorDataset]:
-    """(training, held-out) images (1, 8, 8) in [-1, 1] and their labels, half of the data set each."""
+    """Return training and held-out images (1, 8, 8) in [-1, 1] with their labels, half of the dataset each."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(digits.target)
@@ -21,12 +21,12 @@ def load() -> tuple[TensorDataset, TensorDataset]:
 
 
 def vit(name: str = "vit_tiny_patch16_224", **options: Any) -> nn.Module:
-    """A timm transformer of 16 patches; options are embed_dim, depth and num_heads."""
+    """Return a timm transformer of 16 patches; the options are embed_dim, depth and num_heads."""
     return timm.create_model(name, img_size=8, patch_size=2, in_chans=1, num_classes=10, **options)
 
 
 def fit(model: nn.Module, data: TensorDataset, *, epochs: int, lr: float = 1e-3) -> nn.Module:
-    """Trains with cross-entropy alone and returns the model in eval mode, frozen: a teacher."""
+    """Train a teacher with cross-entropy and return it in eval mode, frozen."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     model.train()
     for _ in range(epochs):

@@ -1,8 +1,8 @@
-"""DINOv3's Gram anchoring with one import changed: long training must not spoil how patches relate.
+"""DINOv3's Gram anchoring with one changed import: it preserves the relations of patches in long training.
 
     python examples/dinov3_gram.py
 
-A DINOv3 network (its patch, class and register tokens, rotary embedding) goes on training for a global task, once
+A DINOv3 network (with patch, class and register tokens and rotary embedding) continues training on a global task, once
 freely and once with its patch tokens anchored to an earlier copy of itself, the Gram teacher.
 """
 
@@ -20,7 +20,7 @@ from fastkd.compat import GramLoss
 
 
 def forward(student: nn.Module, gram_teacher: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(student's logits, Gram loss) of a batch."""
+    """Return the student's logits and the Gram loss of a batch."""
     with capture.tokens(student, [-1]) as s, capture.tokens(gram_teacher, [-1]) as t:
         logits = student(images)
         with torch.no_grad():
@@ -29,7 +29,7 @@ def forward(student: nn.Module, gram_teacher: nn.Module, images: Tensor) -> tupl
 
 
 def drift(start: nn.Module, train: TensorDataset, held_out: TensorDataset, epochs: int, weight: float) -> float:
-    """Trains a copy of `start` and gives the held-out Gram loss between the two."""
+    """Train a copy of `start` and return the held-out Gram loss between the two."""
     torch.manual_seed(1)
     student = copy.deepcopy(start).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
@@ -47,7 +47,7 @@ def drift(start: nn.Module, train: TensorDataset, held_out: TensorDataset, epoch
 
 
 def main(epochs: int = 4, weight: float = 2.0) -> tuple[float, float]:
-    """Trains freely and anchored; the held-out Gram losses to the Gram teacher."""
+    """Train freely and anchored. Return both held-out Gram losses to the Gram teacher."""
     torch.manual_seed(0)
     train, held_out = digits.load()
     network = digits.vit("vit_small_patch16_dinov3", embed_dim=48, depth=2, num_heads=2)

@@ -1,4 +1,4 @@
-"""fastkd in PyTorch Lightning: a module that trains the student and keeps the teacher out of the checkpoints.
+"""fastkd in PyTorch Lightning: a module that trains the student and excludes the teacher from the checkpoints.
 
 pip install 'fastkd[examples]'
 python examples/lightning_module.py
@@ -22,12 +22,12 @@ class Distillation(lightning.LightningModule):
     def __init__(self, student: nn.Module, teacher: nn.Module, weight: float = 1.0) -> None:
         super().__init__()
         self.student = student
-        self.teacher = teacher.requires_grad_(False).eval()  # Lightning leaves each module in its mode
+        self.teacher = teacher.requires_grad_(False).eval()  # Lightning does not change the mode of a module
         self.manifold, self.weight = ManifoldLoss(), weight
-        self.strict_loading = False  # checkpoints hold the student alone
+        self.strict_loading = False  # checkpoints contain only the student
 
     def forward_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(student's logits, manifold loss) of a batch."""
+        """Return the student's logits and the manifold loss of a batch."""
         with capture.tokens(self.student, LAYERS) as s, capture.tokens(self.teacher, LAYERS) as t:
             logits = self.student(images)
             with torch.no_grad():
@@ -54,7 +54,7 @@ class Distillation(lightning.LightningModule):
 
 
 def main(epochs: int = 6) -> tuple[float, float]:
-    """Distils; the held-out manifold loss before and after."""
+    """Distil. Return the held-out manifold loss before and after."""
     lightning.seed_everything(0, verbose=False)
     train, held_out = digits.load()
     teacher = digits.fit(digits.vit(embed_dim=64, depth=3, num_heads=4), train, epochs=6)

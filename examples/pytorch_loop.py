@@ -15,7 +15,7 @@ LAYERS = [0, -1]  # the first and the last block, of student and teacher
 
 
 def forward(student: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(student's logits, manifold loss, soft-target loss) of a batch."""
+    """Return the student's logits, the manifold loss and the soft-target loss of a batch."""
     with capture.tokens(student, LAYERS) as s, capture.tokens(teacher, LAYERS) as t:
         logits = student(images)
         with torch.no_grad():
@@ -24,7 +24,7 @@ def forward(student: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[Ten
 
 
 def main(epochs: int = 6, weight: float = 1.0) -> tuple[float, float]:
-    """Distils with the manifold loss weighed by `weight`; its held-out values before and after."""
+    """Distil with the manifold loss times `weight`. Return its held-out values before and after."""
     torch.manual_seed(0)
     train, held_out = digits.load()
     teacher = digits.fit(digits.vit(embed_dim=64, depth=3, num_heads=4), train, epochs=6)

@@ -1,4 +1,4 @@
-"""fastkd in torchdistill: a loss in its registry, chosen and weighed by torchdistill_config.yaml.
+"""fastkd in torchdistill: a loss in its registry, selected and weighted by torchdistill_config.yaml.
 
 pip install 'fastkd[examples]'
 python examples/torchdistill_registry.py
@@ -22,12 +22,12 @@ CONFIG = Path(__file__).with_name("torchdistill_config.yaml")
 
 @register_mid_level_loss
 class FastKDManifoldLoss(nn.Module):
-    """fastkd's ManifoldLoss of the hooked features.
+    """fastkd's ManifoldLoss on the hooked features.
 
     Args:
-        feature_pairs: per layer {student: {io, path}, teacher: {io, path}}, as torchdistill's own losses.
-        prefix_tokens: leading class and register tokens to leave out.
-        options: ManifoldLoss's.
+        feature_pairs: per layer {student: {io, path}, teacher: {io, path}}, as in torchdistill's own losses.
+        prefix_tokens: number of leading class and register tokens to drop.
+        options: options of ManifoldLoss.
     """
 
     def __init__(self, feature_pairs: dict[str, Any], prefix_tokens: int = 0, **options: Any) -> None:
@@ -46,7 +46,7 @@ class FastKDManifoldLoss(nn.Module):
 
 
 def main(epochs: int | None = None) -> tuple[float, float]:
-    """Distils as the configuration says; the held-out manifold loss before and after."""
+    """Distil as configured. Return the held-out manifold loss before and after."""
     torch.manual_seed(0)
     train, held_out = digits.load()
     teacher = digits.fit(digits.vit(embed_dim=64, depth=3, num_heads=4), train, epochs=6)

@@ -1,4 +1,4 @@
-"""MiniLMv2 in Hugging Face's Trainer: a small BERT learns a larger one's q-q, k-k and v-v relations, padding masked.
+"""MiniLMv2 in Hugging Face's Trainer: a small BERT learns the q-q, k-k and v-v relations of a larger one.
 
 pip install 'fastkd[examples]'
 python examples/transformers_bert.py
@@ -28,13 +28,13 @@ RELATION_HEADS = 8  # any number that divides both widths, whatever the networks
 
 
 def projections(model: nn.Module) -> list[str]:
-    """The last layer's Linear modules that make q, k and v, each (B, N, D): no attention implementation hides them."""
+    """Return the names of the last layer's q, k and v projections, which every attention implementation calls."""
     attention = [name for name, module in model.named_modules() if isinstance(module, BertSelfAttention)][-1]
     return [f"{attention}.{name}" for name in ("query", "key", "value")]
 
 
 def forward(student: nn.Module, teacher: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, Tensor]:
-    """(student's output, MiniLMv2 loss) of a padded batch."""
+    """Return the student's output and the MiniLMv2 loss of a padded batch."""
     is_word = inputs["attention_mask"].bool()
     with (
         capture.tokens(student, projections(student), prefix="keep") as s,
@@ -52,7 +52,7 @@ class MiniLMTrainer(Trainer):
     def __init__(self, teacher: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
-        # compute_loss gives the mean of a batch, which the Trainer must divide when it accumulates gradients.
+        # compute_loss returns the mean over a batch, so the Trainer must divide it when it accumulates gradients.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
@@ -63,14 +63,14 @@ class MiniLMTrainer(Trainer):
 
 
 def sentences() -> list[str]:
-    """Lines of the texts that describe scikit-learn's data sets: of 4 to some 20 words."""
+    """Return lines of the descriptions of scikit-learn's datasets, of 4 to about 20 words each."""
     names = ("iris", "wine", "breast_cancer", "digits", "diabetes", "linnerud")
     texts = [getattr(sklearn.datasets, f"load_{name}")().DESCR for name in names]
     return [line.strip() for text in texts for line in text.splitlines() if len(line.split()) >= 4]
 
 
 def word_pieces(lines: list[str]) -> PreTrainedTokenizerFast:
-    """BERT's kind of tokenizer, learnt from the lines; AutoTokenizer.from_pretrained elsewhere."""
+    """Return a BERT-style tokenizer trained on the lines. In your own project, use AutoTokenizer.from_pretrained."""
     names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")}
     special = list(names.values())
     tokenizer = Tokenizer(models.WordPiece(unk_token=names["unk_token"]))
@@ -93,7 +93,7 @@ def config(vocab_size: int, hidden_size: int, layers: int, heads: int) -> BertCo
 
 
 def main(epochs: int = 6) -> tuple[float, float]:
-    """Distils without labels; the held-out MiniLMv2 loss before and after."""
+    """Distil without labels. Return the held-out MiniLMv2 loss before and after."""
     torch.manual_seed(0)
     lines = sentences()
     tokenizer = word_pieces(lines)

@@ -1,4 +1,4 @@
-"""fastkd in Hugging Face's Trainer: a ViT learns token relations and attention maps, with SDPA attention left on.
+"""fastkd in Hugging Face's Trainer: a ViT learns token relations and attention maps while SDPA attention stays on.
 
 pip install 'fastkd[examples]'
 python examples/transformers_vit.py
@@ -18,14 +18,16 @@ from fastkd.losses import ManifoldLoss
 
 
 def last_layer(model: nn.Module) -> list[str]:
-    """The name of the last layer, wherever this version of Transformers keeps its layers."""
+    """Return the name of the last layer, which differs between versions of Transformers."""
     return [name for name, module in model.named_modules() if isinstance(module, ViTLayer)][-1:]
 
 
 def forward(student: nn.Module, teacher: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, Tensor, Tensor]:
-    """(student's output, manifold loss, attention loss) of a batch."""
+    """Return the student's output, the manifold loss and the attention loss of a batch."""
     with (
-        capture.tokens(student, last_layer(student), prefix=1) as s,  # one class token, which the model does not tell
+        capture.tokens(
+            student, last_layer(student), prefix=1
+        ) as s,  # one class token; the model has no attribute for it
         capture.tokens(teacher, last_layer(teacher), prefix=1) as t,
         capture.qkv(student, last_layer(student)) as s_maps,
         capture.qkv(teacher, last_layer(teacher)) as t_maps,
@@ -43,7 +45,7 @@ class DistillationTrainer(Trainer):
     def __init__(self, teacher: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
-        # compute_loss gives the mean of a batch, which the Trainer must divide when it accumulates gradients.
+        # compute_loss returns the mean over a batch, so the Trainer must divide it when it accumulates gradients.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
@@ -74,7 +76,7 @@ def rows(data: TensorDataset) -> list[dict[str, Tensor]]:
 
 
 def main(epochs: int = 6) -> tuple[float, float]:
-    """Distils; the held-out sum of both distillation losses before and after."""
+    """Distil. Return the held-out sum of both distillation losses before and after."""
     torch.manual_seed(0)
     train, held_out = digits.load()
     options = TrainingArguments(

@@ -1,4 +1,4 @@
-"""Every case: a new one is an entry in its stem's CASES."""
+"""All cases. To add one, append it to CASES of its stem."""
 
 from benchmarks.case import Case
 from benchmarks.cases import attention, logits, moments, relation

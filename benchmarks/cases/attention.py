@@ -18,14 +18,14 @@ d = 64
 
 
 def projections(shape: tuple[int, ...], n: int, device: str, dtype: torch.dtype) -> Inputs:
-    """n tensors of the student and n of the teacher: queries, keys (and values)."""
+    """Return n tensors of the student and n of the teacher: queries, keys (and values)."""
     g = torch.Generator(device).manual_seed(0)
     x = [torch.randn(shape, generator=g, device=device).to(dtype) for _ in range(2 * n)]
     return Inputs(tuple(x[:n]), tuple(x[n:]))
 
 
 def nearly_alike(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Inputs:
-    """Queries and keys of a student that has converged: a KL of 2e-4, where p_s - p_t is a small difference."""
+    """Return queries and keys of a converged student, with a KL of 2e-4, so that p_s - p_t nearly cancels."""
     g = torch.Generator(device).manual_seed(0)
     teacher = [torch.randn(shape, generator=g, device=device) for _ in range(2)]
     student = [x + 0.015 * torch.randn(shape, generator=g, device=device) for x in teacher]
@@ -33,7 +33,7 @@ def nearly_alike(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Inp
 
 
 def oracle(*tensors: Tensor) -> Iterable[Tensor]:
-    """A few heads at a time: the mean over images and heads is one over their pairs."""
+    """Return the terms of the loss, a few heads each: its mean over images and heads is a mean over their pairs."""
     pairs = [x.flatten(0, 1).unsqueeze(1) for x in tensors]
     yield from mean_over_groups(maps, *pairs, entries=pairs[0].shape[2] ** 2)
 

@@ -31,7 +31,7 @@ def case(name: str, loss: str, shape: tuple[int, int], device: str = "cpu", **op
         providers=logits(loss, device),
         oracle=partial(oracle, loss),
         reduced=B * C,
-        flops=20 * B * C,  # two softmaxes, their logarithms and the gradient, an operation each
+        flops=20 * B * C,  # one operation for each of two softmaxes, two logarithms and the gradient
         device=device,
         **options,
     )

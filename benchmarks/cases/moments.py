@@ -25,7 +25,7 @@ def oracle(x: Tensor) -> Iterable[Result]:
 
 
 def one_gradient(gradients: int) -> float:
-    """Nothing else of that size, so half of another at the most."""
+    """Return the allowance: no other tensor of the gradient's size, so at most half of one more."""
     return 1.5 * gradients + 16 * MB
 
 
@@ -49,7 +49,7 @@ def case(
 
 
 def resnet50_shapes(B: int, size: int) -> list[Shape]:
-    """What enters each of the 53 batch norms."""
+    """Return the input shapes of the 53 batch norms."""
     shapes: list[Shape] = [(B, 64, size // 2, size // 2)]
     at = size // 4
     for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512))):
@@ -57,7 +57,7 @@ def resnet50_shapes(B: int, size: int) -> list[Shape]:
             shapes.append((B, width, at, at))
             at = at // 2 if stage and not block else at
             shapes += [(B, width, at, at), (B, 4 * width, at, at)]
-        shapes.append((B, 4 * width, at, at))  # of the shortcut
+        shapes.append((B, 4 * width, at, at))  # the shortcut's batch norm
     return shapes
 
 
@@ -124,7 +124,11 @@ CASES = (
         providers=providers.inversion_step(),
         oracle=step_oracle,
         reduced=512 * 9,
-        flops=2 * 2 * 8 * 4.1e9 * (64 / 224) ** 2,  # 4.1 G multiply-adds an image at 224 px, and twice that backward
+        flops=2
+        * 2
+        * 8
+        * 4.1e9
+        * (64 / 224) ** 2,  # 4.1 G multiply-adds per image at 224 px, and twice as many in backward
         bars=(Bar("without", 1 / 1.08),),
     ),
     Case(

@@ -18,7 +18,7 @@ Providers = Mapping[str, Provider]
 
 
 def tokens(shape: Shape, layers: int, rows: int, device: str, dtype: torch.dtype) -> Inputs:
-    """Per layer the student's tokens and the teacher's, and (rows > 0) the rows of the random term."""
+    """Return, per layer, the tokens of student and teacher and, if rows > 0, the row indices of the random term."""
     B, N, Ds, Dt = shape
     g = torch.Generator(device).manual_seed(0)
 
@@ -31,19 +31,21 @@ def tokens(shape: Shape, layers: int, rows: int, device: str, dtype: torch.dtype
 
 
 def tile_flops(G: int, n: int, Ds: int, Dt: int) -> float:
-    """Half of each symmetric map, and the gradient's product with the whole difference."""
+    """Count the operations for half of each symmetric map and for the product of the gradient with the whole map."""
     return G * n * n * (Ds + Dt + 2 * Ds)
 
 
 def gram_flops(n: int, Ds: int, Dt: int) -> float:
-    """Half of each symmetric Gram matrix, the mixed one whole, and the gradient's two products."""
+    """Count the operations for half of each symmetric Gram matrix, the whole mixed one, and two gradient products."""
     return n * (Ds * Ds + 2 * Ds * Dt + Dt * Dt + 2 * Ds * (Ds + Dt))
 
 
 def oracle(scope: Scope, student: Tensor, teacher: Tensor) -> Iterable[Tensor]:
     s, t = groups(student, scope), groups(teacher, scope)
     n = s.shape[1]
-    if n * n * 8 > 512 * MB:  # a whole map would not fit beside its copies; in float64 nothing cancels here
+    if (
+        n * n * 8 > 512 * MB
+    ):  # a whole map and its copies would not fit in memory; float64 loses nothing to cancellation here
         yield difference_by_grams(s, t)
     else:
         yield from mean_over_groups(reference.relation_loss, s, t, entries=n * n)
@@ -95,14 +97,14 @@ def first_images(B: int, x: Tensor) -> Tensor:
 
 
 def in_bfloat16(scope: Scope, shape: Shape) -> Case:
-    """Beside what the same inputs cost in float32."""
+    """Return a case in bfloat16 that also runs fastkd in float32 on the same inputs, for comparison."""
     providers = relation(scope)
     providers["fastkd float32"] = replace(providers["fastkd"], prepare=Tensor.float)
     bar = Bar("fastkd float32", 1)
     return case(f"{scope}-deit_ti-bf16", scope, shape, bar, providers=providers, dtype=torch.bfloat16)
 
 
-DIRECT = {"eager", "compile"}  # 25,088 x 25,088 maps: 7.5 GB, and half a minute on two cores
+DIRECT = {"eager", "compile"}  # its maps of 25,088 x 25,088 would take 7.5 GB, and half a minute on two cores
 WITHOUT_MAPS = {
     **{name: provider for name, provider in relation("batch").items() if name not in DIRECT},
     "fastkd 6,272": replace(relation("batch")["fastkd"], prepare=partial(first_images, 32), gated=False),

@@ -1,1 +1,1 @@
-"""What computes each loss: the official form in eager PyTorch, the same compiled, the cleverest stock one, fastkd."""
+"""Ways to compute each loss: official form in eager PyTorch, the same compiled, the best stock form, and fastkd."""

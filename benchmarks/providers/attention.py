@@ -1,4 +1,4 @@
-"""Attention-map KL: with maps, in checkpointed chunks, from stock attention called twice, fastkd."""
+"""Providers of the attention-map KL: with maps, in checkpointed chunks, by two calls of stock attention, fastkd."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from benchmarks.case import TUNED, Provider
 
 
 def _kl_sum(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
-    """Σ KL(softmax(q_t k_tᵀ d^-1/2) ‖ softmax(q_s k_sᵀ d^-1/2)); softmax and KL in float32, as autocast has them."""
+    """Σ KL(softmax(q_t k_tᵀ d^-1/2) ‖ softmax(q_s k_sᵀ d^-1/2)); softmax and KL in float32, as under autocast."""
     acc = torch.promote_types(q_s.dtype, torch.float32)
     log_s = F.log_softmax(q_s @ k_s.mT * q_s.shape[-1] ** -0.5, -1, dtype=acc)
     log_t = F.log_softmax(q_t @ k_t.mT * q_t.shape[-1] ** -0.5, -1, dtype=acc)
@@ -24,7 +24,7 @@ def maps(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
 
 
 def chunks(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, rows: int = 128) -> Tensor:
-    """Rows of the map at a time, formed again in backward."""
+    """Return the KL, computed in chunks of rows whose maps are recomputed in backward."""
     parts = zip(q_s.split(rows, 2), q_t.split(rows, 2), strict=True)
     terms = [checkpoint(_kl_sum, a, k_s, b, k_t, use_reentrant=False) for a, b in parts]
     return torch.stack(terms).sum() / q_s[..., 0].numel()
@@ -44,7 +44,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def stock_attention(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
     """KL = scale_t q_t·A(q_t, k_t, k_t) - scale_s q_s·A(q_t, k_t, k_s) - lse_t + lse_s, A(q, k, v) = softmax(q kᵀ) v.
 
-    dlse_s = scale_s d(q_s·A(q_s, k_s, k_s)) with A's q and k held: the gradient is that of two attention calls.
+    dlse_s = scale_s d(q_s·A(q_s, k_s, k_s)) with A's q and k constant, so two attention calls give the gradient.
     """
     acc = torch.promote_types(q_s.dtype, torch.float32)
     held, lse_s = _attend(q_s.detach(), k_s.detach(), k_s)
@@ -71,7 +71,7 @@ def attention() -> dict[str, Provider]:
 
 
 def _relations(heads: int, *tensors: Tensor) -> Tensor:
-    """MiniLMv2: q-q, k-k and v-v maps of heads cut from the whole width."""
+    """MiniLMv2's loss: KL of the q-q, k-k and v-v maps of heads that split the whole width."""
     q_s, k_s, v_s, q_t, k_t, v_t = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in tensors)
     return maps(q_s, q_s, q_t, q_t) + maps(k_s, k_s, k_t, k_t) + maps(v_s, v_s, v_t, v_t)
 

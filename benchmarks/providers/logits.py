@@ -1,4 +1,4 @@
-"""Logit losses: as their papers' codes write them, other libraries where they have the same loss, fastkd."""
+"""Providers of the logit losses: the papers' code, other libraries that have the same loss, and fastkd."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ T = 4.0  # temperature
 
 
 def _float(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autocast takes softmax and its logarithm."""
+    """Return the tensors in the dtype in which autocast computes softmax and its logarithm."""
     return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
 
@@ -26,7 +26,7 @@ def soft_target(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def torchdistill_soft_target(student: Tensor, teacher: Tensor) -> Tensor:
-    """torchdistill.losses.mid_level.KDLoss, its soft half alone."""
+    """The soft part of torchdistill.losses.mid_level.KDLoss."""
     from torchdistill.losses.mid_level import KDLoss
 
     student, teacher = _float(student, teacher)
@@ -46,7 +46,7 @@ def liger_soft_target(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def dkd(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
-    """mdistiller's form: masks over all classes, the target's logit lowered by 1000 among the others."""
+    """mdistiller's form: masks over all classes; the target's logit is lowered by 1000 to exclude it."""
     student, teacher = _float(student, teacher)
     mask = F.one_hot(label, student.shape[1]).to(student.dtype)
 

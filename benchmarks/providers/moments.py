@@ -1,4 +1,4 @@
-"""Batch moments: the official hook's copy, var_mean, fastkd; the time of touching the tensor as floor."""
+"""Providers of the batch moments: the official hook's copy, var_mean, fastkd, and a floor (one read and write)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ Moments = tuple[Tensor, Tensor]
 
 
 def hook_moments(x: Tensor) -> Moments:
-    """As DeepInversion's hook takes them: the variance from a copy that has the channels first."""
+    """Return the moments as DeepInversion's hook computes them, with the variance of a channels-first copy."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x.mean([0, 2, 3]), x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
 
@@ -47,7 +47,7 @@ def moments(backward: bool) -> dict[str, Provider]:
 
 
 def _layers(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """(inputs, running means, running variances), given one after the other."""
+    """Split a flat sequence into inputs, running means and running variances."""
     n = len(tensors) // 3
     return tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
 
@@ -76,7 +76,7 @@ def layers() -> dict[str, Provider]:
 
 @cache
 def resnet50(dtype: torch.dtype) -> nn.Module:
-    """A teacher in eval mode whose running statistics have seen something."""
+    """Return a teacher in eval mode with running statistics that are not the initial ones."""
     import timm
 
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def _hooks(model: nn.Module, terms: list[Tensor], moments_of: Callable[[Tensor],
 
 
 def without_statistics(images: Tensor, labels: Tensor) -> Tensor:
-    """An inversion step's other terms: cross-entropy and the image prior."""
+    """Return the other terms of an inversion step: cross-entropy and the image prior."""
     logits = resnet50(images.dtype)(images)
     return F.cross_entropy(logits, labels) + fastkd.image_prior(images, tv_l2=2.5e-5, l2=3e-8)
 
@@ -129,7 +129,7 @@ def inversion_step() -> dict[str, Provider]:
 
 
 def _differences(x: Tensor) -> tuple[Tensor, ...]:
-    """Neighbours along rows, columns and both diagonals."""
+    """Return the differences of neighbours along rows, columns and both diagonals."""
     diagonal, antidiagonal = x[..., 1:, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, 1:]
     return x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :], diagonal, antidiagonal
 

@@ -1,4 +1,4 @@
-"""Relation losses: maps as their papers' codes build them, the Gram identity, fastkd."""
+"""Providers of the relation losses: maps as in the papers' code, the Gram identity, fastkd."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,14 +21,14 @@ def groups(x: Tensor, scope: Scope) -> Tensor:
 
 
 def difference_of_maps(s: Tensor, t: Tensor) -> Tensor:
-    """1/(G n²) Σ ‖S Sᵀ - T Tᵀ‖², with the maps; 16-bit maps, as autocast has them, are squared in float32."""
+    """1/(G n²) Σ ‖S Sᵀ - T Tᵀ‖², with the maps; 16-bit maps are squared in float32, as under autocast."""
     s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
     difference = s @ s.mT - t @ t.mT
     return difference.to(torch.promote_types(s.dtype, torch.float32)).square().mean()
 
 
 def difference_by_grams(s: Tensor, t: Tensor) -> Tensor:
-    """The same as 1/(G n²) Σ ‖SᵀS‖² - 2‖SᵀT‖² + ‖TᵀT‖²: D x D matrices alone."""
+    """1/(G n²) Σ ‖SᵀS‖² - 2‖SᵀT‖² + ‖TᵀT‖², the same value from D x D matrices only."""
     acc = torch.promote_types(s.dtype, torch.float32)
     s, t = F.normalize(s.to(acc), dim=-1), F.normalize(t.to(acc), dim=-1)
     ss, st, tt = s.mT @ s, s.mT @ t, t.mT @ t
@@ -54,7 +54,7 @@ def relation(scope: Scope) -> dict[str, Provider]:
 
 
 def _layers(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """(students, teachers, indices), given one after the other."""
+    """Split a flat sequence into students, teachers and indices."""
     n = len(tensors) // 3
     return tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
 
@@ -69,7 +69,7 @@ def _manifold(loss: Callable[[Tensor, Tensor], Tensor], *tensors: Tensor) -> Ten
 
 
 def manifold_by_maps(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """The manifold loss with its maps; the rows of its random term are drawn as ManifoldLoss draws them."""
+    """Return the manifold loss, computed with maps; the rows of its random term are drawn as by ManifoldLoss."""
     rows = [torch.randperm(s.shape[0] * s.shape[1], device=s.device)[:192] for s in students]
     return _manifold(difference_of_maps, *students, *teachers, *rows)
 
