@@ -49,7 +49,7 @@ class Build:
 
     def write(self, package: str) -> None:
         rows = (f"{field.name.upper()} = {getattr(self, field.name)!r}\n" for field in fields(self))
-        text = '"""What setup.py built on this machine."""\n\n' + "".join(rows)
+        text = '"""Record of what setup.py built on this machine."""\n\n' + "".join(rows)
         Path(package, "_built_for.py").write_text(text, encoding="utf-8")
 
 

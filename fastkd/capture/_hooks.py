@@ -1,4 +1,4 @@
-"""What a forward pass leaves behind: slots that hooks fill, and the sequence that reads them."""
+"""Slots that the hooks of a forward pass fill, and the sequence that reads them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
