@@ -330,9 +330,37 @@ def aot() -> str:
     return "\n".join(parts)
 
 
+def mutants() -> str:
+    """Return the planted faults by file, each with the test that caught it."""
+    found = json.loads((ROOT / "tests/mutants/results.json").read_text())
+    caught = sum(bool(row["caught_by"]) for row in found.values())
+    parts = [f"{len(found)} faults planted, {caught} caught.\n"]
+    for file in sorted({row["file"] for row in found.values()}):
+        lines = [
+            [row["fault"], f"`{row['caught_by'].removeprefix('tests/')}`" if row["caught_by"] else "not caught"]
+            for row in found.values()
+            if row["file"] == file
+        ]
+        parts.append(f"## {file}\n\n{table(['planted fault', 'caught by'], lines)}")
+    return "\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     section.__name__: section
-    for section in (demo, demo_datafree, study, headline, cases, bars, scaling, profiles, training, rooflines, aot)
+    for section in (
+        demo,
+        demo_datafree,
+        study,
+        headline,
+        cases,
+        bars,
+        scaling,
+        profiles,
+        training,
+        rooflines,
+        aot,
+        mutants,
+    )
 }
 
 
