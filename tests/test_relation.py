@@ -1,10 +1,15 @@
 """relation_loss, manifold_loss and the modules and signatures made of them."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import golden
 import pytest
 import torch
+from pairs import in_pairs
+from splits import around, on_every_number_of_threads
 from torch import Tensor
 
 import fastkd
@@ -22,6 +27,7 @@ from fastkd.testing import (
     poisoned_allocations,
     relative_difference,
     strided,
+    thresholds,
 )
 
 BACKENDS = backends("relation_fwd")
@@ -43,32 +49,131 @@ def features(B: int, N: int, Ds: int, Dt: int, dtype: torch.dtype = torch.float3
     )
 
 
+def with_short_rows(student: Tensor, teacher: Tensor) -> None:
+    """Rows whose norm is below 0.1 and above any other eps."""
+    student[:, 1::4] *= 2**-10
+    teacher[:, ::5] *= 2**-10
+
+
+def oracle_of(
+    student: Tensor, teacher: Tensor, dtype: torch.dtype, incoming: float = 1.0, **options: object
+) -> tuple[Tensor, ...]:
+    """(loss, dstudent) of the reference in another dtype."""
+    s, t = (x.to(dtype) for x in (student, teacher))
+    return loss_and_gradients(lambda s: reference.relation_loss(s, t, **options), [s], incoming)
+
+
 def check(student: Tensor, teacher: Tensor, n: int, incoming: float = 1.0, **options: object) -> None:
     """Hold fastkd.relation_loss to the oracle rule, with options common to both sides beside backend, algorithm."""
     shared = {k: v for k, v in options.items() if k not in ("backend", "algorithm")}
 
-    def expected(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        s, t = (x.to(dtype) for x in (student, teacher))
-        return loss_and_gradients(lambda s: reference.relation_loss(s, t, **shared), [s], incoming)
-
     with poisoned_allocations():
         actual = loss_and_gradients(lambda s: fastkd.relation_loss(s, teacher, **options), [student], incoming)
-    oracle, eager = expected(torch.float64), expected(student.dtype)
+    oracle, eager = (oracle_of(student, teacher, dtype, incoming, **shared) for dtype in (torch.float64, student.dtype))
     for name, a, e, o in zip(("loss", "dstudent"), actual, eager, oracle, strict=True):
-        assert_matches_oracle(a, e, o, n * student.shape[-1], name)
+        if student.dtype == torch.float64:  # eager is the oracle itself
+            assert relative_difference(a, o) < 1e-11, name
+        else:
+            assert_matches_oracle(a, e, o, n * student.shape[-1], name)
 
 
+LAYOUTS = ["contiguous", "permuted", "sliced", "offset", "channels"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@in_pairs(
+    {
+        "dtype": DTYPES,
+        "scope": SCOPES,
+        "shape": SHAPES,
+        "rectify": ["none", "both", "teacher"],
+        "normalize": [True, False],
+        "eps": [1e-12, 0.1],
+        "layout": LAYOUTS,
+        "teacher_layout": LAYOUTS,
+        "incoming": [1.0, -3.0],
+    },
+    allowed=lambda x: x.get("dtype") != torch.float16 or x.get("normalize") is not False,  # gradients beyond 65,504
+)
+def test_tile_matches_oracle(
+    backend: str,
+    dtype: torch.dtype,
+    scope: str,
+    shape: tuple[int, ...],
+    rectify: str,
+    normalize: bool,
+    eps: float,
+    layout: str,
+    teacher_layout: str,
+    incoming: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_common, "CHUNK", 7000)  # several strips and a tail at these sizes
+    n = {"intra": shape[1], "inter": shape[0], "batch": shape[0] * shape[1]}[scope]
+    student, teacher = features(*shape, dtype)
+    with_short_rows(student, teacher)
+    check(
+        strided(student, layout),
+        strided(teacher, teacher_layout),
+        n,
+        incoming,
+        scope=scope,
+        rectify=rectify,
+        normalize=normalize,
+        eps=eps,
+        backend=backend,
+        algorithm="tile",
+    )
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rectify", ["none", "both", "teacher"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tile_matches_oracle(
+def test_every_tile_matches_oracle(
     backend: str, dtype: torch.dtype, scope: str, shape: tuple[int, ...], rectify: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_common, "CHUNK", 7000)  # several strips and a tail at these sizes
+    monkeypatch.setattr(_common, "CHUNK", 7000)
     n = {"intra": shape[1], "inter": shape[0], "batch": shape[0] * shape[1]}[scope]
     check(*features(*shape, dtype), n, scope=scope, rectify=rectify, backend=backend, algorithm="tile")
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 400])
+@pytest.mark.parametrize("algorithm", ["tile", "gram"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_eager_chunks(scope: str, algorithm: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows one by one, a few at a time, and several groups at a time with a tail."""
+    monkeypatch.setattr(_common, "CHUNK", chunk)
+    for rectify in ("none", "both") if algorithm == "tile" else ("none",):
+        student, teacher = features(7, 6, 3, 2, torch.float64)
+        with_short_rows(student, teacher)
+        check(student, teacher, 42, scope=scope, rectify=rectify, eps=0.1, backend="eager", algorithm=algorithm)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_totals_beside_a_large_term(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares of about 0.5 beside one of 2²³: a float32 in which they were added up would round each of them away."""
+    if backend == "triton":
+        monkeypatch.setattr(pytest.importorskip("fastkd_kernels.relation"), "SUM_BLOCK", 1)
+    large, small = 2900.0**0.5, (0.49 / 4) ** 0.25
+
+    def relative_error(student: Tensor, total: float) -> float:
+        loss = fastkd.relation_loss(
+            student, torch.zeros_like(student), normalize=False, backend=backend, algorithm="tile"
+        )
+        return abs(loss.item() * student.shape[0] * student.shape[1] ** 2 / total - 1)
+
+    groups = torch.zeros(101, 2, 2, device=DEVICE)  # a large one, then 100 small ones
+    groups[1:, :, 1] = small
+    groups[0, 0, 0] = large
+    assert relative_error(groups, large**4 + 100 * 0.49) < 1e-6
+    if backend == "native":
+        rows = torch.zeros(1, 2048, 2)  # of one map, in blocks of 8 rows and 256 columns
+        rows[:, 1:, 1] = small = (0.24 / 2048) ** 0.25
+        rows[:, 0, 0] = large
+        assert relative_error(rows, large**4 + 2047**2 * small**4) < 1e-6
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
@@ -108,6 +213,96 @@ def test_blocks_of_a_map(scope: str, shape: tuple[int, ...], threads: int) -> No
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))  # whoever was faster
     finally:
         torch.set_num_threads(before)
+
+
+class Split(NamedTuple):
+    """A size at which the native kernels split their work, lowered, and inputs of a size around it."""
+
+    lowered: dict[str, int]
+    size: int
+    shape: Callable[[int], tuple[int, ...]]  # (B, N, Ds, Dt)
+    dtype: torch.dtype = torch.float32
+    scope: str = "intra"
+    algorithm: str = "tile"
+
+
+def maps_of(widths: tuple[int, int], groups: int = 2) -> Callable[[int], tuple[int, ...]]:
+    return lambda n: (groups, n, *widths)
+
+
+# Maps of at most (Ds + Dt) / 2 rows are formed whole, others in blocks. Five groups: some threads have one more.
+NARROW, WIDE = (8, 5), (48, 80)
+EMULATED = {"matmul_bf16_products": 2, "relation_matrix_rows": 1}
+SPLITS = {
+    "strips": Split({"relation_strip_rows": 4}, 4, maps_of(NARROW), torch.float64),
+    "pieces": Split({"relation_strip_rows": 3, "relation_strip_columns": 16}, 16, maps_of(NARROW), torch.float64),
+    "strips_inter": Split(
+        {"relation_strip_rows": 3, "relation_strip_columns": 16},
+        16,
+        lambda n: (n, 2, *NARROW),
+        torch.float64,
+        "inter",
+    ),
+    "panel_rows": Split({"relation_panel_rows": 16}, 16, maps_of(NARROW)),
+    "panel_bytes": Split({"relation_panel_bytes": 1, "relation_panel_rows": 64}, 64, maps_of((16, 16))),
+    "whole_rows": Split({"relation_panel_rows": 21}, 21, maps_of(WIDE)),
+    "whole_bytes": Split({"relation_panel_bytes": 21 * 80 * 4}, 21, maps_of(WIDE)),
+    "whole_inter": Split({"relation_panel_rows": 21}, 21, lambda n: (n, 2, *WIDE), scope="inter"),
+    "shared_rows": Split({"relation_shared_blocks": 1, "relation_shared_rows": 33}, 33, maps_of(NARROW, 5)),
+    "shared_blocks": Split(
+        {"relation_shared_blocks": 32 * 32 * (3 * 8 + 5), "relation_shared_rows": 17, "relation_panel_rows": 16},
+        32,
+        maps_of(NARROW, 5),
+    ),
+    "shared_in_place": Split(
+        {"relation_shared_blocks": 1, "relation_shared_rows": 17, "relation_panel_rows": 16}, 32, maps_of((16, 5), 5)
+    ),
+    "shared_maps": Split({"relation_shared_maps": 17 * 17 * (3 * 48 + 80)}, 17, maps_of(WIDE, 5)),
+    "shared_copies": Split({"relation_shared_maps": 1}, 16, lambda n: (n, 5, 56, 72), scope="inter"),
+    "few_groups": Split(
+        {"relation_few_groups": 2, "relation_shared_maps": 1, "relation_shared_blocks": 1}, 6, lambda G: (G, 20, *WIDE)
+    ),
+    "matrix_rows": Split(EMULATED | {"relation_matrix_rows": 9}, 9, maps_of((6, 18)), torch.bfloat16),
+    "matrix_strips": Split(EMULATED | {"relation_strip_rows": 4}, 4, maps_of((6, 18)), torch.bfloat16),
+    "matrix_pieces": Split(
+        EMULATED | {"relation_strip_rows": 3, "relation_strip_columns": 16}, 16, maps_of((18, 6)), torch.bfloat16
+    ),
+    "gram_rows": Split({"relation_gram_rows": 4}, 4, maps_of((3, 2)), algorithm="gram"),
+    "gram_columns": Split(
+        {"relation_gram_columns": 6, "relation_gram_rows": 8},
+        6,
+        lambda D: (2, 33, D, 5),
+        torch.float64,
+        algorithm="gram",
+    ),
+}
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": False, "rectify": "both"}, {"rectify": "teacher", "eps": 0.1}], ids=str
+)
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_native_splits(split: Split, options: dict) -> None:
+    """On any number of threads the values are the oracle's, and equal bits on as many threads."""
+    if split.algorithm == "gram":
+        options = {k: v for k, v in options.items() if k != "rectify"}
+    for size in around(split.size):
+        shape = split.shape(size)
+        student, teacher = features(*shape, split.dtype)
+        if "eps" in options:
+            with_short_rows(student, teacher)
+        n = shape[0 if split.scope == "inter" else 1]
+        shared = {"scope": split.scope, **options}
+        expected = [oracle_of(student, teacher, dtype, **shared) for dtype in (split.dtype, torch.float64)]
+        with thresholds(**split.lowered):
+            call = partial(fastkd.relation_loss, teacher=teacher, backend="native", algorithm=split.algorithm, **shared)
+            for actual in on_every_number_of_threads(partial(loss_and_gradients, call, [student])):
+                for name, a, e, o in zip(("loss", "dstudent"), actual, *expected, strict=True):
+                    assert_matches_oracle(a, e, o, n * shape[2], f"{name} of size {size}")
+                with torch.no_grad():  # forms no gradient, and splits otherwise
+                    alone = call(student)
+                assert_matches_oracle(alone, expected[0][0], expected[1][0], n * shape[2], f"loss alone, size {size}")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +356,80 @@ def test_every_form_of_the_kernels(
     assert relative_difference(loss, expected) < 1e-5
 
 
+TRITON = [name for name in BACKENDS if name == "triton"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"rectify": "both", "eps": 0.1}], ids=str)
+@pytest.mark.parametrize("backend", TRITON)
+def test_several_maps_at_a_time(
+    backend: str, options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three maps, then the last; their gradient in small tiles, for there are more multiprocessors."""
+    kernels = pytest.importorskip("fastkd_kernels.relation")
+    monkeypatch.setattr(kernels, "multiprocessors", lambda _: 1000)
+    student, teacher = features(3, 9, 136, 24, dtype)
+    scale = torch.tensor([1.0, 8.0, 1 / 8], device=DEVICE)[:, None, None]  # a float16 W has a scale for each group
+    student, teacher = ((x * scale).to(dtype) for x in (student, teacher))
+    with_short_rows(student, teacher)
+    pitch = kernels.CONFIGS["9.0", dtype.itemsize].map.BLOCK_M
+    monkeypatch.setattr(kernels, "STRIP_BYTES", 4 * pitch * (2 * pitch + 5) - student.numel() * dtype.itemsize)
+    check(student, teacher, 9, backend=backend, algorithm="tile", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("architecture", ["8.x", "10.x", "cdna"])
+@pytest.mark.parametrize("backend", TRITON)
+def test_tiles_of_other_architectures(
+    backend: str, architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip("fastkd_kernels.relation")
+    monkeypatch.setattr(kernels, "architecture", lambda _: architecture)
+    student, teacher = features(1, 67, 72, 24, dtype)
+    check(student, teacher, 67, backend=backend, algorithm="tile")
+    monkeypatch.setattr(kernels, "STRIP_BYTES", -(1 << 40))  # one pass
+    check(student, teacher, 67, backend=backend, algorithm="tile")
+
+
+@pytest.mark.parametrize("chunk", [1, 12 * 12, 3 * 12 * 12, 700])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("backend", TRITON)
+def test_grams_in_pieces(backend: str, scope: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row, a group at a time, several with a tail; of "batch" parts of an image, and several images."""
+    monkeypatch.setattr(pytest.importorskip("fastkd_kernels.relation"), "GRAM_CHUNK", chunk)
+    student, teacher = features(17, 19, 7, 5)
+    n = {"intra": 19, "inter": 17, "batch": 17 * 19}[scope]
+    with_short_rows(student, teacher)
+    check(student, teacher, n, scope=scope, backend=backend, algorithm="gram", eps=0.1)
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_layers_in_several_launches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers at a time; rows drawn twice lie many draws apart, in pieces of the width."""
+    kernels = pytest.importorskip("fastkd_kernels.relation")
+    monkeypatch.setattr(kernels, "LAYERS", 3)
+    monkeypatch.setattr(kernels, "SCATTER_BLOCK", (2, 16))
+    layers = [features(1, 7, 24, 8) for _ in range(4)]
+    students, teachers = [s for s, _ in layers], [t for _, t in layers]
+    indices = [torch.tensor([i, 1, 2, 3, 4, i, 5, 6, i], device=DEVICE) for i in range(4)]
+
+    def run(dtype: torch.dtype, of_layers: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return loss_and_gradients(of_layers, [s.to(dtype) for s in students])
+
+    def expected(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return run(
+            dtype,
+            lambda *s: torch.stack(
+                [reference.manifold_loss(a, t.to(dtype), index=i) for a, t, i in zip(s, teachers, indices, strict=True)]
+            ).mean(),
+        )
+
+    module = losses.ManifoldLoss(backend=backend)
+    actual = run(torch.float32, lambda *s: module(s, teachers, indices=indices))
+    for i, (a, e, o) in enumerate(zip(actual, expected(torch.float32), expected(torch.float64), strict=True)):
+        assert_matches_oracle(a, e, o, 7 * 24, f"result {i}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_trained_student(backend: str, dtype: torch.dtype) -> None:
@@ -176,14 +445,13 @@ def test_a_trained_student(backend: str, dtype: torch.dtype) -> None:
     check(student.detach().to(dtype), teacher.to(dtype), 131, 2.0**14, backend=backend, algorithm="tile")
 
 
-@pytest.mark.parametrize("layout", ["permuted", "sliced", "offset", "channels"])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strides_and_mixed_dtypes(backend: str, scope: str, layout: str) -> None:
+def test_one_image_for_all(backend: str, scope: str) -> None:
+    """A teacher's stride of 0."""
     student, teacher = features(3, 33, 24, 40)
     n = {"intra": 33, "inter": 3, "batch": 99}[scope]
-    check(strided(student, layout), strided(teacher, layout).bfloat16().float(), n, scope=scope, backend=backend)
-    check(strided(student, layout).half().float(), teacher[:1].expand(3, 33, 40), n, scope=scope, backend=backend)
+    check(student, teacher[:1].expand(3, 33, 40), n, scope=scope, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -328,7 +596,7 @@ def test_layer_mf_loss_is_the_three_terms(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_near_a_match(backend: str, algorithm: str, loss: float) -> None:
     """A rotated student plus noise: the loss within 1e-5, the gradient within 1e-3, down to a loss of about 1e-8."""
-    teacher = torch.randn(2, 197, 96, device=DEVICE)
+    teacher = torch.randn(2, 40 if INTERPRETED else 197, 96, device=DEVICE)
     rotation = torch.linalg.qr(torch.randn(96, 96, device=DEVICE))[0]
     noise = {1.0: 30.0, 1e-3: 0.25, 1e-6: 7e-3, 1e-8: 7e-4}[loss]
     student = teacher @ rotation + noise * torch.randn_like(teacher)
@@ -412,7 +680,7 @@ def test_float16_with_a_grad_scaler(backend: str) -> None:
 @pytest.mark.parametrize("backend", backends("manifold_fwd"))
 def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
     """Layers of two widths and strides, two of them alike: the fused weighted sum and each term by itself."""
-    B, N = (3, 9) if INTERPRETED else (5, 33)
+    B, N = (2, 5) if INTERPRETED else (5, 33)
     layers = [features(B, N, 24, 40, dtype), features(B, N, 48, 80, dtype), features(B, N, 24, 40, dtype)]
     students = [strided(s, layout) for (s, _), layout in zip(layers, ("sliced", "permuted", "sliced"), strict=True)]
     teachers = [t for _, t in layers]
@@ -433,6 +701,8 @@ def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
         assert_matches_oracle(a, e, o, N * 48, name)
 
     for i, scope in enumerate(("intra", "inter", "batch")):
+        if INTERPRETED and dtype != torch.float32:
+            continue
         own = loss_and_gradients(
             lambda *s, i=i: module(s, teachers, indices=indices, return_terms=True)[1][i], students
         )

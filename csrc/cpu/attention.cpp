@@ -7,6 +7,7 @@
 #include "cpu/matmul.h"
 #include "cpu/vector.h"
 #include "isa.h"
+#include "thresholds.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -24,14 +25,17 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kStripBytes = 1 << 20;                   // what the rows of a strip may take, a share of L2,
-constexpr int64_t kFewRows = 64, kSpilledBytes = 8 << 20;  // unless those were too few for products to run well
-constexpr int64_t kMostRows = 256;                         // of a strip
-constexpr int64_t kFewestRows = 32;                        // of a range that a thread is given
-constexpr int64_t kPrefetchedRows = 1024;                  // of a head: beyond, they would not stay in L2
-constexpr int64_t kBlock = 8;                              // rows that are taken through a step together, at most,
-constexpr int64_t kBlockBytes = 24 << 10;                  // and what they may take of L1
-constexpr int64_t kGramRows = 128;                         // rows of a block of the Gram algorithm
+Threshold kStripBytes{"attention.strip_bytes", 1 << 20};       // what the rows of a strip may take, a share of L2,
+Threshold kSpilledBytes{"attention.spilled_bytes", 8 << 20};   // or this, where those would be fewer rows
+Threshold kFewRows{"attention.few_rows", 64};                  // than products need to run well;
+Threshold kLeastRows{"attention.least_rows", 8};               // at least so many rows,
+Threshold kMostRows{"attention.most_rows", 256};               // and at most
+Threshold kFewestRows{"attention.fewest_rows", 32};            // of a range that a thread is given
+Threshold kPrefetchedRows{"attention.prefetched_rows", 1024};  // of a head: beyond, they would not stay in L2
+constexpr int64_t kMostBlock = 8;
+Threshold kBlock{"attention.block_rows", kMostBlock};      // rows that are taken through a step together, at most,
+Threshold kBlockBytes{"attention.block_bytes", 24 << 10};  // and what they may take of L1
+Threshold kGramRows{"attention.gram_rows", 128};           // rows of a block of the Gram algorithm
 
 enum class Divergence { kKL, kReverseKL, kJS, kCE, kMSE, kScoreMSE };
 
@@ -267,7 +271,8 @@ T finish_row(Divergence divergence, const Row<T>& row, T N_k) {
       loss = reverse_kl_row<T>(row.s, row.e, row.t, n, c) - (has_s ? 0 : 1);
     } else {
       T* d = divergence == Divergence::kMSE ? row.t : row.extra;
-      correct_row<T>(d, row.e, n, difference_row<T>(row.s, row.e, d, n, c, 1) * c.inv_t);
+      const T excess = difference_row<T>(row.s, row.e, d, n, c, 1);
+      if (has_s) correct_row<T>(d, row.e, n, excess * c.inv_t);  // without a key the whole of p_t is no rounding
       if (divergence == Divergence::kMSE) {
         loss = mse_row<T>(row.s, d, n, c, N_k);
       } else {
@@ -873,8 +878,9 @@ struct Sweep {
   static int64_t rows_of_strip(const Problem& problem) {
     const int64_t row = padded(problem.N_k()) * heads_together(problem) * Products::bytes_per_score() / 2;
     const auto fit = [&](int64_t bytes) { return bytes / std::max<int64_t>(row, 1); };
-    const int64_t rows = std::max({fit(kStripBytes), std::min(fit(kSpilledBytes), kFewRows), int64_t(8)});
-    return std::min({rows, kMostRows, problem.N_q()});
+    const int64_t rows =
+        std::max({fit(kStripBytes), std::min<int64_t>(fit(kSpilledBytes), kFewRows), int64_t(kLeastRows)});
+    return std::min({rows, int64_t(kMostRows), problem.N_q()});
   }
 
   explicit Sweep(const Problem& problem)
@@ -890,7 +896,7 @@ struct Sweep {
     const int64_t ld = padded(keys.size()), heads_s = heads(), heads_t = problem.mean_heads ? problem.t.H() : 1;
     z_s.resize(heads_s * most_rows * ld);
     z_t.resize(heads_t * most_rows * ld);
-    room.resize((kBlock + 1) * ld);
+    room.resize((kMostBlock + 1) * ld);
     bias.resize(ld);
     w.resize(most_rows);
   }
@@ -943,9 +949,10 @@ struct Sweep {
       sum += static_cast<double>(loss);
       if (losses) losses[i0 + i] = loss;
     };
-    Row<T> block[kBlock];
+    Row<T> block[kMostBlock];
     int64_t count = 0;
-    const int64_t block_rows = std::clamp<int64_t>(kBlockBytes / (3 * std::max(ld, kLanes) * sizeof(T)), 1, kBlock);
+    const int64_t fit = kBlockBytes / (3 * std::max(ld, kLanes) * sizeof(T));
+    const int64_t block_rows = std::clamp<int64_t>(fit, 1, std::min<int64_t>(kBlock, kMostBlock));
     T scale_s = 1, scale_t = 1;
     for (int64_t i = 0; i < rows; ++i) {
       prefetch(i0 + i);
@@ -965,7 +972,7 @@ struct Sweep {
                            problem.divergence, s, heads(), t, heads_t, stride, visible, N_k, weight, room.data()));
           for (int64_t h = 0; h < heads(); ++h) std::fill(s + h * stride + visible, s + h * stride + ld, T(0));
         } else if (problem.has_softmax()) {
-          block[count] = {s, t, room.data() + count * ld, room.data() + kBlock * ld, i, visible, weight, 0, 0, {}};
+          block[count] = {s, t, room.data() + count * ld, room.data() + kMostBlock * ld, i, visible, weight, 0, 0, {}};
           ++count;
         } else {
           take(i, weight * score_row<T>(s, t, padded(visible), scale_s, scale_t, N_k, weight));
@@ -1188,7 +1195,7 @@ double dot(const Buffer<double>& a, const Buffer<double>& b, int64_t n) {
 
 double gram(const Problem& problem) {
   const int64_t B = problem.B(), H = problem.s.H(), N_q = problem.N_q(), N_k = problem.N_k();
-  const int64_t d_s = problem.s.d(), d_t = problem.t.d();
+  const int64_t d_s = problem.s.d(), d_t = problem.t.d(), height = kGramRows;
   const double f_ss = problem.s.scale * problem.s.scale / static_cast<double>(N_k),
                f_ts = problem.t.scale * problem.s.scale / static_cast<double>(N_k),
                f_tt = problem.t.scale * problem.t.scale / static_cast<double>(N_k);
@@ -1196,8 +1203,8 @@ double gram(const Problem& problem) {
   std::vector<double> sums(B * H);
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
     Grams a(d_s, d_t), c(d_s, d_t);
-    Buffer<double> s(kGramRows * d_s), t(kGramRows * d_t), sw(kGramRows * d_s), tw(kGramRows * d_t), u(kGramRows * d_s);
-    std::vector<double> w(kGramRows);
+    Buffer<double> s(height * d_s), t(height * d_t), sw(height * d_s), tw(height * d_t), u(height * d_s);
+    std::vector<double> w(height);
     for (int64_t k = begin; k < end; ++k) {
       const int64_t b = k / H, h = k % H;
       const bool* mask = problem.key_mask ? problem.key_mask->const_data_ptr<bool>() + b * N_k : nullptr;
@@ -1212,8 +1219,8 @@ double gram(const Problem& problem) {
       };
       a.clear();
       c.clear();
-      for (int64_t i0 = 0; i0 < N_q; i0 += kGramRows) {
-        const int64_t rows = std::min(kGramRows, N_q - i0);
+      for (int64_t i0 = 0; i0 < N_q; i0 += height) {
+        const int64_t rows = std::min(height, N_q - i0);
         load(true, i0, rows);
         for (int64_t i = 0; i < rows; ++i) {
           round_row<double, double>(s.data() + i * d_s, d_s, w[i], sw.data() + i * d_s);
@@ -1221,8 +1228,8 @@ double gram(const Problem& problem) {
         }
         a.add(s.data(), t.data(), sw.data(), tw.data(), rows);
       }
-      for (int64_t i0 = 0; i0 < N_k; i0 += kGramRows) {
-        const int64_t rows = std::min(kGramRows, N_k - i0);
+      for (int64_t i0 = 0; i0 < N_k; i0 += height) {
+        const int64_t rows = std::min(height, N_k - i0);
         load(false, i0, rows);
         c.add(s.data(), t.data(), s.data(), t.data(), rows);
       }
@@ -1230,8 +1237,8 @@ double gram(const Problem& problem) {
           f_ss * dot(a.ss, c.ss, d_s * d_s) - 2 * f_ts * dot(a.ts, c.ts, d_t * d_s) + f_tt * dot(a.tt, c.tt, d_t * d_t);
       const auto gradient = [&](bool queries, const at::Tensor& out, const Grams& grams, int64_t n) {
         if (!out.defined()) return;
-        for (int64_t i0 = 0; i0 < n; i0 += kGramRows) {
-          const int64_t rows = std::min(kGramRows, n - i0);
+        for (int64_t i0 = 0; i0 < n; i0 += height) {
+          const int64_t rows = std::min(height, n - i0);
           load(queries, i0, rows);
           double *u_s = sw.data(), *u_t = u.data();
           gemm<double>(

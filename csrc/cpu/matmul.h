@@ -3,6 +3,7 @@
 
 #include "cpu/panels.h"
 #include "isa.h"
+#include "thresholds.h"
 
 #include <ATen/ATen.h>
 #include <ATen/native/CPUBlas.h>
@@ -81,8 +82,12 @@ void gemm(
   at::addmm_out(C, C, A, B, beta, alpha);
 }
 
+// 1: where the CPU has a unit for them; 2: everywhere, element by element, for tests of what is built on them.
+inline Threshold kBf16Products{"matmul.bf16_products", 1};
+
 // Whether this CPU multiplies bfloat16 matrices (AMX), and torch was built to.
 inline bool has_bf16_products() {
+  if (kBf16Products > 1) return true;
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   return at::native::cpublas::could_pack(at::kBFloat16);
 #else
@@ -134,6 +139,25 @@ inline void pack_bf16(const at::BFloat16* src, int64_t ld, int64_t k, int64_t n,
     std::memset(static_cast<void*>(out + (p * cols + n) * 2), 0, (cols - n) * 2 * sizeof(at::BFloat16));
 }
 
+// What the unit computes.
+inline void emulate_bf16(
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    const at::BFloat16* a,
+    int64_t lda,
+    const at::BFloat16* packed,
+    int64_t ld_packed,
+    float* c,
+    int64_t ldc) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t p = 0; p < k; ++p) {
+      const float left = a[i * lda + p];
+      const at::BFloat16* right = packed + p / 2 * ld_packed * 2 + p % 2;
+      for (int64_t j = 0; j < n; ++j) c[i * ldc + j] += left * static_cast<float>(right[2 * j]);
+    }
+}
+
 // C (m, n) = A (m, k) B + add C, with B packed; k even. C has packed_columns(n) columns at least.
 inline void gemm_bf16(
     int64_t m,
@@ -146,12 +170,17 @@ inline void gemm_bf16(
     bool add,
     float* c,
     int64_t ldc) {
+  if (kBf16Products > 1) {
+    for (int64_t i = 0; i < m && !add; ++i) std::fill_n(c + i * ldc, n, 0.f);
+    return emulate_bf16(m, n, k, a, lda, packed, ld_packed, c, ldc);
+  }
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   at::native::cpublas::brgemm(m, n, k, lda, ld_packed, ldc, add, a, packed, c, /*is_vnni=*/true);
 #endif
 }
 
 inline void release_bf16() {
+  if (kBf16Products > 1) return;
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   at::native::cpublas::brgemm_release();
 #endif

@@ -10,6 +10,7 @@
 #include "cpu/panels.h"
 #include "cpu/vector.h"
 #include "isa.h"
+#include "thresholds.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -27,16 +28,17 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kStrip = 64;       // rows of a strip of the maps, at most
-constexpr int64_t kColumns = 1024;   // columns of a piece of a strip: two float32 pieces are 512 KB, a share of L2
-constexpr int64_t kPanelRows = 256;  // rows of a block of the maps on our own kernels, at most,
-constexpr int64_t kPanelBytes = 600 << 10;   // and what they may take of L2
-constexpr int64_t kFewGroups = 8;            // a thread: more hide that some threads have one less
-constexpr int64_t kSharedBlocks = 16 << 20;  // operations of a group whose blocks threads share,
-constexpr int64_t kSharedMaps = 4 << 20;     // and of one whose maps they share
-constexpr int64_t kMatrixRows = 57;          // rows from which on bfloat16 maps fill the tiles of a matrix unit
-constexpr int64_t kGramRows = 128;           // rows of a block of the Gram algorithm
-constexpr int64_t kGramColumns = 96;         // columns of a block of a Gram's triangle
+Threshold kStrip{"relation.strip_rows", 64};         // rows of a strip of the maps, at most
+Threshold kColumns{"relation.strip_columns", 1024};  // of a piece of it: two float32 pieces are 512 KB, a share of L2
+Threshold kPanelRows{"relation.panel_rows", 256};    // rows of a block of the maps on our own kernels, at most,
+Threshold kPanelBytes{"relation.panel_bytes", 600 << 10};     // and what they may take of L2
+Threshold kFewGroups{"relation.few_groups", 8};               // a thread: more hide that some threads have one less
+Threshold kSharedBlocks{"relation.shared_blocks", 16 << 20};  // operations of a group whose blocks threads share,
+Threshold kSharedRows{"relation.shared_rows", 4 * kPanel};    // which has as many rows at least,
+Threshold kSharedMaps{"relation.shared_maps", 4 << 20};       // and of one whose maps they share
+Threshold kMatrixRows{"relation.matrix_rows", 57};    // from which on bfloat16 maps fill the tiles of a matrix unit
+Threshold kGramRows{"relation.gram_rows", 128};       // rows of a block of the Gram algorithm
+Threshold kGramColumns{"relation.gram_columns", 96};  // columns of a block of a Gram's triangle
 
 enum class Rectify { kNone, kBoth, kTeacher };
 
@@ -342,10 +344,15 @@ struct Rows {
   }
 };
 
+// Columns of a piece of a strip: whole tiles of a matrix unit, and the first piece holds the strip's diagonal.
+int64_t piece_columns() {
+  return packed_columns(std::max<int64_t>(kColumns, kStrip));
+}
+
 // A thread's pieces of a strip.
 template <typename acc_t>
 struct Pieces {
-  Buffer<acc_t> p{kStrip * kColumns}, pt{kStrip * kColumns}, u;
+  Buffer<acc_t> p{kStrip * piece_columns()}, pt{kStrip * piece_columns()}, u;
 };
 
 // Rows of a strip: as even as possible, for a tail of a few rows runs at a fraction of the product's rate.
@@ -367,7 +374,7 @@ double strip(
     Pieces<acc_t>& pieces,
     acc_t* u,
     int64_t ldu) {
-  const int64_t n = term.s.n, Ds = term.s.D, Dt = term.t.D, rows = i1 - i0, step = std::min(n, kColumns);
+  const int64_t n = term.s.n, Ds = term.s.D, Dt = term.t.D, rows = i1 - i0, step = std::min(n, piece_columns());
   acc_t *p = pieces.p.data(), *pt = pieces.pt.data();
   double sum = 0;
   for (int64_t j0 = triangle ? i0 : 0, first = 1; j0 < n; j0 += step, first = 0) {
@@ -502,7 +509,7 @@ struct PackedRows {
 };
 
 struct PiecesBf16 : Pieces<float> {
-  Buffer<at::BFloat16> high{kStrip * kColumns}, low{kStrip * kColumns};
+  Buffer<at::BFloat16> high{kStrip * piece_columns()}, low{kStrip * piece_columns()};
 };
 
 // As strip, all columns; the strip's U is left in pieces.u, packed_columns(Ds) wide.
@@ -514,9 +521,10 @@ double strip_bf16(
     int64_t i1,
     PiecesBf16& pieces) {
   const int64_t n = term.s.n, Ds = term.s.D, rows = i1 - i0, width = packed_columns(Ds);
+  const int64_t step = piece_columns();
   double sum = 0;
-  for (int64_t j0 = 0; j0 < n; j0 += kColumns) {
-    const int64_t columns = std::min(kColumns, n - j0), padded = packed_columns(columns);
+  for (int64_t j0 = 0; j0 < n; j0 += step) {
+    const int64_t columns = std::min(step, n - j0), padded = packed_columns(columns);
     float *p = pieces.p.data(), *pt = pieces.pt.data();
     gemm_bf16(rows, padded, Ds, s.data + i0 * s.ld, s.ld, s.transposed.data() + 2 * j0, s.columns, false, p, padded);
     gemm_bf16(
@@ -845,7 +853,8 @@ struct PanelSweep {
 
 // How many blocks keep their panels in L2.
 int64_t panel_blocks(int64_t n, int64_t width) {
-  const int64_t most = std::clamp<int64_t>(kPanelBytes / (width * sizeof(float)), 4 * kPanel, kPanelRows);
+  const int64_t fit = std::max<int64_t>(kPanelBytes / (width * sizeof(float)), 4 * kPanel);
+  const int64_t most = std::max<int64_t>(std::min<int64_t>(fit, kPanelRows), kPanel);
   return (n + most - 1) / most;
 }
 
@@ -1031,7 +1040,8 @@ double tile_panels(const Term<float>& term) {
   const int64_t work = n * n * (3 * term.s.D + term.t.D);
   const bool few_rows = WholeMaps::pay(term);
   // Groups beyond as many for every thread are shared, where that outweighs the waiting.
-  const bool worth = few_rows ? work > kSharedMaps : work > kSharedBlocks && n >= 4 * kPanel;
+  const bool worth =
+      few_rows ? work > kSharedMaps : work > kSharedBlocks && n >= std::max<int64_t>(kSharedRows, kPanel + 1);
   const int64_t whole = worth && G < kFewGroups * threads ? G / threads * threads : G;
   double sum = 0;
   if (whole < G) sum = few_rows ? shared_maps(term, whole, threads) : shared_groups(term, whole, threads);
@@ -1059,8 +1069,9 @@ double visit(const Term<acc_t>& term) {
 
 // Gram algorithm. With X = [Ŝ | T̂], XᵀX holds the three Grams: float64, lower triangle, in blocks of columns.
 void add_gram(const double* x, int64_t rows, int64_t D, double* gram) {
-  for (int64_t c = 0; c < D; c += kGramColumns) {
-    const int64_t columns = std::min(kGramColumns, D - c);
+  const int64_t step = kGramColumns;
+  for (int64_t c = 0; c < D; c += step) {
+    const int64_t columns = std::min(step, D - c);
     gemm<double>(Op::kTransposed, Op::kAsIs, D - c, columns, rows, 1, x + c, D, x + c, D, 1, gram + c * D + c, D);
   }
 }
@@ -1094,15 +1105,15 @@ struct UnitRows {
 
   void load(const Term<acc_t>& term, int64_t g, int64_t begin, int64_t end, bool in_double) {
     const int64_t D = term.s.D + term.t.D, rows = end - begin;
-    x.resize(kGramRows * D);
-    r.resize(kGramRows);
-    q.resize(kGramRows);
+    x.resize(rows * D);
+    r.resize(rows);
+    q.resize(rows);
     inverse_norms<acc_t>(term.s, g, begin, end, term.normalize, term.eps, r.data());
     inverse_norms<acc_t>(term.t, g, begin, end, term.normalize, term.eps, q.data());
     convert_rows<acc_t>(term.s, g, begin, end, r.data(), x.data(), D);
     convert_rows<acc_t>(term.t, g, begin, end, q.data(), x.data() + term.s.D, D);
     if (!in_double) return;
-    x64.resize(kGramRows * D);
+    x64.resize(rows * D);
     convert_row<acc_t, double>(x.data(), 1, rows * D, 1.0, x64.data());
   }
 };
@@ -1110,19 +1121,19 @@ struct UnitRows {
 template <typename acc_t>
 double gram(const Term<acc_t>& term) {
   const int64_t G = term.s.G, n = term.s.n, Ds = term.s.D, D = Ds + term.t.D;
-  const int64_t blocks = (n + kGramRows - 1) / kGramRows;
+  const int64_t height = kGramRows, blocks = (n + height - 1) / height;
   const bool with_grad = term.with_grad();
   const auto accumulate = [&](int64_t g, int64_t begin, int64_t end, UnitRows<acc_t>& rows, double* out) {
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t i0 = k * kGramRows, i1 = std::min(n, i0 + kGramRows);
+      const int64_t i0 = k * height, i1 = std::min(n, i0 + height);
       rows.load(term, g, i0, i1, true);
       add_gram(rows.x64.data(), i1 - i0, D, out);
     }
   };
   const auto gradient = [&](int64_t g, int64_t begin, int64_t end, UnitRows<acc_t>& rows, const acc_t* factor) {
-    std::vector<acc_t> u(kGramRows * Ds);
+    std::vector<acc_t> u(height * Ds);
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t i0 = k * kGramRows, i1 = std::min(n, i0 + kGramRows);
+      const int64_t i0 = k * height, i1 = std::min(n, i0 + height);
       rows.load(term, g, i0, i1, false);
       gemm<acc_t>(Op::kAsIs, Op::kAsIs, i1 - i0, Ds, D, 1, rows.x.data(), D, factor, Ds, 0, u.data(), Ds);
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, term.s.x.scalar_type(), "gram", [&] {
