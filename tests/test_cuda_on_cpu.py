@@ -124,7 +124,7 @@ def test_every_launch_is_emulated_and_every_stem_tested() -> None:
 
 @pytest.mark.parametrize(("stem", "part"), [(stem, part) for stem, parts in PARTS.items() for part in parts])
 def test_native_tests_hold(stem: str, part: str, emulated: Path) -> None:
-    run = "import sys, fastkd._C, pytest; print(fastkd._C.__file__); sys.exit(pytest.main(sys.argv[1:]))"
+    run = "import sys, fastkd._C, pytest; print(fastkd._C.__file__, flush=True); sys.exit(pytest.main(sys.argv[1:]))"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not exhaustive"]
     options += ["-k", f"native and {part}" if part else "native", f"tests/test_{stem}.py"]
     # No GPU: its tensors would go to operators that are not there.
