@@ -2,6 +2,7 @@
 // change places at each barrier. What holds for any order of threads is found here; time and memory models are not.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -29,75 +30,91 @@ namespace emulation {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 << 10;
 
+// A coroutine that runs one thread of each block in turn. Its first start takes a context, which costs system calls;
+// from then on it is left and entered by jumps.
 struct Thread {
   ucontext_t context;
+  jmp_buf place;  // where it goes on
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
-  bool has_ended = false;
-  unsigned barriers = 0;   // passed, of the block
-  unsigned exchanges = 0;  // and of the warp
-  char value[16];          // that others of the warp may ask for
+  bool has_started = false, has_ended = false;
+  char value[16];  // that others of the warp may ask for
+};
+
+// Threads that wait for each other: those of a block or of a warp. One that has ended is not waited for.
+struct Group {
+  unsigned left = 0, waiting = 0, barriers = 0;
+
+  void open_if_complete() {
+    if (waiting == left) waiting = 0, ++barriers;
+  }
 };
 
 struct Block {
-  std::vector<Thread> threads;
-  ucontext_t scheduler;
-  unsigned now = 0;  // the thread that runs
-  std::function<void()> body;
+  std::vector<std::unique_ptr<Thread>> threads;
+  unsigned size = 0, now = 0;  // the thread that runs
+  Group all;
+  std::vector<Group> warps;
+  jmp_buf scheduler;
+  const std::function<void()>* body = nullptr;
 };
 
-inline Block* block = nullptr;
+inline Block block;
 inline dim3 thread_idx, block_idx, grid_dim, block_dim;
 
-inline void yield() {
-  Thread& own = block->threads[block->now];
-  swapcontext(&own.context, &block->scheduler);
+[[gnu::noinline]] inline void yield() {
+  if (_setjmp(block.threads[block.now]->place) == 0) _longjmp(block.scheduler, 1);
+}
+
+[[gnu::noinline]] inline void resume(Thread& thread) {
+  if (_setjmp(block.scheduler) != 0) return;
+  if (thread.has_started) _longjmp(thread.place, 1);
+  thread.has_started = true;
+  setcontext(&thread.context);
+}
+
+inline void wait(Group& group) {
+  const unsigned barriers = group.barriers;
+  ++group.waiting;
+  group.open_if_complete();
+  while (group.barriers == barriers) yield();
 }
 
 inline void enter() {
-  block->body();
-  block->threads[block->now].has_ended = true;
-  yield();
-}
-
-// Waits until every thread of [first, last) that has not ended has come as far.
-inline void wait_for(unsigned first, unsigned last, unsigned Thread::* counter) {
-  const unsigned here = ++(block->threads[block->now].*counter);
   for (;;) {
-    bool all = true;
-    for (unsigned i = first; i < last; ++i) {
-      const Thread& other = block->threads[i];
-      all = all && (other.has_ended || other.*counter >= here);
+    (*block.body)();
+    block.threads[block.now]->has_ended = true;
+    for (Group* group : {&block.all, &block.warps[block.now / kWarp]}) {
+      --group->left;
+      group->open_if_complete();
     }
-    if (all) return;
     yield();
   }
 }
 
-inline void run_block(unsigned threads, const std::function<void()>& body) {
-  static Block memory;
-  block = &memory;
-  block->body = body;
-  block->threads.resize(threads);
-  for (Thread& thread : block->threads) {
-    thread.has_ended = false;
-    thread.barriers = thread.exchanges = 0;
+inline void run_block(unsigned size, const std::function<void()>& body) {
+  while (block.threads.size() < size) {
+    auto& thread = *block.threads.emplace_back(std::make_unique<Thread>());
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStack;
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, enter, 0);
   }
-  // Warps in an order that changes: a result that depends on it is a race.
+  block.size = size;
+  block.body = &body;
+  block.all = {size};
+  block.warps.clear();
+  for (unsigned first = 0; first < size; first += kWarp) block.warps.push_back({std::min(kWarp, size - first)});
+  for (unsigned i = 0; i < size; ++i) block.threads[i]->has_ended = false;
+  // In an order that changes: a result that depends on it is a race.
   static unsigned turn = 0;
-  for (unsigned left = threads; left > 0;) {
+  while (block.all.left > 0) {
     ++turn;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned warps = (threads + kWarp - 1) / kWarp, warp = turn % 2 ? i / kWarp : warps - 1 - i / kWarp;
-      block->now = warp * kWarp + i % kWarp;
-      if (block->now >= threads || block->threads[block->now].has_ended) continue;
-      thread_idx = dim3(block->now, 0, 0);
-      swapcontext(&block->scheduler, &block->threads[block->now].context);
-      left -= block->threads[block->now].has_ended;
+    for (unsigned i = 0; i < size; ++i) {
+      block.now = turn % 2 ? i : size - 1 - i;
+      if (block.threads[block.now]->has_ended) continue;
+      thread_idx = dim3(block.now, 0, 0);
+      resume(*block.threads[block.now]);
     }
   }
 }
@@ -107,22 +124,23 @@ template <typename... Parameters, typename Stream>
 auto launch(dim3 grid, dim3 threads, size_t, Stream, void (*kernel)(Parameters...)) {
   return [=](auto&&... arguments) {
     grid_dim = grid, block_dim = threads;
+    const std::function<void()> body = [&] { kernel(arguments...); };
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         block_idx = dim3(x, y, 0);
-        run_block(threads.x, [&] { kernel(arguments...); });
+        run_block(threads.x, body);
       }
   };
 }
 
 template <typename T>
 T shuffle_down(T value, unsigned by) {
-  const unsigned first = block->now / kWarp * kWarp;
-  const unsigned last = std::min<unsigned>(first + kWarp, static_cast<unsigned>(block->threads.size()));
-  std::memcpy(block->threads[block->now].value, &value, sizeof value);
-  wait_for(first, last, &Thread::exchanges);
-  if (block->now + by < last) std::memcpy(&value, block->threads[block->now + by].value, sizeof value);
-  wait_for(first, last, &Thread::exchanges);  // before the next one overwrites it
+  const unsigned here = block.now, last = std::min(here / kWarp * kWarp + kWarp, block.size);
+  Group& warp = block.warps[here / kWarp];
+  std::memcpy(block.threads[here]->value, &value, sizeof value);
+  wait(warp);
+  if (here + by < last) std::memcpy(&value, block.threads[here + by]->value, sizeof value);
+  wait(warp);  // before the next one overwrites it
   return value;
 }
 
@@ -134,7 +152,7 @@ T shuffle_down(T value, unsigned by) {
 #define blockDim emulation::block_dim
 
 inline void __syncthreads() {
-  emulation::wait_for(0, static_cast<unsigned>(emulation::block->threads.size()), &emulation::Thread::barriers);
+  emulation::wait(emulation::block.all);
 }
 
 template <typename T>

@@ -8,7 +8,7 @@ import golden
 import pytest
 import torch
 from pairs import in_pairs, pairs
-from splits import around, on_every_number_of_threads, on_threads
+from splits import around, on_every_number_of_threads, threads
 from torch import Tensor
 
 import fastkd
@@ -276,7 +276,7 @@ def test_no_two_threads_add_to_one_sum(shape: tuple[int, ...]) -> None:
         )
 
     for count in (2, 3, 7):
-        with on_threads(count):
+        with threads(count):
             first, *others = (run() for _ in range(4))
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)), count
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.testing import DEVICE, backends
+from fastkd.testing import DEVICE, backends, thresholds
 
 pytestmark = pytest.mark.skipif(
     DEVICE != "cpu" or "native" not in backends("moments_fwd") or not sys.platform.startswith("linux"),
@@ -104,6 +104,52 @@ def test_never_holds_more_than_was_in_use_at_once() -> None:
     for i in range(1, 30):
         gradient(elements=most - 10_000 * i)
     assert resident() - before < 2 * 4 * most
+
+
+def is_mapped(address: int) -> bool:
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(first, 16) <= address < int(last, 16) for first, last in ranges)
+
+
+def test_blocks_begin_at_the_smallest() -> None:
+    with thresholds(blocks_smallest=4 * 50_001):
+        for elements, is_block in ((50_000, False), (50_001, True), (50_002, True)):
+            gradient(elements=elements)
+            dx = gradient(2.0, elements=elements)
+            assert (dx.data_ptr() % HUGE == 0) == is_block
+            assert (dx == 2).all()
+
+
+def test_no_more_lies_free_than_is_kept() -> None:
+    """Of what was freed, the blocks freed first go."""
+    sizes = [400_000, 900_000]  # of 1.6 and 3.6 MB
+    for kept, remaining in ((1, [False, False]), (4_000_000, [False, True]), (8_000_000, [True, True])):
+        with thresholds(blocks_kept=1):
+            gradient()  # nothing lies free
+        with thresholds(blocks_kept=kept):
+            held = [gradient(elements=n) for n in sizes]
+            addresses = [dx.data_ptr() for dx in held]
+            while held:
+                held.pop(0)
+            assert [is_mapped(address) for address in addresses] == remaining
+            assert (gradient(3.0, elements=sizes[1]) == 3).all()
+
+
+@pytest.mark.parametrize("ready", [1, 3_000_000, 1 << 30])
+def test_pages_offered_to_the_kernel_come_back_as_memory(ready: int) -> None:
+    with thresholds(blocks_ready=ready):
+        for value in range(1, 4):
+            first, second = gradient(float(value)), gradient(value + 0.5)
+            assert (first == value).all()
+            assert (second == value + 0.5).all()
+
+
+def test_a_block_serves_no_tensor_of_less_than_half_its_size() -> None:
+    with thresholds(blocks_kept=1):
+        gradient()
+    large = gradient(elements=1_000_000).data_ptr()
+    assert gradient(elements=300_000).data_ptr() != large
+    assert gradient(elements=700_000).data_ptr() == large
 
 
 def test_keeps_a_block_of_each_size_though_one_is_in_use_at_a_time() -> None:

@@ -1,11 +1,14 @@
-"""The CUDA kernels' own sources, compiled for a CPU and held to every native test of their stem: no GPU is needed."""
+"""The CUDA kernels' own sources, compiled for a CPU and held to the native tests of their stem: no GPU is needed."""
 
+import fcntl
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,8 +16,19 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-STEMS = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = [*KERNELS, ROOT / "csrc/bindings.cpp", ROOT / "csrc/autograd.cpp"]
+HEADERS = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), ROOT / "tests/cuda_on_cpu.h"])
+BUILT = (
+    ROOT / "build/cuda_on_cpu"
+)  # objects by a digest of what they are made of: all workers and later runs share them
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 LAUNCH = re.compile(r"(\w+(?:<[\w, <>]+>)?)<<<(.+?)>>>\(", re.DOTALL)
+# Of each stem in parts of about the same length, so that workers share them: `pytest -k` of its tests.
+PARTS = {
+    "moments": ["test_matches_oracle", "not test_matches_oracle"],
+    "prior": [""],
+}
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
@@ -29,56 +43,96 @@ def for_cpu(source: str) -> str:
     return source.replace("TORCH_LIBRARY_IMPL(fastkd, CUDA, m)", "TORCH_LIBRARY_IMPL(fastkd, CPU, m)")
 
 
-def compile_extension(tree: Path, stem: str) -> None:
-    """A copy of the package whose extension holds the stem's CUDA operators alone."""
-    from torch.utils.cpp_extension import include_paths, library_paths
+def compiler() -> list[str]:
+    from torch.utils.cpp_extension import include_paths
 
-    shutil.copytree(
-        ROOT / "fastkd", tree / "fastkd", ignore=shutil.ignore_patterns("_C*", "_built_for*", "__pycache__")
-    )
-    shutil.copytree(ROOT / "csrc", tree / "csrc")
-    cuda = tree / "csrc/cuda"
-    (cuda / "common.cuh").write_text(for_cpu((cuda / "common.cuh").read_text()))
-    (cuda / f"{stem}.cpp").write_text(for_cpu((cuda / f"{stem}.cu").read_text()))
-    sources = [cuda / f"{stem}.cpp", tree / "csrc/bindings.cpp", tree / "csrc/autograd.cpp"]
-    includes = [f"-I{tree}/csrc", f"-I{sysconfig.get_path('include')}", *(f"-isystem{x}" for x in include_paths())]
+    includes = [f"-I{sysconfig.get_path('include')}", *(f"-isystem{x}" for x in include_paths())]
     defines = ["-DTORCH_API_INCLUDE_EXTENSION_H", "-DTORCH_EXTENSION_NAME=_C"]
     defines.append(f"-DFASTKD_TORCH_VERSION={torch.__version__}")
-    # A vector that is read where it is not aligned, which a GPU refuses and a CPU does not, ends the process.
-    checks = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
-    common = ["g++", "-O1", "-std=c++20", "-fPIC", "-include", str(ROOT / "tests/cuda_on_cpu.h")]
+    # Jumps from stack to stack are what coroutines are made of, and what fortified ones refuse.
+    return ["g++", "-O1", "-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", *defines, *includes]
 
-    def run(source: Path) -> Path:
-        own = checks if source.parent == cuda else []
-        output = source.with_suffix(".o")
-        subprocess.run([*common, *own, *defines, *includes, "-c", str(source), "-o", str(output)], check=True)
-        return output
 
-    with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(run, sources))
+# A vector that is read where it is not aligned, which a GPU refuses and a CPU does not, ends the process.
+CHECKS = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
+
+
+def build_extension() -> Path:
+    """The extension that holds the CUDA operators alone. Call it under the lock of BUILT."""
+    from torch.utils.cpp_extension import library_paths
+
+    command = compiler()
+    common = [*command, *CHECKS, *(for_cpu(header.read_text()) for header in HEADERS)]
+
+    def built(source: Path) -> Path:
+        digest = hashlib.sha256("\0".join([*common, for_cpu(source.read_text())]).encode()).hexdigest()[:16]
+        return BUILT / f"{source.stem}-{digest}.o"
+
+    objects = [built(source) for source in SOURCES]
+    extension = BUILT / f"_C-{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}{SUFFIX}"
+    if extension.exists():
+        return extension
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "csrc")
+        for path in (*SOURCES, *HEADERS):
+            copy = Path(folder, path.relative_to(ROOT).with_suffix(".cpp" if path in KERNELS else path.suffix))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(for_cpu(path.read_text()))
+
+        def compile_object(source: Path, output: Path) -> None:
+            if output.exists():
+                return
+            copy = Path(folder, source.relative_to(ROOT).with_suffix(".cpp"))
+            options = [*(CHECKS if source in KERNELS else []), f"-I{tree}", "-include", f"{folder}/tests/cuda_on_cpu.h"]
+            part = Path(folder, output.name)
+            subprocess.run([*command, *options, "-c", str(copy), "-o", str(part)], check=True)
+            shutil.move(part, output)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compile_object, SOURCES, objects))
+    for stale in set(BUILT.glob("*-*")) - set(objects):
+        stale.unlink()
     libraries = [*(f"-L{x}" for x in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
-    extension = tree / f"fastkd/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *checks, *map(str, objects), *libraries, "-o", str(extension)], check=True)
+    part = BUILT / "linked"
+    subprocess.run(["g++", "-shared", *CHECKS, *map(str, objects), *libraries, "-o", str(part)], check=True)
+    return part.rename(extension)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package and its tests whose extension holds the CUDA operators alone."""
+    tree = tmp_path_factory.mktemp("cuda_on_cpu")
+    ignored = shutil.ignore_patterns("_C*", "_built_for*", "__pycache__")
+    for name in ("fastkd", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tree)
     record = {"TORCH_VERSION": str(torch.__version__), "HAS_EXT": True, "HAS_CUDA": False, "WHY_NOT_CUDA": "emulated"}
     (tree / "fastkd/_built_for.py").write_text("".join(f"{name} = {value!r}\n" for name, value in record.items()))
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with (BUILT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker compiles, the others wait and copy
+        shutil.copy(build_extension(), tree / f"fastkd/_C{SUFFIX}")
+    return tree
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_native_tests_hold(stem: str, tmp_path: Path) -> None:
-    source = (ROOT / f"csrc/cuda/{stem}.cu").read_text()
-    assert len(LAUNCH.findall(source)) == source.count("<<<") > 0
-    compile_extension(tmp_path, stem)
-    for name in ("pyproject.toml", "tests"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    run = "import sys, fastkd._C, pytest; print(fastkd._C.__file__); sys.exit(pytest.main(sys.argv[1:]))"
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "native"]
-    command = [sys.executable, "-c", run, *options, f"tests/test_{stem}.py"]
+def test_every_launch_is_emulated_and_every_stem_tested() -> None:
+    for path in KERNELS:
+        source = path.read_text()
+        assert len(LAUNCH.findall(source)) == source.count("<<<") > 0
+    assert [path.stem for path in KERNELS] == sorted(PARTS)
+
+
+@pytest.mark.parametrize(("stem", "part"), [(stem, part) for stem, parts in PARTS.items() for part in parts])
+def test_native_tests_hold(stem: str, part: str, emulated: Path) -> None:
+    run = "import sys, fastkd._C, pytest; print(fastkd._C.__file__, flush=True); sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not exhaustive"]
+    options += ["-k", f"native and {part}" if part else "native", f"tests/test_{stem}.py"]
     # No GPU: its tensors would go to operators that are not there.
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.getenv("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(emulated), os.getenv("PYTHONPATH"))))
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=1500)
-    assert result.stdout.startswith(str(tmp_path)), result.stderr
+    command = [sys.executable, "-c", run, *options]
+    result = subprocess.run(command, cwd=emulated, env=env, capture_output=True, text=True, check=False, timeout=1500)
+    assert result.stdout.startswith(str(emulated)), result.stderr
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed is not None and int(passed[1]) > 50 and "failed" not in result.stdout
+    assert passed is not None and int(passed[1]) > 20 and "failed" not in result.stdout

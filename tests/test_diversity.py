@@ -54,10 +54,11 @@ def test_gradcheck_of_the_spread():
     assert torch.autograd.gradcheck(on(fastkd, labels), (x,))
 
 
-def test_near_duplicates_keep_their_distance():
+@pytest.mark.parametrize("B", [12, 40])  # from 26 on PyTorch's own distances are of that form
+def test_near_duplicates_keep_their_distance(B):
     """Images of a class 1e-5 apart: 2 - 2 <z, z'> in float32 would see them as one."""
-    x, labels = batch(B=12, classes=3)
-    x = torch.nn.functional.normalize(torch.randn(2, 33))[labels % 2] + 1e-5 * torch.randn(12, 33)
+    x, labels = batch(B=B, classes=3)
+    x = torch.nn.functional.normalize(torch.randn(2, 33))[labels % 2] + 1e-5 * torch.randn(B, 33)
     actual = loss_and_gradients(on(fastkd, labels, boundary_margin=0.0), (x,))
     oracle = loss_and_gradients(on(reference, labels, boundary_margin=0.0), (x.double(),))
     torch.testing.assert_close(actual[0].double(), oracle[0], rtol=1e-2, atol=0)

@@ -3,6 +3,8 @@
 import golden
 import pytest
 import torch
+import torch.nn.functional as F
+from splits import THREADS, around, lowered, threads
 
 import fastkd
 from fastkd import reference
@@ -77,6 +79,94 @@ def test_oracle(name, backend, dtype, shape):
     for actual in (dense, strided):
         for what, a, e, o in zip(("loss", "dstudent", "dteacher"), actual, eager, oracle, strict=False):
             assert_matches_oracle(a, e, o, s.numel(), f"{name} {what}")
+
+
+def check(name, backend, s, t, label, **options):
+    oracle = gradients(reference, name, s.double(), t.double(), label, **options)
+    eager = gradients(reference, name, s, t, label, **options)
+    with poisoned_allocations():
+        actual = gradients(fastkd, name, s, t, label, backend=backend, **options)
+    for what, a, e, o in zip(("loss", "dstudent"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, s.numel(), f"{name} {what}")
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+@divergences
+def test_several_blocks_of_rows_or_classes(name, backend, temperature, monkeypatch):
+    """Each block with a larger maximum than those before it, or a smaller one."""
+    monkeypatch.setattr("fastkd.eager.logits.CHUNK", 40)  # two rows, and a tail of one
+    if backend == "triton":
+        from fastkd_kernels import logits as kernels
+
+        monkeypatch.setattr(kernels, "BLOCKS", ((8, 4), (16, 4)))
+    for classes in (7, 8, 9, 16, 17, 20, 50) if not INTERPRETED else (8, 17, 50):
+        s, t, label = logits((5, classes))
+        rising = torch.linspace(0, 6, classes, device=DEVICE)
+        check(name, backend, s + rising, t - rising, label, temperature=temperature)
+
+
+@pytest.mark.parametrize("count", THREADS)
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_rows_of_several_threads(name, count):
+    """Each in memory of its own; the same bits on any number of threads."""
+    with lowered(logits_grain=64):
+        for classes in (31, 64, 65, 1000):
+            s, t, label = logits((16, classes))
+            with threads(1):
+                expected = gradients(fastkd, name, s, t, label)
+            with threads(count):
+                check(name, "auto", s, t, label)
+                for _ in range(5):
+                    assert all(map(torch.equal, gradients(fastkd, name, s, t, label), expected))
+
+
+@pytest.mark.parametrize("size", around(4))
+def test_sizes_around_the_grain(size):
+    with lowered(logits_grain=4), threads(3):
+        for name in DIVERGENCES:
+            check(name, "auto", *logits((5, size + 1)))
+
+
+@pytest.mark.parametrize("backend", backends("softmax_kl"))
+def test_labels_that_are_not_adjacent(backend):
+    s, t, _ = logits((4, 9))
+    both = torch.tensor([[1, 8], [0, 7], [5, 6], [3, 2]], device=DEVICE)
+    for label in (both[:, 0], both[:, 1]):
+        check("dkd_loss", backend, s, t, label)
+
+
+@divergences
+def test_gradients_of_a_row_cancel(name, backend):
+    """Also near a match, where the rounding of a sum of exponentials is as large as they are."""
+    s, _, label = logits((8, 300))
+    t = s + 1e-5 * torch.randn_like(s)
+    _, ds = gradients(fastkd, name, s, t, label, backend=backend)
+    eps = torch.finfo(torch.float32).eps
+    assert (ds.double().sum(-1).abs() <= eps * ds.double().abs().sum(-1)).all()
+
+
+@pytest.mark.parametrize("backend", backends("softmax_kl"))
+@pytest.mark.parametrize("apart", [0.3, 0.36, 0.41, 0.45])
+def test_two_classes_half_a_unit_apart(backend, apart):
+    """log(p/q) is about 1/2 for one of them, where e^x - 1 changes its form: no other class hides an error there."""
+    t = torch.tensor([[apart, -apart]], device=DEVICE)
+    for sign in (1, -1):
+        check("soft_target_loss", backend, torch.zeros_like(t), sign * t, None, temperature=1.0)
+
+
+@pytest.mark.parametrize("backend", [name for name in backends("softmax_kl") if name != "triton"])
+@pytest.mark.parametrize("leads", [(40.0, 42.0), (60.0, 39.0), (12.0, 80.0)], ids=str)
+def test_a_target_that_is_all_but_certain(backend, leads):
+    """What the others have is then all that counts: 1 - q is lost even in float64 unless it is formed by itself."""
+    s, t = torch.zeros(2, 3, 2, device=DEVICE).unbind()
+    s[:, 0], t[:, 0] = leads
+    loss = fastkd.dkd_loss(s, t, 0, alpha=1.0, beta=0.0, temperature=1.0, backend=backend)
+    p, q = (torch.tensor(lead, dtype=torch.float64) for lead in leads)
+    expected = q.sigmoid() * (F.logsigmoid(q) - F.logsigmoid(p)) + (-q).sigmoid() * (
+        F.logsigmoid(-q) - F.logsigmoid(-p)
+    )
+    eager = expected.float()
+    assert_matches_oracle(loss.cpu(), eager, expected, 1, "loss")
 
 
 @pytest.mark.parametrize("backend", backends("softmax_kl"))
@@ -258,6 +348,7 @@ DKD = LOSSES["dkd_loss"][0]
         (lambda: fastkd.dkd_loss(S, S, -1, **DKD), ValueError, r"label must lie in \[0, C = 4\), got -1"),
         (lambda: fastkd.dkd_loss(S, S, True, **DKD), TypeError, "label must be an integer tensor or an int"),
         (lambda: fastkd.dkd_loss(S, S, Y + 2, **DKD), RuntimeError, r"label must lie in \[0, C = 4\)"),
+        (lambda: fastkd.dkd_loss(S, S, Y - 1, **DKD), RuntimeError, r"label must lie in \[0, C = 4\)"),
         (lambda: fastkd.dkd_loss(S, S, Y.float(), **DKD), TypeError, "label must be an integer tensor"),
         (lambda: fastkd.dkd_loss(S, S, S.softmax(-1), **DKD), TypeError, "label must be an integer tensor"),
         (lambda: fastkd.dkd_loss(S, S, Y[:2], **DKD), ValueError, r"label must have shape \(3,\), got \(2,\)"),

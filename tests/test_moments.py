@@ -1,8 +1,12 @@
 """batch_moments on every backend, and bn_stat_loss."""
 
+from collections.abc import Callable
+
 import golden
 import pytest
 import torch
+from pairs import in_pairs
+from splits import THREADS, around, built, lowered, threads
 from torch import Tensor
 
 import fastkd
@@ -62,6 +66,31 @@ def check(x: Tensor, dims: str, backend: str) -> None:
         assert_matches_oracle(a, e, o, x.numel() // mean.numel(), name)
 
 
+def check_batch_norm(
+    x: Tensor, dy: Tensor, backend: str, statistics: list[Tensor] | None = None, eps: float = 1e-5
+) -> None:
+    """Hold y, its moments and their joint gradient to the oracle rule, under dy as it lies in memory."""
+    C = x.shape[1]
+    if statistics is None:
+        statistics = [torch.randn(C, device=DEVICE) + k for k in range(4)]
+        statistics[1] = statistics[1].abs() + 0.5
+    of_moments = torch.randn(2, C, device=DEVICE).unbind()
+
+    def run(function: object, x: Tensor, dy: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        outputs = function(x, *statistics, eps=eps)
+        (dx,) = torch.autograd.grad(outputs, x, [dy, *(g.to(outputs[1]) for g in of_moments)])
+        return (*(o.detach() for o in outputs), dx)
+
+    inputs = (x, dy, *statistics)
+    with poisoned_allocations():
+        actual = run(lambda *a, **o: fastkd.batch_norm_moments(*a, **o, backend=backend), *inputs)
+    oracle = run(reference.batch_norm_moments, *(v.double() for v in inputs))
+    eager = run(reference.batch_norm_moments, x, dy, *(v.float() for v in statistics))
+    for name, a, e, o in zip(("y", "mean", "var", "dx"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, x.numel() // C, name)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels", "permuted", "sliced", "offset"])
 @pytest.mark.parametrize("dims", ["batch", "image"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -94,26 +123,29 @@ def test_mean_far_above_the_spread(backend: str) -> None:
         assert ((var - expected) / expected).abs().max() < 1e-4
 
 
+INFINITY = float("inf")
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels", "sliced"])
 @pytest.mark.parametrize("dims", ["batch", "image"])
-@pytest.mark.parametrize("shape", [(3, 4, 5, 5), (4, 3, 40, 50), (9, 20, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 5, 5), (4, 16, 40, 50), (9, 16, 3, 3)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_infinite_element(backend: str, shape: tuple[int, ...], dims: str, layout: str) -> None:
-    """Makes its channel's mean infinite, not NaN, wherever it stands. Other channels are whole."""
-    infinity = float("inf")
-    for values in ((infinity,), (-infinity,), (float("nan"),), (infinity, infinity), (infinity, -infinity)):
-        for position in (0, shape[2] * shape[3] // 2, -1):
-            x = activations(shape, torch.float32)
-            for image, value in zip((1, -1), values, strict=False):
-                x[image, 1].view(-1)[position] = value
-            x = strided(x, layout)
-            expected = reference.batch_moments(x, dims=dims)
-            for a, e in zip(fastkd.batch_moments(x, dims=dims, backend=backend), expected, strict=True):
-                torch.testing.assert_close(a, e, equal_nan=True)
-            if dims == "batch":
-                zeros, ones = torch.zeros(shape[1], device=DEVICE), torch.ones(shape[1], device=DEVICE)
-                _, *moments = fastkd.batch_norm_moments(x, zeros, ones, backend=backend)
-                torch.testing.assert_close(moments, list(expected), equal_nan=True)
+    """Makes its channel's mean infinite, not NaN, wherever it lies. The other channels, here the last, are whole."""
+    kinds = ((INFINITY,), (-INFINITY,), (float("nan"),), (INFINITY, INFINITY), (INFINITY, -INFINITY))
+    x = activations(shape, torch.float32)
+    for channel in range(15):
+        position = (0, shape[2] * shape[3] // 2, -1)[channel % 3]
+        for image, value in zip((1, -1), kinds[channel // 3], strict=False):
+            x[image, channel].view(-1)[position] = value
+    x = strided(x, layout)
+    expected = reference.batch_moments(x, dims=dims)
+    for a, e in zip(fastkd.batch_moments(x, dims=dims, backend=backend), expected, strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True)
+    if dims == "batch":
+        zeros, ones = torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE)
+        _, *moments = fastkd.batch_norm_moments(x, zeros, ones, backend=backend)
+        torch.testing.assert_close(moments, list(expected), equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", backends("moments_fwd", torch.float64))
@@ -124,17 +156,144 @@ def test_gradcheck(backend: str) -> None:
         assert torch.autograd.gradcheck(lambda x, d=dims: reference.batch_moments(x, dims=d), (x,))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_same_bits_whatever_the_threads(threads: int) -> None:
+@pytest.mark.parametrize("count", THREADS[1:])
+def test_same_bits_whatever_the_threads(count: int) -> None:
     x = activations((8, 16, 40, 40), torch.float32)
-    expected = fastkd.batch_moments(x)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        actual = fastkd.batch_moments(x)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    for layout in ("contiguous", "channels"):
+        y = strided(x, layout)
+        expected = fastkd.batch_moments(y)
+        with threads(count):
+            actual = fastkd.batch_moments(y)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+# Threshold -> (the size it is lowered to, a shape in which n stands where it matters, what else makes it matter).
+# A plane of more positions than moments_small is a row.
+ROWS = {"moments_small": 1, "moments_grain": 1}
+SPLITS: dict[str, tuple[int, Callable[[int], tuple[int, ...]], dict[str, int]]] = {
+    "moments_block": (8, lambda n: (2, 3, n), ROWS),
+    "moments_part": (8, lambda n: (n, 3, 5), ROWS | {"moments_rows": 2}),
+    "moments_rows": (4, lambda n: (1, 5, n), ROWS | {"moments_part": 2}),
+    "moments_images": (4, lambda n: (n, 3, 5), {"moments_grain": 1}),
+    "moments_columns": (8, lambda n: (3, n, 2), {"moments_grain": 1}),
+    "moments_small": (4, lambda n: (3, 4, n), {"moments_grain": 1}),
+    "moments_group": (3, lambda n: (2, n, 5), ROWS),
+    "moments_span": (16, lambda n: (2, 9, n), ROWS),
+    "moments_few_units": (2, lambda n: (3, n, 20), ROWS | {"moments_unit": 1, "moments_part": 8}),
+    "moments_unit": (20, lambda n: (2, 7, n), ROWS | {"moments_few_units": 1 << 20}),
+    "moments_units": (32, lambda n: (n, 5, 9), ROWS | {"moments_part": 1, "moments_rows": 1}),
+    "moments_grain": (4, lambda n: (3, n, 9), {}),
+    "moments_hot": (4 * 3 * 9 * 5, lambda n: (3, 5, n // 60 + 1), {}),
+    "moments_cuda_loads": (1, lambda n: (2, 3, 1036 * n), {"moments_cuda_waves": 40}),  # split off a vector's end
+    "moments_cuda_waves": (1, lambda n: (1, 2, 2056 * n), {"moments_cuda_loads": 1}),
+}
+HERE = [name for name in SPLITS if name in built("moments")]
+OVER = 33 * 256 + 5  # elements that make more pieces than a warp has threads
+
+
+def spread(x: Tensor, layout: str) -> Tensor:
+    """strided, and: every other position ("alternate"), rows further apart than a vector's length divides ("gaps")."""
+    if layout == "alternate":
+        return x.repeat_interleave(2, -1)[..., ::2]
+    if layout == "gaps":
+        return torch.cat([x, x[..., :1]], -1)[..., :-1]
+    return strided(x, layout)
+
+
+AROUND = (
+    in_pairs(
+        {
+            "name": HERE,
+            "count": THREADS,
+            "layout": ["contiguous", "channels", "alternate", "offset", "gaps"],
+            "dims": ["batch", "image"],
+            "dtype": [torch.float32, torch.float16],
+        }
+    )
+    if HERE
+    else pytest.mark.skip(reason="needs the compiled extension")
+)
+
+
+@AROUND
+def test_sizes_around_a_native_threshold(name: str, count: int, layout: str, dims: str, dtype: torch.dtype) -> None:
+    size, shape, others = SPLITS[name]
+    with lowered(**(others | {name: size})), threads(count):
+        for n in around(size):
+            x = spread(activations(shape(n), dtype), layout)
+            check(x, dims, "native")
+            check_batch_norm(x, spread(torch.randn_like(x), "contiguous" if layout == "channels" else layout), "native")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_pieces_than_a_warp_merges_at_once(backend: str) -> None:
+    with lowered(moments_cuda_loads=1, moments_cuda_waves=40, moments_part=64, moments_rows=1):
+        check(activations((1, 1, OVER), torch.float32), "batch", backend)
+
+
+@pytest.mark.parametrize("dy", ["expanded", "alternate", "offset", "gaps", "channels", "contiguous"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels", "gaps"])
+@pytest.mark.parametrize("shape", [(2, 8, 8, 4), (2, 8, 8, 16), (3, 4, 64, 48)][: 2 if INTERPRETED else 3], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_other_strides_than_the_input(backend: str, shape: tuple[int, ...], layout: str, dy: str) -> None:
+    for dtype in DTYPES[:2]:
+        x = spread(activations(shape, dtype), layout)
+        g = torch.randn(shape, device=DEVICE).to(dtype)
+        check_batch_norm(x, g[:1, :, :1, :1].expand(shape) if dy == "expanded" else spread(g, dy), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_incoming_gradients_and_statistics_of_any_stride(backend: str) -> None:
+    x = activations((3, 6, 5, 5), torch.float32)
+    for dims in ("batch", "image"):
+        (dx,) = loss_and_gradients(lambda x, d=dims: sum(fastkd.batch_moments(x, dims=d, backend=backend)).sum(), [x])[
+            1:
+        ]
+        (expected,) = loss_and_gradients(lambda x, d=dims: sum(reference.batch_moments(x, dims=d)).sum(), [x])[1:]
+        (oracle,) = loss_and_gradients(lambda x, d=dims: sum(reference.batch_moments(x, dims=d)).sum(), [x.double()])[
+            1:
+        ]
+        assert_matches_oracle(dx, expected, oracle, 75, dims)
+    statistics = torch.rand(6, 4, device=DEVICE).unbind(1)  # neighbours are 4 apart
+    check_batch_norm(x, torch.randn_like(x), backend, statistics)
+    check_batch_norm(x, torch.randn_like(x), backend, [v.double() for v in statistics])
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eps_where_it_is_all_there_is(backend: str, eps: float) -> None:
+    """Channels whose running variance is 0 are divided by the root of eps, in every gradient too."""
+    x = activations((3, 5, 4, 4), torch.float32)
+    mean, weight, bias = torch.randn(3, 5, device=DEVICE).unbind()
+    statistics = [mean, torch.tensor([0.0, 1e-4, 0.0, 1e-3, 2.0], device=DEVICE), weight, bias]
+    check_batch_norm(x, torch.randn_like(x), backend, statistics, eps)
+    leaves = [weight.requires_grad_(), bias.requires_grad_()]
+    incoming = torch.randn_like(x)
+    y, *_ = fastkd.batch_norm_moments(x, *statistics, eps=eps, backend=backend)
+    wide = [v.detach().double().requires_grad_(v.requires_grad) for v in (x, *statistics)]
+    for name, a, e, o in zip(
+        ("dweight", "dbias"),
+        torch.autograd.grad(y, leaves, incoming),
+        torch.autograd.grad(reference.batch_norm_moments(x, *statistics, eps=eps)[0], leaves, incoming),
+        torch.autograd.grad(reference.batch_norm_moments(*wide, eps=eps)[0], wide[3:], incoming.double()),
+        strict=True,
+    ):
+        assert_matches_oracle(a, e, o, 48, name)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 17])
+@pytest.mark.parametrize("layout", ["contiguous", "channels"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pivot_that_is_no_guide(backend: str, layout: str, width: int) -> None:
+    """The first row of all, of which a pivot is the mean, lies 10,000 spreads off."""
+    x = torch.randn(1200 // width, 2, width, 1, device=DEVICE)
+    x[0] += 1e4
+    with lowered(moments_small=1, moments_part=1 << 20):
+        mean, var = fastkd.batch_moments(strided(x, layout), backend=backend)
+    for name, a, e, o in zip(
+        ("mean", "var"), (mean, var), reference.batch_moments(x), reference.batch_moments(x.double()), strict=True
+    ):
+        assert_matches_oracle(a, e, o, 1200, name)
 
 
 def layers(sizes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], ...]:
@@ -206,6 +365,133 @@ def test_a_zero_distance_has_gradient_zero(backend: str, distance: str) -> None:
     assert grad.isfinite().all()
     if distance == "l2":
         assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("distance", ["l2", "mse"])
+@pytest.mark.parametrize("equal", ["mean", "var"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_of_two_distances_is_zero(backend: str, equal: str, distance: str) -> None:
+    """Its gradient is 0, and the other's is not touched by that."""
+    mean, var, other = torch.rand(3, 5, device=DEVICE).unbind()
+    targets = (mean, other) if equal == "mean" else (other, var)
+    x = torch.randn(4, 5, device=DEVICE)
+
+    def on(module: object, dtype: torch.dtype, **options: str) -> tuple[Tensor, ...]:
+        def distance_of(m: Tensor, v: Tensor) -> Tensor:
+            (M, V), moments = (t.to(dtype) for t in targets), [(m, v)]
+            if module is fastkd:
+                return fastkd.bn_stat_loss([x], [M], [V], distance=distance, moments=moments, **options)
+            of = (lambda d: d.norm()) if distance == "l2" else (lambda d: d.square().mean())
+            return of(m - M) + of(v - V)
+
+        return loss_and_gradients(distance_of, [mean.to(dtype), var.to(dtype)])
+
+    actual = on(fastkd, torch.float32, backend=backend)
+    for name, a, e, o in zip(
+        ("loss", "dmean", "dvar"), actual, on(reference, torch.float32), on(reference, torch.float64), strict=True
+    ):
+        assert_matches_oracle(a, e, o, 5, name)
+    assert (actual[1 if equal == "mean" else 2] == 0).all()
+    assert (actual[2 if equal == "mean" else 1] != 0).all()
+
+
+def distance_of(moments: list[tuple[Tensor, Tensor]], backend: str, **options: object) -> tuple[Tensor, ...]:
+    """bn_stat_loss of given moments against statistics 0, and its gradients: the means', then the variances'."""
+    n, zeros = len(moments), [torch.zeros_like(m) for m, _ in moments]
+    inputs = [torch.ones(4, len(m), device=DEVICE) for m, _ in moments]
+
+    def loss(*given: Tensor) -> Tensor:
+        pairs = list(zip(given[:n], given[n:], strict=True))
+        return fastkd.bn_stat_loss(inputs, zeros, zeros, moments=pairs, backend=backend, **options)
+
+    return loss_and_gradients(loss, [*(m for m, _ in moments), *(v for _, v in moments)])
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "native"])
+def test_small_terms_beside_a_large_one(backend: str) -> None:
+    """Sums of a layer and of layers are in double: 2^24 + 1 + 1 + ... in float32 would stay 2^24."""
+    one, zero = torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    loss, *_ = distance_of([(2.0**24 * one, zero), *[(one, zero)] * 64], backend)
+    assert loss == 2**24 + 64
+    loss, *_ = distance_of(
+        [(torch.cat([4096 * one, one.repeat(640)]), torch.zeros(641, device=DEVICE))], backend, distance="mse"
+    )
+    assert loss == torch.tensor((2**24 + 640) / 641)
+
+
+@pytest.mark.parametrize("distance", ["l2", "mse", "image"])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_layers_than_a_launch_takes(
+    backend: str, size: int, distance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And more channels than a block of them, in the interpreted kernels."""
+    if backend == "triton":
+        from fastkd_kernels import moments
+
+        monkeypatch.setattr(moments, "DISTANCE_BLOCK", 2 * size)
+    inputs, means, variances = layers([(3, 1 + 2 * i, 2 + i) for i in range(7)])
+    inputs[3] = inputs[3].repeat_interleave(2, 2)[..., ::2]
+
+    def run(module: object, dtype: torch.dtype, **options: str) -> tuple[Tensor, ...]:
+        stats = [[v.to(dtype) for v in which] for which in (means, variances)]
+        return loss_and_gradients(
+            lambda *x: module.bn_stat_loss(x, *stats, distance=distance, **options), [x.to(dtype) for x in inputs]
+        )
+
+    with lowered(moments_cuda_layers=size, moments_cuda_targets=size):
+        actual = run(fastkd, torch.float32, backend=backend)
+    eager, oracle = run(reference, torch.float32), run(reference, torch.float64)
+    for i, (a, e, o) in enumerate(zip(actual, eager, oracle, strict=True)):
+        assert_matches_oracle(a, e, o, 60, "loss" if i == 0 else f"dinputs[{i - 1}]")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_spreads_as_small_as_the_constant_beside_them(backend: str) -> None:
+    """ "image" adds 1e-6 to both variances before it takes their roots."""
+    x = 1e-4 * torch.randn(2, 3, 5, 5, device=DEVICE)
+    means, variances = [torch.zeros(3, device=DEVICE)], [torch.tensor([0.0, 1e-7, 1e-5], device=DEVICE)]
+
+    def run(module: object, dtype: torch.dtype, **options: str) -> tuple[Tensor, ...]:
+        stats = [[v.to(dtype) for v in which] for which in (means, variances)]
+        return loss_and_gradients(
+            lambda x: module.bn_stat_loss([x], *stats, distance="image", **options), [x.to(dtype)]
+        )
+
+    actual = run(fastkd, torch.float32, backend=backend)
+    for name, a, e, o in zip(
+        ("loss", "dx"), actual, run(reference, torch.float32), run(reference, torch.float64), strict=True
+    ):
+        assert_matches_oracle(a, e, o, 50, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_of_several_dtypes_in_any_order(backend: str) -> None:
+    sizes = [(4, 3, 5), (4, 2, 7), (4, 5, 3), (4, 2, 2)]
+    inputs, means, variances = layers(sizes)
+    halves = [x.half() if i % 2 == 0 else x for i, x in enumerate(inputs)]  # those of the first dtype are not adjacent
+    weights = [1.0, 20.0, 300.0, 4000.0]
+    run = lambda module, inputs, **options: loss_and_gradients(  # noqa: E731
+        lambda *x: module.bn_stat_loss(x, means, variances, layer_weights=weights, **options), inputs
+    )
+    actual = run(fastkd, halves, backend=backend)
+    for i, (a, e) in enumerate(zip(actual, run(fastkd, [x.float() for x in halves], backend="eager"), strict=True)):
+        torch.testing.assert_close(a, e.to(a.dtype), msg=lambda text, i=i: f"{i}: {text}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_momentum_of_moments_that_are_given(backend: str) -> None:
+    """(1 - m) of the gradient reaches them, as it reaches inputs."""
+    inputs, means, variances = layers([(4, 3, 5), (4, 2, 7)])
+    options = {"momentum": 0.75, "ema": ([m + 0.1 for m in means], [v + 0.1 for v in variances]), "backend": backend}
+
+    def with_moments(*x: Tensor) -> Tensor:
+        moments = [fastkd.batch_moments(v, backend=backend) for v in x]
+        return fastkd.bn_stat_loss(x, means, variances, moments=moments, **options)
+
+    actual = loss_and_gradients(with_moments, inputs)
+    expected = loss_and_gradients(lambda *x: fastkd.bn_stat_loss(x, means, variances, **options), inputs)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_float16_with_a_grad_scaler() -> None:
@@ -287,27 +573,8 @@ def test_nan_goes_through(backend: str) -> None:
 def test_batch_norm_moments_match_the_oracle(
     backend: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str
 ) -> None:
-    x, C = strided(activations(shape, dtype), layout), shape[1]
-    running = torch.randn(C, device=DEVICE), torch.rand(C, device=DEVICE) + 0.5
-    affine = torch.randn(C, device=DEVICE), torch.randn(C, device=DEVICE)
-    incoming = [
-        torch.randn(s, device=DEVICE).to(t) for s, t in ((shape, dtype), (C, torch.float32), (C, torch.float32))
-    ]
-
-    def run(function: object, *inputs: Tensor) -> tuple[Tensor, ...]:
-        x, *rest = inputs
-        x = x.detach().requires_grad_()
-        outputs = function(x, *rest)
-        (dx,) = torch.autograd.grad(outputs, x, [g.to(o) for g, o in zip(incoming, outputs, strict=True)])
-        return (*(o.detach() for o in outputs), dx)
-
-    inputs = (x, *running, *affine)
-    with poisoned_allocations():
-        actual = run(lambda *a: fastkd.batch_norm_moments(*a, backend=backend), *inputs)
-    oracle = run(reference.batch_norm_moments, *(v.double() for v in inputs))
-    eager = run(reference.batch_norm_moments, *inputs)
-    for name, a, e, o in zip(("y", "mean", "var", "dx"), actual, eager, oracle, strict=True):
-        assert_matches_oracle(a, e, o, x.numel() // C, name)
+    x = strided(activations(shape, dtype), layout)
+    check_batch_norm(x, torch.randn(shape, device=DEVICE).to(dtype), backend)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import golden
 import pytest
 import torch
+from pairs import in_pairs
+from splits import THREADS, around, built, lowered, threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
@@ -36,20 +38,110 @@ def skip_unless_runs(backend, dtype):
         pytest.skip(f"{backend} does not take {dtype}")
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced", "channels"])
+def check(x, backend, options, reduced=None):
+    """Hold the loss and its gradient to the oracle rule."""
+    oracle = loss_and_gradients(lambda x: reference.image_prior(x, **options), (x.double(),))
+    eager = loss_and_gradients(lambda x: reference.image_prior(x, **options), (x,))
+    with poisoned_allocations():
+        actual = loss_and_gradients(lambda x: fastkd.image_prior(x, backend=backend, **options), (x,))
+    for what, a, e, o in zip(("loss", "dimages"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, reduced or x.numel(), what)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced", "channels", "offset"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=["per image", "per batch"])
 @dtypes
 @available
 def test_oracle(backend, dtype, options, shape, layout):
     skip_unless_runs(backend, dtype)
-    x = strided(torch.randn(shape, device=DEVICE).to(dtype), layout)
-    oracle = loss_and_gradients(lambda x: reference.image_prior(x, **options), (x.double(),))
-    eager = loss_and_gradients(lambda x: reference.image_prior(x, **options), (x,))
-    with poisoned_allocations():
-        actual = loss_and_gradients(lambda x: fastkd.image_prior(x, backend=backend, **options), (x,))
-    for what, a, e, o in zip(("loss", "dimages"), actual, eager, oracle, strict=True):
-        assert_matches_oracle(a, e, o, x.numel(), what)
+    check(strided(torch.randn(shape, device=DEVICE).to(dtype), layout), backend, options)
+
+
+# Threshold -> (the size it is lowered to, an image in which n is the size that counts).
+SPLITS = {
+    "prior_grain": (18, lambda n: (2, 3, n // 6, 6)),  # bands of 3 rows, of 2 and 1 beside whole ones
+    "prior_part": (4, lambda n: (1, 2, n, 5)),
+    "prior_cuda_waves": (1, lambda n: (1, 1, 3 * n, 5)),  # of 3 multiprocessors where CUDA is emulated
+    "prior_cuda_bands": (3, lambda n: (1, 1, n, 300)),
+}
+HERE = [name for name in SPLITS if name in built("prior")]
+
+
+AROUND = (
+    in_pairs(
+        {
+            "name": HERE,
+            "count": THREADS,
+            "layout": ["contiguous", "permuted", "sliced", "channels", "alternate"],
+            "dtype": [torch.float32, torch.float16],
+            "l2_per_image": [True, False],
+        }
+    )
+    if HERE
+    else pytest.mark.skip(reason="needs the compiled extension")
+)
+
+
+@AROUND
+def test_bands_of_rows_around_a_native_threshold(name, count, layout, dtype, l2_per_image):
+    size, shape = SPLITS[name]
+    with lowered(**{name: size}), threads(count):
+        for n in (12, *around(size), 42, 66):
+            x = torch.randn(shape(n), device=DEVICE).to(dtype)
+            x = x.repeat_interleave(2, -1)[..., ::2] if layout == "alternate" else strided(x, layout)
+            check(x, "native", ALL | {"l2_per_image": l2_per_image})
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9, 5), (1, 2, 13, 4), (2, 1, 33, 3)], ids=str)
+@available
+def test_bands_of_several_blocks(backend, shape, monkeypatch):
+    """Of rows, and blocks of columns with a tail."""
+    monkeypatch.setattr("fastkd.eager._common.CHUNK", 40)
+    if backend == "triton":
+        from fastkd_kernels import prior as kernels
+
+        monkeypatch.setattr(kernels, "BLOCKS", (2, 4, 4))
+    with lowered(prior_grain=20, prior_part=2):
+        check(torch.randn(shape, device=DEVICE), backend, ALL)
+
+
+@pytest.mark.skipif("prior_grain" not in built("prior"), reason="needs the compiled extension for CPUs")
+@pytest.mark.parametrize("count", THREADS[1:])
+def test_planes_of_several_threads(count):
+    """Each thread converts rows in memory of its own; the same bits on any number of threads."""
+
+    def run(x):
+        return loss_and_gradients(lambda x: fastkd.image_prior(x, **ALL, backend="native"), (x,))
+
+    x = torch.randn(9, 3, 60, 256).half()
+    with lowered(prior_grain=2048):
+        with threads(1):
+            expected = run(x)
+        with threads(count):
+            for _ in range(10):
+                assert all(map(torch.equal, run(x), expected))
+
+
+@available
+def test_a_direction_without_variation(backend):
+    """Stripes: three norms and one that is 0, whose gradient is 0 too."""
+    for x in (torch.randn(2, 3, 1, 7).expand(2, 3, 5, 7), torch.randn(2, 3, 7, 1).expand(2, 3, 7, 5)):
+        x = x.contiguous().to(DEVICE)
+        check(x, backend, ALL)
+        check(torch.cat([0 * x[:1], x[1:]]), backend, ALL)  # and an image whose own norm is 0
+
+
+@pytest.mark.skipif("prior_part" not in built("prior"), reason="needs the compiled extension for CPUs")
+def test_small_differences_below_large_ones():
+    """Of 8 rows float32 sums, of the rest double: 2^24 + 1 + 1 + ... would else stay 2^24."""
+    x = torch.zeros(1, 1, 2048, 65)
+    x[..., ::2] = 1
+    x[..., 0, ::2] = 2**24
+    tv_l1, _, _ = torch.ops.fastkd.prior_fwd.default(x)
+    assert_matches_oracle(
+        tv_l1[:1], x.diff(dim=-1).abs().mean()[None], x.double().diff(dim=-1).abs().mean()[None], 8, "rows"
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 500])

@@ -11,6 +11,8 @@
 // any other system than Linux.
 #pragma once
 
+#include "thresholds.h"
+
 #include <ATen/ATen.h>
 
 #if defined(__linux__)
@@ -34,9 +36,11 @@ namespace fastkd {
 #if defined(__linux__)
 class Blocks final : public c10::Allocator {
  public:
-  static constexpr size_t kSmallest = size_t(256) << 10;  // bytes of a block; less is PyTorch's
-  static constexpr size_t kReady = size_t(64) << 20;      // that lie as they are
-  static constexpr size_t kKept = size_t(1) << 30;        // that lie free in all
+  inline static Threshold kSmallest{"blocks.smallest", int64_t(256) << 10};  // bytes of a block; less is PyTorch's
+  inline static Threshold kReady{"blocks.ready", int64_t(64) << 20};         // bytes that lie as they are
+  inline static Threshold kKept{"blocks.kept", int64_t(1) << 30};            // bytes that lie free in all
+
+  static bool holds(size_t bytes) { return bytes >= static_cast<size_t>(kSmallest); }
 
   // Never destroyed: tensors may outlive every static object.
   static Blocks& instance() {
@@ -45,7 +49,7 @@ class Blocks final : public c10::Allocator {
   }
 
   c10::DataPtr allocate(size_t n) override {
-    const Block block = n < kSmallest || !is_on_ ? Block{} : take((n + kPage - 1) / kPage * kPage);
+    const Block block = !holds(n) || !is_on_ ? Block{} : take((n + kPage - 1) / kPage * kPage);
     if (block.data == nullptr) return c10::GetCPUAllocator()->allocate(n);  // or its error
     c10::profiledCPUMemoryReporter().New(block.data, block.bytes);
     return {block.data, new Block(block), &give_back, at::kCPU};
@@ -89,7 +93,7 @@ class Blocks final : public c10::Allocator {
         kept_ -= block.bytes;
         return block;
       }
-      surplus = remove_beyond(std::max(most_, kReady) - in_use_);
+      surplus = remove_beyond(std::max(most_, static_cast<size_t>(kReady)) - in_use_);
     }
     unmap(surplus);
     const Block block = map(bytes);
@@ -117,11 +121,12 @@ class Blocks final : public c10::Allocator {
       in_use_ -= block.bytes;
       kept_ += block.bytes;
       surplus = remove_beyond(kKept);
+      const size_t ready = kReady;
       size_t newer = 0;
       for (auto b = free_.rbegin(); b != free_.rend() && !b->is_offered; ++b) {
         newer += b->bytes;
         // Under the lock: whoever takes the block may write at once. Linux before 4.5 refuses, and keeps the pages.
-        if (newer > kReady) b->is_offered = madvise(b->data, b->bytes, MADV_FREE) == 0;
+        if (newer > ready) b->is_offered = madvise(b->data, b->bytes, MADV_FREE) == 0;
       }
     }
     unmap(surplus);
@@ -162,7 +167,7 @@ class Blocks final : public c10::Allocator {
 // at::empty_like for what is written once and freed before the next step: a gradient, an activation.
 inline at::Tensor empty_kept(const at::Tensor& x) {
 #if defined(__linux__)
-  if (x.nbytes() >= Blocks::kSmallest && x.is_non_overlapping_and_dense())
+  if (Blocks::holds(x.nbytes()) && x.is_non_overlapping_and_dense())
     return at::Tensor(
         at::detail::empty_strided_generic(
             x.sizes(), x.strides(), &Blocks::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type()));
@@ -174,7 +179,7 @@ inline at::Tensor empty_kept(const at::Tensor& x) {
 inline at::Tensor empty_kept(at::IntArrayRef sizes, const at::TensorOptions& options) {
 #if defined(__linux__)
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
-  if (static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype) >= Blocks::kSmallest)
+  if (Blocks::holds(static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype)))
     return at::Tensor(
         at::detail::empty_generic(
             sizes, &Blocks::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt));

@@ -2,6 +2,7 @@
 #include "common.h"
 #include "cpu/blocks.h"
 #include "cpu/vector.h"
+#include "thresholds.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -15,7 +16,7 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kGrain = 1 << 13;  // logits per task below which threads cost more than they bring
+Threshold kGrain{"logits.grain", 1 << 13};  // logits per task below which threads cost more than they bring
 
 // e^x - 1 for |x| < 1/2.
 FASTKD_INLINE float expm1_of(float x) {

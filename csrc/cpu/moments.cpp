@@ -6,6 +6,7 @@
 // (Chan et al.) in a fixed order, so the result does not depend on the number of threads.
 #include "blocks.h"
 #include "common.h"
+#include "thresholds.h"
 #include "vector.h"
 
 #include <ATen/Dispatch.h>
@@ -22,22 +23,38 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kBlock = 4096;       // elements of a block along a row: 16 KB of float32
-constexpr int64_t kPart = 2 * kBlock;  // positions of a channel that repay a unit of their own
+constexpr int64_t kMostBlock = 4096, kMostColumns = 512, kMostGroup = 32;  // what arrays on the stack hold
 constexpr int64_t kPivot = 128;        // elements of a block that its pivot is the mean of
-constexpr int64_t kRows = 64;          // rows of a block of columns
-constexpr int64_t kImages = 32;        // images of a block of small planes
+constexpr int64_t kSpread = 32;        // times the pivot's elements that a block has at the most
 constexpr int64_t kLead = 4;           // rows that are added up together, and those that the pivot is the mean of
-constexpr int64_t kColumns = 512;      // channels of a block of columns
-constexpr int64_t kSmall = 64;         // positions of a plane that make too short a row
 constexpr int64_t kPair = 2 * kLanes;  // elements of a vector of 16 bits each
-constexpr int64_t kGroup = 32;         // channels of short rows that are taken together, at the most
-constexpr int64_t kSpan = 1 << 14;     // about as many elements of them in an image
-constexpr int64_t kFewUnits = 64;      // units that keep all cores busy to the end
-constexpr int64_t kUnit = 8192;        // elements of a unit that repay it
-constexpr int64_t kUnits = 4096;       // about as many units as a forward is cut into
-constexpr size_t kHot = 2 << 20;       // bytes that a core's cache holds
-constexpr int64_t kGrain = 1 << 13;    // elements per task below which threads cost more than they bring
+
+Threshold kBlock{"moments.block", kMostBlock};        // elements of a block along a row: 16 KB of float32
+Threshold kPart{"moments.part", 8192};                // positions of a channel that repay a unit of their own
+Threshold kRows{"moments.rows", 64};                  // rows of a block of columns
+Threshold kImages{"moments.images", 32};              // images of a block of small planes
+Threshold kColumns{"moments.columns", kMostColumns};  // channels of a block of columns
+Threshold kSmall{"moments.small", 64};                // positions of a plane that make too short a row
+Threshold kGroup{"moments.group", kMostGroup};        // channels of short rows that are taken together, at the most
+Threshold kSpan{"moments.span", 1 << 14};             // about as many elements of them in an image
+Threshold kFewUnits{"moments.few_units", 64};         // units that keep all cores busy to the end
+Threshold kUnit{"moments.unit", 8192};                // elements of a unit that repay it
+Threshold kUnits{"moments.units", 4096};              // about as many units as a forward is cut into
+Threshold kHot{"moments.hot", 2 << 20};               // bytes that a core's cache holds
+Threshold kGrain{"moments.grain", 1 << 13};           // elements per task below which threads cost more than they bring
+
+int64_t block_columns() {
+  return std::min<int64_t>(kColumns, kMostColumns);
+}
+
+// Channels of planes of W <= kSmall positions that make a block of columns.
+int64_t block_planes(int64_t W) {
+  return std::max<int64_t>(1, block_columns() / W);
+}
+
+bool is_small(int64_t W) {
+  return W <= std::min<int64_t>(kSmall, kMostColumns);
+}
 
 struct Moments {
   double count, mean, m2;
@@ -184,7 +201,7 @@ struct Block {
       total = Lanes<acc_t>::load(deviation).sum();
     }
     pivot = total / static_cast<acc_t>(lead);
-    limit = kBlock / kPivot * lead;
+    limit = kSpread * lead;
     for (int64_t l = 0; l < kLanes; ++l) deviation[l] = squares[l] = 0;
   }
 };
@@ -202,7 +219,7 @@ FASTKD_INLINE bool is_dense(const PlaneStrides& s, int64_t W) {
   return s.w == 1 && s.c == W;
 }
 
-// Mean and Σ (x - mean)² of each of C <= kGroup channels: B images of H rows of W elements each.
+// Mean and Σ (x - mean)² of each of C <= kMostGroup channels: B images of H rows of W elements each.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void row_moments(
     const scalar_t* x,
@@ -214,9 +231,10 @@ FASTKD_MULTIVERSION void row_moments(
     const Output<scalar_t, acc_t> out,
     double* mean,  // (C)
     double* m2) {  // (C)
-  scalar_t held[kBlock];
-  Moments moments[kGroup];
-  Block<acc_t> blocks[kGroup];
+  scalar_t held[kMostBlock];
+  Moments moments[kMostGroup];
+  Block<acc_t> blocks[kMostGroup];
+  const int64_t most = std::min<int64_t>(kBlock, kMostBlock);
   for (int64_t c = 0; c < C; ++c) {
     moments[c] = {0, 0, 0};
     blocks[c].n = 0;
@@ -226,8 +244,8 @@ FASTKD_MULTIVERSION void row_moments(
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
       for (int64_t c = 0; c < C; ++c)
-        for (int64_t i = 0; i < W; i += kBlock) {
-          const int64_t m = std::min(kBlock, W - i);
+        for (int64_t i = 0; i < W; i += most) {
+          const int64_t m = std::min(most, W - i);
           const scalar_t* p = x + b * s.b + h * s.h + c * s.c + i * s.w;
           const scalar_t* v = p;
           if (s.w != 1) {
@@ -260,7 +278,8 @@ FASTKD_MULTIVERSION void row_moments(
   }
 }
 
-// Of C <= kColumns adjacent columns of `rows` rows, deviations from their pivots and squares of these, and y = alpha x
+// Of C <= kMostColumns adjacent columns of `rows` rows, deviations from their pivots and squares of these, and y =
+// alpha x
 // + beta if it is given. Of `left` rows in all those that come next are asked for.
 template <typename scalar_t, typename acc_t>
 FASTKD_INLINE void column_sums(
@@ -324,7 +343,7 @@ FASTKD_INLINE void merge_columns(
   }
 }
 
-// Mean and Σ (x - mean)² of each of C <= kColumns adjacent columns.
+// Mean and Σ (x - mean)² of each of C <= kMostColumns adjacent columns.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void column_moments(
     const scalar_t* x,
@@ -336,13 +355,14 @@ FASTKD_MULTIVERSION void column_moments(
     const Output<scalar_t, acc_t> out,
     double* mean,  // (C)
     double* m2) {  // (C)
-  acc_t pivot[kColumns], deviation[kColumns], squares[kColumns];
+  acc_t pivot[kMostColumns], deviation[kMostColumns], squares[kMostColumns];
+  const int64_t most = kRows;
   double count = 0;
   for (int64_t c = 0; c < C; ++c) mean[c] = m2[c] = 0;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
       for (int64_t i = 0, m; i < W; i += m) {
-        m = (W - i) / ((W - i + kRows - 1) / kRows);  // blocks as equal as can be
+        m = (W - i) / ((W - i + most - 1) / most);  // blocks as equal as can be
         const int64_t lead = std::min(kLead, m);
         const scalar_t* p = x + b * s.b + h * s.h + i * s.w;
         for (int64_t c = 0; c < C; ++c) pivot[c] = static_cast<acc_t>(p[c]);
@@ -394,7 +414,7 @@ FASTKD_INLINE void fill_planes(const acc_t* values, int64_t C, int64_t W, acc_t*
   fill_planes_of(values, C, W, out);
 }
 
-// C channels of B images in planes of W positions that follow each other, C W <= kColumns: too short to be rows.
+// C channels of B images in planes of W positions that follow each other, C W <= kMostColumns: too short to be rows.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void plane_moments(
     const scalar_t* x,
@@ -406,24 +426,24 @@ FASTKD_MULTIVERSION void plane_moments(
     acc_t* mean,   // (C)
     acc_t* var) {  // (C)
   // Of planes, then of their elements.
-  acc_t pivots[kColumns], deviations[kColumns], of_squares[kColumns];
-  acc_t pivot[kColumns], deviation[kColumns], squares[kColumns], alpha[kColumns], beta[kColumns];
-  double mean_of[kColumns], m2_of[kColumns];
-  const int64_t n = C * W;
+  acc_t pivots[kMostColumns], deviations[kMostColumns], of_squares[kMostColumns];
+  acc_t pivot[kMostColumns], deviation[kMostColumns], squares[kMostColumns], alpha[kMostColumns], beta[kMostColumns];
+  double mean_of[kMostColumns], m2_of[kMostColumns];
+  const int64_t n = C * W, most = kImages;
   if (out.y != nullptr) {
     fill_planes(out.alpha, C, W, alpha);
     fill_planes(out.beta, C, W, beta);
   }
   for (int64_t c = 0; c < C; ++c) mean_of[c] = m2_of[c] = 0;
   double count = 0;
-  for (int64_t b = 0; b < B; b += kImages) {
+  for (int64_t b = 0; b < B; b += most) {
     const scalar_t* p = x + b * stride;
     for (int64_t i = 0; i < n; ++i) deviation[i] = static_cast<acc_t>(p[i]);
     sum_planes(deviation, C, W, pivots);
     const acc_t part = 1 / static_cast<acc_t>(W);
     for (int64_t c = 0; c < C; ++c) pivots[c] *= part;
     fill_planes(pivots, C, W, pivot);
-    const int64_t rows = std::min(kImages, B - b);
+    const int64_t rows = std::min(most, B - b);
     scalar_t* y = out.y == nullptr ? nullptr : out.y + b * out.s.b;
     column_sums(p, stride, rows, B - b, n, pivot, deviation, squares, alpha, beta, y, out.s.b);
     sum_planes(deviation, C, W, deviations);
@@ -446,8 +466,8 @@ void small_plane_moments(
     const Output<scalar_t, acc_t> out,
     acc_t* mean,   // (C)
     acc_t* var) {  // (C)
-  const int64_t each = kColumns / W, units = (C + each - 1) / each;
-  at::parallel_for(0, units, std::max<int64_t>(1, kGrain / (kColumns * B)), [&](int64_t begin, int64_t end) {
+  const int64_t each = block_planes(W), units = (C + each - 1) / each;
+  at::parallel_for(0, units, std::max<int64_t>(1, kGrain / (each * W * B)), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin * each; c < std::min(end * each, C); c += each) {
       auto here = out;
       if (out.y != nullptr) here = {out.y + c * W, out.s, out.alpha + c, out.beta + c};
@@ -497,7 +517,7 @@ void layer_moments(
     acc_t* mean,   // (C) or (B, C)
     acc_t* var) {  // as mean
   const bool columns = s.c == 1 && C > 1 && (out.y == nullptr || out.s.c == 1);
-  if (!columns && !per_image && C > 1 && H == 1 && W <= kSmall && is_dense(s, W) &&
+  if (!columns && !per_image && C > 1 && H == 1 && is_small(W) && is_dense(s, W) &&
       (out.y == nullptr || is_dense(out.s, W)))
     return small_plane_moments(x, B, C, W, s.b, out, mean, var);
 
@@ -509,7 +529,8 @@ void layer_moments(
   const int64_t parts = per_image ? 1 : std::clamp(wanted / sets, int64_t(1), (W + kRows - 1) / kRows);
   const int64_t channel = std::max<int64_t>(1, B * H * W / (sets * parts));
   const int64_t together = std::min(kSpan * parts / W, std::max(sets * parts * C / kFewUnits, kUnit / channel));
-  const int64_t each = columns ? kColumns : std::clamp(together, int64_t(1), kGroup);
+  const int64_t each =
+      columns ? block_columns() : std::clamp(together, int64_t(1), std::min<int64_t>(kGroup, kMostGroup));
   const int64_t tiles = (C + each - 1) / each;
   const int64_t groups = per_image ? B * C : C, pieces = per_image ? 1 : sets * parts;
   std::vector<double> means(sets * parts * C), m2s(means.size()), counts(sets * parts);  // (sets, parts, C)
@@ -704,8 +725,8 @@ FASTKD_MULTIVERSION void small_plane_backward(
     int64_t B,
     int64_t begin,
     int64_t end) {
-  acc_t a[kColumns], b[kColumns], mean[kColumns], alpha[kColumns];
-  const int64_t each = kColumns / k.W;
+  acc_t a[kMostColumns], b[kMostColumns], mean[kMostColumns], alpha[kMostColumns];
+  const int64_t each = block_planes(k.W);
   for (int64_t c = begin; c < end; c += each) {
     const int64_t n = std::min(each, end - c);
     for (int64_t i = 0, to = 0; i < n; ++i)
@@ -808,7 +829,7 @@ at::Tensor layer_backward(
       at::parallel_for(0, B * H * W, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
         column_backward(k, begin, end);
       });
-    else if (!per_image && H == 1 && W <= kSmall && is_dense(s, W) && is_dense(d, W) && (!has_dy || is_dense(g, W)))
+    else if (!per_image && H == 1 && is_small(W) && is_dense(s, W) && is_dense(d, W) && (!has_dy || is_dense(g, W)))
       at::parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * W)), [&](int64_t begin, int64_t end) {
         small_plane_backward(k, B, begin, end);
       });
@@ -854,7 +875,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cpu(
   auto x = x_in;
   const auto dtype = accumulator(x);
   // What a convolution freed last, PyTorch's allocator gives out first, and it is still in the cache.
-  const auto y = x.nbytes() < kHot ? at::empty_like(x) : empty_kept(x);
+  const auto y = static_cast<int64_t>(x.nbytes()) < kHot ? at::empty_like(x) : empty_kept(x);
   auto mean = at::empty({x.size(1)}, x.options().dtype(dtype)), var = at::empty_like(mean);
   if (x.numel() == 0) return {y, mean, var};
   auto out = y;

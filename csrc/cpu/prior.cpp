@@ -5,6 +5,7 @@
 // writes each pixel once.
 #include "blocks.h"
 #include "common.h"
+#include "thresholds.h"
 #include "vector.h"
 
 #include <ATen/Dispatch.h>
@@ -22,10 +23,11 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kDirections = 4;   // along a row, a column, the diagonal and the antidiagonal
-constexpr int64_t kGrain = 1 << 15;  // pixels per task below which threads cost more than they bring
-constexpr int64_t kPart = 8;         // rows whose sums are kept in float32
-constexpr int64_t kSums = 9;         // Σ |d_k|, Σ d_k² of the directions, Σ x²
+constexpr int64_t kDirections = 4;  // along a row, a column, the diagonal and the antidiagonal
+constexpr int64_t kSums = 9;        // Σ |d_k|, Σ d_k² of the directions, Σ x²
+
+Threshold kGrain{"prior.grain", 1 << 15};  // pixels per task below which threads cost more than they bring
+Threshold kPart{"prior.part", 8};          // rows whose sums are kept in float32
 
 struct Sums {
   double of[kSums] = {};
@@ -127,6 +129,7 @@ FASTKD_MULTIVERSION void add_plane(
     acc_t* held,  // 2 rows, each behind kLanes zeros
     Sums* sums) {
   const acc_t* above = nullptr;
+  const int64_t most = kPart;
   LaneSums<acc_t> part;  // of a few rows; few, so that float32 holds them
   LaneSums<double> total;
   part.clear();
@@ -135,7 +138,7 @@ FASTKD_MULTIVERSION void add_plane(
     const scalar_t* p = x + h * s.h;
     const acc_t* row = row_of(p, s.w, W, held + h % 2 * (kLanes + W) + kLanes);
     if (h >= h0) part.add_row(row, above, W, sums);
-    if (h % kPart == kPart - 1) total.take(part);
+    if (h % most == most - 1) total.take(part);
     above = row;
   }
   total.take(part);

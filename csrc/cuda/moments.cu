@@ -5,6 +5,7 @@
 // takes kX threads' groups, kY threads' items at a time, so that neighbouring threads read neighbouring addresses:
 // along channels for channels-last, along positions for planes, 16 bytes a thread (8 of short planes) where alignment
 // allows. Partial moments merge pairwise in a fixed order: no atomics.
+#include "../thresholds.h"
 #include "common.cuh"
 
 #include <ATen/Dispatch.h>
@@ -18,14 +19,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kResident = 2;  // blocks that share a multiprocessor at least: 32 KB of loads in flight cover its latency
-constexpr int kWaves = 16;    // blocks of a layer for each multiprocessor, where it has so many
 constexpr int kWarp = 32;
+Threshold kWaves{"moments.cuda_waves", 16};  // blocks of a layer for each multiprocessor, where it has so many
+Threshold kLoads{"moments.cuda_loads", 4};   // of a thread at least, if the layer has so many
 // Layers of a launch: they are a kernel argument, of at most 4 KB before CUDA 12.1 and 32 KB since.
 #if defined(CUDART_VERSION) && CUDART_VERSION >= 12010
 constexpr int kLayers = 96;
 #else
 constexpr int kLayers = 12;
 #endif
+Threshold kFull{"moments.cuda_layers", kLayers};  // layers of a launch at the most
 
 enum class Mode : int { kPlanes, kPlanesHalf, kPlanesVector, kColumns, kColumnsVector };
 
@@ -358,12 +361,12 @@ bool is_aligned(const void* p, const PlaneStrides& s, int64_t V, int64_t size, b
   return rest && (is_columns ? s.c : s.w) == 1 && reinterpret_cast<uintptr_t>(p) % (V * size) == 0;
 }
 
-// Layers gathered for one launch: enough blocks to fill the card, at least four loads of a thread each.
+// Layers gathered for one launch: enough blocks to fill the card, a few loads of a thread each.
 struct Launch {
   Layers layers{};
   int64_t blocks = 0, partials = 0, first = 0, groups = 0;
 
-  bool is_full() const { return layers.count == kLayers; }
+  bool is_full() const { return layers.count >= std::min<int64_t>(kFull, kLayers); }
 
   // x, and of the same shape out (y or dx) and dy if defined; false if their positions do not fold.
   bool add(const at::Tensor& x, const at::Tensor& out, const at::Tensor& dy, int64_t first_group, bool per_image) {
@@ -396,7 +399,7 @@ struct Launch {
     const int64_t step = is_columns ? 1 : is_vector ? most : is_half ? most / 2 : 1, pass = kThreads / across * step;
     l.pass_n = pass / l.HW, l.pass_p = pass % l.HW;
     l.tiles = (l.groups + wide - 1) / wide;
-    const int64_t most_splits = (l.items + 4 * pass - 1) / (4 * pass);
+    const int64_t least = kLoads * pass, most_splits = (l.items + least - 1) / least;
     const int64_t wanted = std::clamp<int64_t>(kWaves * multiprocessors() / l.tiles, 1, most_splits);
     l.split = ((l.items + wanted - 1) / wanted + step - 1) / step * step;
     l.splits = static_cast<int>((l.items + l.split - 1) / l.split);
@@ -598,6 +601,8 @@ constexpr int kTargets = 256;
 constexpr int kTargets = 64;
 #endif
 
+Threshold kManyTargets{"moments.cuda_targets", kTargets};  // layers of a launch at the most
+
 struct Targets {
   Target layer[kTargets];
 };
@@ -679,8 +684,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_distance_cuda(
   const auto distance = name == "l2" ? Distance::kNorm : name == "mse" ? Distance::kMean : Distance::kImage;
   const auto stream = c10::cuda::getCurrentCUDAStream();
   int64_t first = 0, running = 0;
-  for (int64_t begin = 0; begin < layers; begin += kTargets) {
-    const int64_t n = std::min<int64_t>(kTargets, layers - begin);
+  const int64_t most = std::min<int64_t>(kManyTargets, kTargets);
+  for (int64_t begin = 0; begin < layers; begin += most) {
+    const int64_t n = std::min(most, layers - begin);
     Targets targets{};
     for (int64_t i = 0; i < n; ++i) {
       const int64_t l = begin + i, C = channels[l], B = rows[l];

@@ -2,6 +2,7 @@
 //
 // Forward sums the differences that end in a pixel, so that each is taken once; backward forms the eight around it. The
 // neighbours of a warp's pixels come from L1. Partial sums add up in double in a fixed order: no atomics.
+#include "../thresholds.h"
 #include "common.cuh"
 
 #include <ATen/Dispatch.h>
@@ -17,6 +18,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSums = 9;  // Σ |d_k|, Σ d_k² of the directions, Σ x²
 constexpr int kDirections = 4;
+Threshold kWaves{"prior.cuda_waves", 16};     // blocks for each multiprocessor, where there are so many rows
+Threshold kBands{"prior.cuda_bands", 65535};  // of a plane at the most: CUDA's limit of a grid's second dimension
 
 // Where a difference of direction k that ends in (h, w) begins: (h - kUp[k], w - kLeft[k]).
 __device__ constexpr int kUp[kDirections] = {0, 1, 1, 1}, kLeft[kDirections] = {1, 0, 1, -1};
@@ -110,7 +113,7 @@ Images layout_of(const at::Tensor& x) {
 // Rows of a band: enough blocks to fill the card.
 int64_t band_of(const at::Tensor& images) {
   const int64_t planes = images.size(0) * images.size(1), H = images.size(2);
-  const int64_t bands = std::clamp<int64_t>(16 * multiprocessors() / planes, 1, std::min<int64_t>(H, 65535));
+  const int64_t bands = std::clamp<int64_t>(kWaves * multiprocessors() / planes, 1, std::min<int64_t>(H, kBands));
   return (H + bands - 1) / bands;
 }
 
