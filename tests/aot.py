@@ -7,9 +7,10 @@ from itertools import product
 from typing import Any
 
 import triton
-from fastkd_kernels import attention, logits, moments, prior, relation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+
+from fastkd_kernels import attention, logits, moments, prior, relation
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
