@@ -29,6 +29,10 @@ MODELS = {
     "xcit": ("xcit_nano_12_p16_224", VIT | {"depth": 2, "num_heads": 4}),
     "convit": ("convit_tiny", VIT | {"num_heads": 4, "local_up_to_layer": 1}),
     "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "swin_small": (
+        "swin_tiny_patch4_window7_224",
+        SWIN | {"img_size": 32, "depths": (2,), "num_heads": (2,)},
+    ),
     "resnet": ("test_resnet", {}),
     "convnext": ("test_convnext", {}),
     "efficientnet": ("test_efficientnet", {}),
@@ -371,8 +375,8 @@ GRABS = {
     "tokens": ("vit_small", lambda model: capture.tokens(model, [1, 0]), list),
     "qkv": ("vit_small", lambda model: capture.qkv(model, [0, 1]), lambda c: [x for a in c for x in (a.q, a.k, a.v)]),
     "windows": (
-        "swin",
-        lambda model: capture.qkv(model, [0, 3]),
+        "swin_small",
+        lambda model: capture.qkv(model, [0, 1]),
         lambda c: [x for a in c for x in (a.q, a.k, a.v, a.bias)],
     ),
     "bn_inputs": ("resnet", capture.bn_inputs, lambda captured: captured.inputs),

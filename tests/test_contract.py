@@ -244,7 +244,8 @@ def test_backends_nest_and_end_with_an_exception() -> None:
             raise ZeroDivisionError
 
     with fastkd.backend("eager"):
-        pytest.raises(ZeroDivisionError, fails)
+        with pytest.raises(ZeroDivisionError):
+            fails()
         assert _dispatch._default == "eager"
     assert _dispatch._default == "auto"
 
