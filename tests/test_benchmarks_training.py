@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -69,12 +70,13 @@ def test_turns_go_back_and_forth() -> None:
     assert "".join(order) == "ab" + "ba" + "ab" and [len(found[name]) for name in "ab"] == [3, 3]
 
 
-def test_processes_take_turns_and_their_end_is_noticed() -> None:
+def test_processes_take_turns_and_their_end_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     (figure,) = training.against_one((Pair("tiny", TINY, 2, 1),))
     assert figure.value == pytest.approx(figure.seconds / figure.against) and "4 images" in figure.setting
     store = training.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(training.sys, "executable", shutil.which("false"))  # a process that fails at once
     with pytest.raises(RuntimeError, match="did not take"), training.Processes(store, 1) as one:
-        one.take(dataclasses.replace(TINY, task="unheard of"), 1)
+        one.take(TINY, 1)
 
 
 @pytest.mark.parametrize(("value", "status"), [(0.04, 1), (0.02, 0)])

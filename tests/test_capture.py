@@ -26,7 +26,13 @@ MODELS = {
     "deit": ("deit_tiny_distilled_patch16_224", VIT),
     "eva": ("eva02_tiny_patch14_224", VIT | {"img_size": 28}),
     "cait": ("cait_xxs24_224", VIT | {"num_heads": 4}),
+    "xcit": ("xcit_nano_12_p16_224", VIT | {"depth": 2, "num_heads": 4}),
+    "convit": ("convit_tiny", VIT | {"num_heads": 4, "local_up_to_layer": 1}),
     "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "swin_small": (
+        "swin_tiny_patch4_window7_224",
+        SWIN | {"img_size": 32, "depths": (2,), "num_heads": (2,)},
+    ),
     "resnet": ("test_resnet", {}),
     "convnext": ("test_convnext", {}),
     "efficientnet": ("test_efficientnet", {}),
@@ -115,6 +121,78 @@ def test_prefix_tokens(kind, count):
         assert captured[0].shape[1] == patches
 
 
+@pytest.mark.parametrize(
+    ("kind", "joined"),
+    [
+        ("cait", {"blocks.1": False, "blocks.2": False}),
+        ("xcit", {"blocks.0": False, "blocks.1": False, "cls_attn_blocks.0": True, "cls_attn_blocks.1": True}),
+        ("convit", {"blocks.0": False, "blocks.1": True, "blocks.2": True}),
+    ],
+)
+def test_a_class_token_that_joins_late_is_dropped_from_there_on(kind, joined):
+    """Every block keeps all four of its patches, whether or not a class token leads them."""
+    model = build(kind)
+    seen = {}
+    for name in joined:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: seen.update({name: output})
+        )
+    with torch.no_grad(), capture.tokens(model, list(joined)) as captured:
+        model(images_for(model))
+        for name, has_class_token in joined.items():
+            assert seen[name].shape[1] == 4 + has_class_token
+            assert torch.equal(captured[name], seen[name][:, int(has_class_token) :])
+
+
+def test_of_nested_models_the_inner_one_tells():
+    """A wrapper with prefix tokens and a layout of its own around models of other families."""
+    model = nn.ModuleDict({"vit": build("vit_qk_norm"), "distilled": build("deit"), "maps": Plain(nn.Identity())})
+    model.num_prefix_tokens, model.output_fmt = 1, "NCHW"
+    model["maps"].output_fmt = "NHWC"
+    model["maps"].body.num_heads = 2
+    x = torch.randn(2, 3, 4, 5)
+    with torch.no_grad(), capture.tokens(model, ["vit.blocks.1", "distilled.blocks.1", "maps.body"]) as captured:
+        model["vit"](IMAGES)
+        model["distilled"](IMAGES)
+        model["maps"](x)
+        assert [captured[i].shape[1] for i in (0, 1)] == [4, 4]
+        assert torch.equal(captured[2], x.flatten(1, 2))
+
+
+class Repeats(nn.Module):
+    """Runs its only layer as many times as asked for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.other = layer, nn.Identity()
+
+    def forward(self, x: Tensor, runs: int = 2) -> Tensor:
+        for _ in range(runs):
+            x = self.layer(x)
+        return self.other(x)
+
+
+@pytest.mark.parametrize("grab", ["tokens", "bn_inputs", "fused"])
+def test_of_a_module_that_runs_twice_the_last_run_stays(grab):
+    """A later pass that skips the module leaves nothing to read."""
+    model = Repeats(nn.BatchNorm2d(3)).eval()
+    model.layer.running_mean.fill_(1.0)
+    seen = []
+    model.layer.register_forward_hook(lambda m, args, output: seen.append((args[0], output)))
+    enter = capture.tokens(model, ["layer"]) if grab == "tokens" else capture.bn_inputs(model, fused=grab == "fused")
+    with enter as captured:
+        for runs in (2, 1, 3):
+            model(IMAGES, runs)
+            before, after = seen[-1]
+            if grab == "tokens":
+                assert torch.equal(captured[0], after.flatten(2).mT)
+            else:
+                assert torch.equal(captured.inputs[0], before)
+        model(IMAGES, 0)
+        with pytest.raises(RuntimeError, match="layer never fired"):
+            list(captured) if grab == "tokens" else captured.inputs
+
+
 def test_sequence_by_position_name_and_slice():
     model = build("vit")
     with capture.tokens(model, ["blocks.2", 0, 0]) as captured:
@@ -132,6 +210,9 @@ def test_int_blocks_of_each_family():
     assert capture.resolve(build("efficientnet"), [0, -1]) == ["blocks.0", "blocks.4"]
     assert capture.resolve(build("resnet"), [0, 4]) == ["act1", "layer4"]
     assert capture.resolve(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), [-1]) == ["1"]
+    nested = nn.Module()
+    nested.blocks = nn.ModuleList([nn.ModuleList([nn.Identity(), nn.ReLU()]), nn.Identity()])
+    assert capture.block_names(nested) == ["blocks.0.0", "blocks.0.1", "blocks.1"]
 
 
 def test_student_learns_and_teacher_does_not():
@@ -210,6 +291,22 @@ def test_a_layout_the_model_does_not_tell_is_asked_for():
         tokens_of(model, x, 0)
 
 
+@pytest.mark.parametrize(
+    ("channels", "shape", "layout"),
+    [(3, (2, 3, 4, 5), "NCHW"), (5, (2, 3, 4, 5), "NHWC"), (5, (2, 5, 5, 5), None), (7, (2, 3, 4, 5), None)],
+)
+def test_channels_in_feature_info_tell_the_layout_unless_both_fit(channels, shape, layout):
+    model = Plain(nn.Identity())
+    model.body.num_heads = 2
+    model.feature_info = [{"module": "body", "num_chs": channels}]
+    x = torch.randn(shape)
+    if layout is None:
+        with pytest.raises(ValueError, match="layout="):
+            tokens_of(model, x, 0)
+    else:
+        assert torch.equal(tokens_of(model, x, 0), tokens_of(model, x, 0, layout=layout))
+
+
 def test_a_class_token_the_model_does_not_count_is_asked_for():
     model = Plain(nn.Identity(), has_class_token=True)
     x = torch.randn(2, 3, 4)
@@ -278,8 +375,8 @@ GRABS = {
     "tokens": ("vit_small", lambda model: capture.tokens(model, [1, 0]), list),
     "qkv": ("vit_small", lambda model: capture.qkv(model, [0, 1]), lambda c: [x for a in c for x in (a.q, a.k, a.v)]),
     "windows": (
-        "swin",
-        lambda model: capture.qkv(model, [0, 3]),
+        "swin_small",
+        lambda model: capture.qkv(model, [0, 1]),
         lambda c: [x for a in c for x in (a.q, a.k, a.v, a.bias)],
     ),
     "bn_inputs": ("resnet", capture.bn_inputs, lambda captured: captured.inputs),
@@ -344,6 +441,16 @@ def test_ddp(grab, tmp_path):
     assert_clean(model)
 
 
+def test_every_wrapper_is_taken_off():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    compiled_model = torch.compile(model, backend="eager")
+    inside = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(inside)  # its own starts to communicate
+    inside.module = compiled_model
+    for wrapped in (compiled_model, inside, torch.compile(inside, backend="eager")):
+        assert capture._unwrap(wrapped) is model
+
+
 def gradients(model: nn.Module, enter, read) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Values captured before and after backward, and the parameters' gradients of a loss on them."""
     model.zero_grad()
@@ -391,6 +498,24 @@ def test_reentrant_checkpointing_is_refused_where_it_would_train_nothing(grab):
     finally:
         set_reentrant_ckpt(False)
     assert_clean(model)
+
+
+@pytest.mark.parametrize("wants", ["input", "parameters", "neither"])
+def test_reentrant_checkpointing_passes_only_where_nothing_could_be_trained(wants):
+    """A frozen model gives a gradient to images being synthesised."""
+    model = build("vit_small").requires_grad_(wants == "parameters")
+    images = IMAGES.clone().requires_grad_(wants == "input")
+    model.set_grad_checkpointing(True)
+    model.train()
+    set_reentrant_ckpt(True)
+    expected = contextlib.nullcontext()
+    if wants != "neither":
+        expected = pytest.raises(RuntimeError, match="use_reentrant=False")
+    try:
+        with expected, capture.tokens(model, [0]):
+            model(images)
+    finally:
+        set_reentrant_ckpt(False)
 
 
 # torch.compile
@@ -551,9 +676,10 @@ def normed():
     act = timm.layers.BatchNormAct2d(4, drop_layer=nn.Identity)
     frozen = timm.layers.norm_act.FrozenBatchNormAct2d(4)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act, frozen, nn.BatchNorm2d(4, affine=False), nn.Flatten(),
-        nn.BatchNorm1d(3600),
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.3), act, frozen, nn.BatchNorm2d(4, affine=False, eps=0.1),
+        nn.Flatten(), nn.BatchNorm1d(3600),
     )  # fmt: skip
+    act.eps, frozen.eps = 0.2, 0.4
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
@@ -747,8 +873,9 @@ class Attention(nn.Module):
         super().__init__()
         self.runs, self.arguments = runs, arguments
 
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return sum(F.scaled_dot_product_attention(q, key=k, value=k, **self.arguments) for _ in range(self.runs))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
+        v = k if v is None else v
+        return sum(F.scaled_dot_product_attention(q, key=k, value=v, **self.arguments) for _ in range(self.runs))
 
 
 def test_qkv_of_any_module():
@@ -761,6 +888,13 @@ def test_qkv_of_any_module():
         assert a.k.shape == q.shape
         assert a.scale == 0.5
         torch.testing.assert_close((a.q @ a.k.mT * a.scale + a.bias).softmax(-1) @ a.v, expected)
+    for wide, scale in ((True, None), (True, 0.0), (False, 0.0), (False, 2)):
+        model = nn.ModuleDict({"a": Attention(scale=scale)})
+        values = torch.randn(2, 4, 5, 3) if wide else q
+        with capture.qkv(model, ["a"]) as captured:
+            expected = model["a"](q, q + 1, values)
+            a = captured[0]
+            torch.testing.assert_close((a.q @ a.k.mT * a.scale).softmax(-1) @ a.v, expected)
     model = nn.ModuleDict({"a": Attention(is_causal=True)})
     with capture.qkv(model, ["a"]) as captured:
         model["a"](q, q)

@@ -8,15 +8,18 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from cases import CASES, Case, OperatorCalls
+from pairs import in_pairs
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
 import fastkd.reference
-from fastkd.ops import _autograd, _dispatch, _schemas
+from fastkd import _extension, _precision
+from fastkd.ops import _autograd, _checks, _dispatch, _schemas
 from fastkd.ops._autograd import scaled
 from fastkd.testing import DEVICE, loss_and_gradients, poisoned_allocations, relative_difference
 
@@ -34,6 +37,9 @@ def test_every_public_function_has_a_formula_and_a_case() -> None:
     assert {case.function for case in CASES} == set(fastkd.functional.__all__)
 
 
+@pytest.mark.parametrize(
+    "backend", ["auto", pytest.param("eager", marks=pytest.mark.exhaustive)], indirect=True
+)  # an operator is opaque to the compiler, whoever implements it
 @each_case
 def test_compiles_to_one_graph(case: Case, backend: str) -> None:
     torch._dynamo.reset()
@@ -129,10 +135,10 @@ def test_forward_mode_is_refused(case: Case, backend: str) -> None:
         case.scalar(*(forward_ad.make_dual(x, torch.ones_like(x)) for x in case.inputs()))
 
 
-def _calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
+def _calls(case: Case, dtype: torch.dtype = torch.float32) -> list[tuple[Any, tuple[Any, ...]]]:
     recorder = OperatorCalls()
     with recorder:
-        loss_and_gradients(case.scalar, case.inputs())
+        loss_and_gradients(case.scalar, case.inputs(dtype))
     return recorder.calls
 
 
@@ -140,6 +146,25 @@ def _calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
 def test_opcheck(case: Case, backend: str) -> None:
     for op, args in _calls(case):
         torch.library.opcheck(op, tree_map_only(Tensor, Tensor.detach, args))
+
+
+@each_case
+def test_fakes_have_the_dtypes_and_strides_of_results(case: Case, backend: str) -> None:
+    """What torch.compile believes, where opcheck does not look: 16 bits beside float32, and a float64 teacher."""
+    calls = [call for dtype in (torch.float64, torch.float16, torch.bfloat16) for call in _calls(case, dtype)]
+    for op, args in _calls(case):
+        names = [argument.name for argument in op._schema.arguments]
+        wider = [
+            tree_map_only(Tensor, Tensor.double, x) if "teacher" in name else x
+            for name, x in zip(names, args, strict=True)
+        ]
+        calls += [(op, wider)] * ("teacher" in "".join(names) and "_bwd" not in op._schema.name)
+    for op, args in calls:
+        detached = tree_map_only(Tensor, Tensor.detach, tuple(args))
+        with FakeTensorMode() as mode:
+            fake = op(*tree_map_only(Tensor, mode.from_tensor, detached))
+        for real, expected in zip(tree_leaves(op(*detached)), tree_leaves(fake), strict=True):
+            assert (real.dtype, real.stride()) == (expected.dtype, expected.stride()), op
 
 
 def test_every_operator_is_checked() -> None:
@@ -245,6 +270,94 @@ def test_a_gpu_too_old_for_the_triton_kernels_is_told(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     reason = _dispatch.why_not("relation_fwd", "triton", "cuda", torch.float32)
     assert reason is None if runs else "compute capability 8.0, this GPU has 7.5" in str(reason)
+
+
+def test_backends_nest_and_end_with_an_exception() -> None:
+    def fails() -> None:
+        with fastkd.backend("auto"):
+            assert _dispatch._default == "auto"
+            raise ZeroDivisionError
+
+    with fastkd.backend("eager"):
+        with pytest.raises(ZeroDivisionError):
+            fails()
+        assert _dispatch._default == "eager"
+    assert _dispatch._default == "auto"
+
+
+@pytest.mark.skipif(not _extension.HAS_NATIVE, reason=f"no compiled extension: {_extension.WHY_NOT}")
+@pytest.mark.parametrize("default", ["auto", "eager", "native"])
+@pytest.mark.parametrize("named", ["auto", "eager", "native"])
+def test_a_backend_named_by_the_call_goes_before_the_default(named: str, default: str) -> None:
+    """Forward and backward, of operators whose gradient C++ records and of those whose gradient Python records."""
+    x = torch.randn(3, 4, 5, device=DEVICE)
+    expected = {named if named != "auto" else default}
+    if expected == {"auto"}:
+        expected = {_dispatch.resolve("auto", "moments_fwd", x)}
+    with fastkd.backend(default), OperatorCalls() as recorder:
+        leaf = x.clone().requires_grad_()
+        mean, var = fastkd.batch_moments(leaf, backend=named)
+        (mean.sum() + var.sum() + fastkd.relation_loss(leaf, x, backend=named)).backward()
+    ran = [op._schema.name for op, _ in recorder.calls]
+    assert len(ran) >= 3 and {"eager" if name.endswith("_eager") else "native" for name in ran} == expected
+
+
+@pytest.mark.skipif(not _dispatch.HAS_TRITON, reason="needs triton")
+def test_triton_takes_no_float64_in_any_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "INTERPRETED", True)
+    single, double = torch.ones(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.float64)
+    assert _dispatch.resolve("triton", "relation_fwd", single, single, None) == "triton"
+    for inputs in ((double, single), (single, double), (single, None, double)):
+        with pytest.raises(RuntimeError, match="got float64"):
+            _dispatch.resolve("triton", "relation_fwd", *inputs)
+
+
+@pytest.mark.parametrize(
+    ("capability", "fast"),
+    [((7, 0), True), ((7, 5), False), ((8, 0), True), ((8, 9), False), ((9, 0), True), ((12, 0), True)],
+)
+def test_float64_is_fast_on_gpus_of_data_centres(capability, fast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert _precision.has_fast_float64(torch.device("cuda", 0)) == fast
+    assert _precision.has_fast_float64(torch.device("cpu"))
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@in_pairs({"first": DTYPES, "second": DTYPES, "third": [None, *DTYPES]})
+def test_precision_of_mixed_inputs(first: torch.dtype, second: torch.dtype, third: torch.dtype | None) -> None:
+    """Of any order: one float64 input makes a sum float64, one wide input keeps a product off the matrix units."""
+    dtypes = [dtype for dtype in (first, second, third) if dtype is not None]
+    tensors = [torch.ones(2, dtype=dtype) for dtype in dtypes]
+    is_double, is_narrow = torch.float64 in dtypes, max(dtype.itemsize for dtype in dtypes) == 2
+    assert _precision.accumulator(*tensors) == (torch.float64 if is_double else torch.float32)
+    assert _precision.matrix_gain(torch.device("cuda"), *tensors) == (8 if is_narrow else 1)
+    assert _precision.matrix_gain(torch.device("cpu"), *tensors) == 1
+    for x in tensors:
+        assert _precision.stored_gradient(x) == (torch.float32 if x.dtype == torch.float16 else x.dtype)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), True, "1", None, torch.ones(()), -1e-9])
+@pytest.mark.parametrize("open_low", [False, True])
+def test_options_that_are_no_number_in_range_are_refused(value: Any, open_low: bool) -> None:
+    _checks.number("option", 0.5, low=0, open_low=open_low)
+    with pytest.raises((TypeError, ValueError), match=r"^option must be a"):
+        _checks.number("option", value, low=0, open_low=open_low)
+    for name, is_refused in (("option", open_low), ("unbounded", False)):
+        if is_refused:
+            with pytest.raises(ValueError, match="finite number > 0, got 0"):
+                _checks.number(name, 0, low=0, open_low=open_low)
+        else:
+            _checks.number(name, 0, low=0)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, False, 1.0, "1", None])
+def test_counts_are_positive_ints(value: Any) -> None:
+    _checks.positive_int("count", 1)
+    with pytest.raises((TypeError, ValueError), match=r"^count must be a"):
+        _checks.positive_int("count", value)
 
 
 def test_backends_by_name() -> None:

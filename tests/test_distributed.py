@@ -4,6 +4,7 @@ A process costs seconds to start, so all checks run in one spawn, in the same or
 """
 
 import copy
+import inspect
 import time
 import traceback
 from datetime import timedelta
@@ -281,6 +282,173 @@ def sent_along(rank: Rank) -> None:
     rank.value = mean.tolist()
 
 
+def sizes_by_which_ranks_decide(rank: Rank) -> None:
+    """Where the choice of a way turns on the number of images, all ranks make the same one, whatever their own."""
+    if rank.world == 1:
+        return
+    s, t, _ = rank.batch()
+    own = s[rank.own], t[rank.own]
+    chosen = []
+    pick, most = distributed.pick_algorithm, max(rank.sizes)
+    for limit in range(1, 2 * most + 1):
+        # Each number of images in turn is where "auto" changes from features to Grams.
+        def turning(n: int, *args: object, limit: int = limit) -> str:
+            chosen.append(n)
+            return "gram" if n > limit else "tile"
+
+        with mock.patch.object(distributed, "pick_algorithm", turning):
+            actual = distributed.relation_loss(*own, scope="inter", group=rank.group)
+        assert relative_difference(actual, fastkd.relation_loss(s, t, scope="inter")) <= 1e-5
+    assert set(chosen) == {2 * most} and pick is distributed.pick_algorithm
+    of_image = N * 4 * (WIDTH + DT) + 32  # and what fills up to 16 bytes
+    for images in range(1, rank.world * most + 1):
+        with mock.patch.object(distributed, "SMALL", images * of_image):
+            actual = distributed.manifold_loss(*own, index=INDEX, group=rank.group)
+        assert relative_difference(actual, fastkd.manifold_loss(s, t, index=INDEX)) <= 1e-5
+
+
+def generators(rank: Rank) -> None:
+    """The first rank's moves on as in one process; the others' stay, though each call brings other rows."""
+    s, t, _ = rank.batch()
+    own = s[rank.own], t[rank.own]
+    generator, alone = (torch.Generator().manual_seed(seed) for seed in (40 + rank.rank, 40))
+    before = generator.get_state()
+    options = {"intra": 0, "inter": 0, "random": 1.0, "num_samples": 3}
+    rank.value = []
+    for small in (distributed.SMALL, 0, distributed.SMALL):
+        with mock.patch.object(distributed, "SMALL", small):
+            actual = distributed.manifold_loss(*own, generator=generator, group=rank.group, **options)
+        expected = fastkd.manifold_loss(s, t, generator=alone, **options)
+        assert relative_difference(actual, expected) <= 1e-5
+        rank.value.append(actual.item())
+        assert torch.equal(generator.get_state(), alone.get_state() if rank.rank == 0 else before)
+    assert len({*rank.value}) == 3
+
+
+def rows_of_the_first_rank(rank: Rank) -> None:
+    """Indices of several layers, of other lengths, and others on every rank."""
+    s, t, _ = rank.batch()
+    layers = [(s, t), (s * 2 + 1, t[..., :4])]
+    total = sum(rank.sizes) * N
+    draws = [torch.Generator().manual_seed(r) for r in (0, rank.rank)]
+    firsts, owns = ([torch.randperm(total, generator=draw)[:k] for k in (5, 8)] for draw in draws)
+    students, teachers = ([pair[i] for pair in layers] for i in (0, 1))
+    expected = ManifoldLoss()(students, teachers, indices=firsts, return_terms=True)
+    for small in (distributed.SMALL, 0):
+        with mock.patch.object(distributed, "SMALL", small):
+            actual = ManifoldLoss(process_group=rank.group)(
+                *([x[rank.own] for x in each] for each in (students, teachers)), indices=owns, return_terms=True
+            )
+        for a, e in zip((actual[0], *actual[1]), (expected[0], *expected[1]), strict=True):
+            assert relative_difference(a, e) <= 1e-5
+
+
+def mixed_dtypes(rank: Rank) -> None:
+    """A teacher in another dtype than the student's keeps its digits, and its rows."""
+    s, t, _ = rank.batch()
+    for own, others in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float64),
+    ):
+        student, teacher = s.to(own), t.to(others)
+        for name in ("index", "intra", "inter-tile", "inter-gram", "batch-tile", "manifold", "manifold-shared"):
+            expected = LOSSES[name](fastkd, student.double(), teacher.double(), None)
+            actual = LOSSES[name](distributed, student[rank.own], teacher[rank.own], None, group=rank.group)
+            # The products of one process, from the same rounded inputs.
+            assert relative_difference(actual.double(), expected) <= 1e-5, f"{name} {own} {others}"
+
+
+def positions_differ(rank: Rank) -> None:
+    """Layers whose positions the ranks share out in other proportions, as with images of several sizes."""
+    positions = [torch.Size([3 + 4 * rank.rank]), torch.Size([9 - 3 * rank.rank])]
+    counts = [[B * (3 + 4 * r) for r, B in enumerate(rank.sizes)], [B * (9 - 3 * r) for r, B in enumerate(rank.sizes)]]
+    whole = [randn(C, sum(n), seed=C, dtype=torch.float64) + 1 for C, n in zip((3, 5), counts, strict=True)]
+    own = [
+        x.split(n, 1)[rank.rank].view(len(x), rank.sizes[rank.rank], *p).transpose(0, 1)
+        for x, n, p in zip(whole, counts, positions, strict=True)
+    ]
+    running = (
+        [torch.zeros(C, dtype=torch.float64) for C in (3, 5)],
+        [torch.ones(C, dtype=torch.float64) for C in (3, 5)],
+    )
+    for distance in ("l2", "mse"):
+        expected = fastkd.bn_stat_loss([x.T for x in whole], *running, distance=distance)
+        actual = distributed.bn_stat_loss(own, *running, distance=distance, group=rank.group)
+        assert relative_difference(actual, expected) <= 1e-10
+
+
+def rows_below_eps(rank: Rank) -> None:
+    """Rows no longer than eps relate as 0, on every way; equal networks have a loss of 0, not less."""
+    s, t, _ = rank.batch()
+    eps = s.norm(dim=-1).flatten().sort().values[4:6].mean().item()  # between two rows' lengths
+    own = s[rank.own], t[rank.own]
+    for scope, algorithm in (
+        ("intra", "auto"),
+        ("inter", "tile"),
+        ("inter", "gram"),
+        ("batch", "tile"),
+        ("batch", "gram"),
+    ):
+        options = {"scope": scope, "eps": eps, "algorithm": algorithm}
+        expected = reference.relation_loss(s, t, scope=scope, eps=eps)
+        assert relative_difference(distributed.relation_loss(*own, **options, group=rank.group), expected) <= 1e-5
+        for seed in range(4):
+            x = randn(sum(rank.sizes), N, WIDTH, seed=seed)[rank.own]
+            loss = distributed.relation_loss(x, x.clone(), scope=scope, algorithm=algorithm, group=rank.group)
+            assert 0 <= loss.item() < 1e-6
+
+
+def options_must_agree(rank: Rank) -> None:
+    """Every option of every function: the last rank's is another, and all ranks refuse and name it."""
+    if rank.world == 1:
+        return
+    s, t, labels = (x[rank.own] for x in rank.batch())
+    odd = rank.rank == rank.world - 1
+    zeros = [torch.zeros(WIDTH)]
+    margins = {"spread_margin": (1.0, 2.0), "boundary_margin": (0.25, 0.5)}
+    calls = {
+        distributed.relation_loss: (
+            (s, t),
+            {
+                "scope": ("intra", "batch"),
+                "normalize": (True, False),
+                "rectify": ("none", "both"),
+                "eps": (1e-12, 1e-6),
+                "algorithm": ("auto", "tile"),
+            },
+        ),
+        distributed.manifold_loss: (
+            (s, t),
+            {
+                "intra": (1.0, 2.0),
+                "inter": (1.0, 2.0),
+                "random": (1.0, 2.0),
+                "num_samples": (4, 5),
+                "return_terms": (False, True),
+            },
+        ),
+        distributed.batch_moments: ((s.mT,), {}),
+        distributed.bn_stat_loss: (
+            ([s.mT], zeros, zeros),
+            {"distance": ("l2", "mse"), "layer_weights": ([1.0], [2.0]), "momentum": (0.25, 0.5)},
+        ),
+        distributed.intra_divergence_loss: ((s[:, 0], labels), margins),
+    }
+    assert {function.__name__ for function in calls} == {*distributed.__all__}
+    # Tensors, whose shapes must agree or of which the first rank's count, and what is each rank's own affair.
+    apart = {"index", "ema", "moments", "generator", "backend", "group"}
+    for function, (inputs, options) in calls.items():
+        named = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        assert named - apart == options.keys(), function.__name__
+        for option, values in options.items():
+            fixed = {name: values[0] for name, values in options.items()} | {"group": rank.group}
+            if function is distributed.bn_stat_loss:
+                fixed["ema"] = ([torch.zeros(WIDTH)], [torch.zeros(WIDTH)])
+            with pytest.raises(ValueError, match=rf"must agree, got .*{option}: .* on rank 0"):
+                function(*inputs, **fixed | {option: values[odd]})
+
+
 def index_out_of_range(rank: Rank) -> None:
     s, t, _ = rank.batch()
     index = torch.tensor([0, sum(rank.sizes) * N])
@@ -458,8 +626,9 @@ CHECKS = {
     **{
         check.__name__: check
         for check in (
-            oracle, auto, first_index, sent_along, index_out_of_range, disagreement, refusal, modules, far_mean, modes,
-            compiled,
+            oracle, auto, first_index, sizes_by_which_ranks_decide, generators, rows_of_the_first_rank, mixed_dtypes,
+            positions_differ, rows_below_eps, options_must_agree, sent_along, index_out_of_range, disagreement, refusal,
+            modules, far_mean, modes, compiled,
         )
     },
 }  # fmt: skip

@@ -1,4 +1,7 @@
-"""Modules with parameters of their own, and those that fix a logit loss's options."""
+"""Modules with parameters of their own, and that every option of the others reaches its function."""
+
+import inspect
+from typing import Any
 
 import golden
 import pytest
@@ -6,7 +9,20 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd.losses import DKDLoss, EarlyDistillationLoss, ManifoldLoss, NKDLoss, SoftTargetLoss, ViTKDLoss
+from fastkd import distributed, losses
+from fastkd.losses import (
+    AttentionLoss,
+    BatchNormStatLoss,
+    DKDLoss,
+    EarlyDistillationLoss,
+    IntraDivergenceLoss,
+    ManifoldLoss,
+    NKDLoss,
+    QKVRelationLoss,
+    RelationLoss,
+    SoftTargetLoss,
+    ViTKDLoss,
+)
 from fastkd.testing import loss_and_gradients, relative_difference
 
 both = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -48,6 +64,8 @@ def test_golden_vitkd(case, dtype):
 
 def test_vitkd_is_its_formula():
     module = ViTKDLoss(4, 6, alpha=0.3, beta=0.7, mask_ratio=0.25)
+    named = [name for name, _ in module.named_parameters()]
+    assert len(named) == len(module.state_dict()) == 11  # three mappings, two convolutions and a token
     nn.init.normal_(module.mask_token)
     low_s, low_t, high_s, high_t = features()
     mask = module.draw_mask(2, 16, generator=torch.Generator().manual_seed(1))
@@ -68,6 +86,8 @@ def test_vitkd_draws_anew_and_keeps_floor():
     masks = [module.draw_mask(3, 25) for _ in range(2)]
     assert not torch.equal(*masks)
     assert masks[0].sum(1).tolist() == [13, 13, 13]  # 25 * 0.5 kept, rounded down
+    for N, ratio, masked in ((9, 0.25, 3), (16, 0.3, 5), (4, 1, 4), (4, 0.01, 1)):
+        assert ViTKDLoss(4, 4, mask_ratio=ratio).draw_mask(1, N).sum() == masked
     assert [name for name, _ in module.named_parameters() if "align" in name] == []
     assert not module.mask_token.any()
 
@@ -175,10 +195,11 @@ def test_errors(call, error, message):
         call()
 
 
-def test_early_distillation_is_its_formula():
+@pytest.mark.parametrize(("first", "second"), [((4, 4), (7, 6)), ((4, 7), (7, 3)), ((2, 4), (3, 2))])
+def test_early_distillation_is_its_formula(first, second):
     module = EarlyDistillationLoss([4, 6], [8, 5])
     students = [torch.randn(2, 16, 4), torch.randn(2, 9, 6)]
-    teachers = [torch.randn(2, 8, 4, 4), torch.randn(2, 5, 7, 6)]
+    teachers = [torch.randn(2, 8, *first), torch.randn(2, 5, *second)]
     expected = 0
     for aligner, s, t in zip(module.aligners, students, teachers, strict=True):
         side = int(s.shape[1] ** 0.5)
@@ -200,19 +221,160 @@ def test_early_distillation_compiles_whole_and_learns():
     torch.testing.assert_close(torch.autograd.grad(compiled(s, t), s), torch.autograd.grad(module(s, t), s))
 
 
-def test_logit_modules_are_their_functions():
-    s, t, label = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([1, 6, 0])
-    pairs = [
-        (SoftTargetLoss()(s, t), fastkd.soft_target_loss(s, t, temperature=1.0)),
-        (
-            SoftTargetLoss(temperature=3.0, reduction="mean")(s, t),
-            fastkd.soft_target_loss(s, t, temperature=3.0, reduction="mean"),
-        ),
-        (DKDLoss()(s, t, label), fastkd.dkd_loss(s, t, label, alpha=1.0, beta=4.0, temperature=1.0)),
-        (NKDLoss(gamma=2.0)(s, t, label), fastkd.nkd_loss(s, t, label, gamma=2.0, temperature=1.0)),
+# Per module: where it finds its function, the function's name, that over ranks, and a value other than the default of
+# each option.
+FIXED: dict[type[nn.Module], tuple[Any, str, str | None, dict[str, Any]]] = {
+    RelationLoss: (
+        losses.F,
+        "relation_loss",
+        "relation_loss",
+        {
+            "scope": "batch",
+            "normalize": False,
+            "rectify": "teacher",
+            "eps": 0.25,
+            "algorithm": "tile",
+            "backend": "eager",
+        },
+    ),
+    ManifoldLoss: (
+        losses,
+        "manifold_layers",
+        "manifold_layers",
+        {"intra": 5.0, "inter": 6.0, "random": 7.0, "num_samples": 8, "backend": "eager"},
+    ),
+    AttentionLoss: (
+        losses.F,
+        "attention_loss",
+        None,
+        {
+            "divergence": "js",
+            "scale_student": 0.5,
+            "scale_teacher": 0.25,
+            "temperature": 2.0,
+            "is_causal": True,
+            "heads": "mean",
+            "query_slice": slice(1, 3),
+            "reduction": "sum",
+            "backend": "eager",
+        },
+    ),
+    QKVRelationLoss: (
+        losses.F,
+        "qkv_relation_loss",
+        None,
+        {"relations": ("qk", "vv"), "relation_heads": 3, "weights": [0.5, 2.0], "backend": "eager"},
+    ),
+    BatchNormStatLoss: (
+        losses,
+        "bn_stat_loss_and_moments",
+        "bn_stat_loss_and_global_moments",
+        {"distance": "mse", "layer_weights": [3.0], "momentum": 0.75, "backend": "eager"},
+    ),
+    IntraDivergenceLoss: (
+        losses.F,
+        "intra_divergence_loss",
+        "intra_divergence_loss",
+        {"spread_margin": 3.0, "boundary_margin": 0.25},
+    ),
+    SoftTargetLoss: (losses.F, "soft_target_loss", None, {"temperature": 3.0, "reduction": "mean"}),
+    DKDLoss: (losses.F, "dkd_loss", None, {"alpha": 5.0, "beta": 6.0, "temperature": 7.0}),
+    NKDLoss: (losses.F, "nkd_loss", None, {"gamma": 5.0, "temperature": 6.0}),
+}
+LEARNT = (ViTKDLoss, EarlyDistillationLoss)
+
+
+class Stand:
+    """Stands for a tensor, equal to itself alone."""
+
+    shape = (2, 3)
+
+
+def called_with(
+    module: nn.Module, place: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments of forward, what the function called `name` was then given), both by name."""
+    signature = inspect.signature(getattr(place, name))
+    found: dict[str, Any] = {}
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        found.update(bound.arguments)
+        return (torch.zeros(()), *[torch.zeros(3)] * 2)[: 2 if name == "manifold_layers" else 3]
+
+    monkeypatch.setattr(place, name, function)
+    given = {name: [Stand()] for name in inspect.signature(module.forward).parameters}
+    positional = [
+        p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
     ]
-    for actual, expected in pairs:
-        assert torch.equal(actual, expected)
+    module(*(given[name] for name in positional), **{k: v for k, v in given.items() if k not in positional})
+    return given, found
+
+
+def test_every_module_is_listed() -> None:
+    public = {m for m in vars(losses).values() if inspect.isclass(m) and m.__module__ == losses.__name__}
+    assert public == {*FIXED, *LEARNT}
+
+
+@pytest.mark.parametrize("spans_ranks", [False, True])
+@pytest.mark.parametrize("kind", FIXED, ids=lambda kind: kind.__name__)
+def test_every_option_and_argument_reaches_the_function(kind, spans_ranks, monkeypatch) -> None:
+    place, name, over_ranks, options = FIXED[kind]
+    if spans_ranks and over_ranks is None:
+        assert "process_group" not in inspect.signature(kind).parameters
+        return
+    assert {*options, *(["process_group"] if over_ranks else [])} == inspect.signature(kind).parameters.keys()
+    defaults = inspect.signature(kind).parameters
+    assert all(value != defaults[option].default for option, value in options.items())
+    group = Stand() if spans_ranks else None
+    if spans_ranks:
+        place, name = distributed, over_ranks
+        monkeypatch.setattr(distributed, "spans_ranks", lambda group: True)
+    module = kind(**options, **({"process_group": group} if over_ranks else {}))
+    if kind is BatchNormStatLoss:  # which has an average to weigh from its second call on
+        module.ema_mean, module.ema_var = torch.rand(3), torch.rand(3)
+    signature = inspect.signature(getattr(place, name)).parameters
+    given, found = called_with(module, place, name, monkeypatch)
+    given.pop("update", None)
+    if not spans_ranks and kind is ManifoldLoss:
+        assert given.pop("return_terms")
+        found.pop("return_terms", None)
+    expected = options | given | ({"group": group} if spans_ranks else {})
+    assert expected.keys() <= found.keys()
+    assert {option: found.pop(option) for option in expected} == expected
+    if kind is BatchNormStatLoss:
+        means, variances = found.pop("ema")
+        assert [len(means), len(variances)] == [1, 1]
+        assert means[0].data_ptr() == module.ema_mean.data_ptr()
+        assert variances[0].data_ptr() == module.ema_var.data_ptr()
+    assert found == {name: signature[name].default for name in found}
+
+
+# The papers' and their codes' (docs/losses/methods.md), where the function leaves the choice to its caller.
+CHOSEN = {
+    AttentionLoss: {"divergence": "kl"},
+    QKVRelationLoss: {"relations": ("qq", "kk", "vv")},
+    SoftTargetLoss: {"temperature": 1.0, "reduction": "batchmean"},
+    DKDLoss: {"alpha": 1.0, "beta": 4.0, "temperature": 1.0},
+    NKDLoss: {"gamma": 1.0, "temperature": 1.0},
+    ManifoldLoss: {"intra": 4.0, "inter": 0.1, "random": 0.2, "num_samples": 192},
+    ViTKDLoss: {"alpha": 3e-5, "beta": 3e-6, "mask_ratio": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", [*FIXED, ViTKDLoss], ids=lambda kind: kind.__name__)
+def test_defaults(kind) -> None:
+    own = {p.name: p.default for p in inspect.signature(kind).parameters.values() if p.default is not p.empty}
+    chosen = CHOSEN.get(kind, {})
+    assert {option: own.pop(option) for option in chosen} == chosen
+    assert own.pop("process_group", None) is None
+    if kind in FIXED:
+        name = {"bn_stat_loss_and_moments": "bn_stat_loss", "manifold_layers": "manifold_loss"}.get(
+            FIXED[kind][1], FIXED[kind][1]
+        )
+        functions = inspect.signature(getattr(fastkd, name)).parameters
+        assert own == {option: functions[option].default for option in own}
 
 
 def test_modules_say_what_they_do():
