@@ -1,9 +1,11 @@
 """Whole runs of the trainer against a loop in timm's own order, written from timm's parts: every step, to the bit."""
 
+import csv
 import dataclasses
 import math
 from collections.abc import Iterator
-from itertools import islice
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ pytest.importorskip("PIL.Image")
 
 from pairs import in_pairs  # noqa: E402
 from timm.data import Mixup  # noqa: E402
+from timm.data.random_erasing import RandomErasing  # noqa: E402
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
 from timm.scheduler import create_scheduler_v2  # noqa: E402
@@ -29,14 +32,18 @@ from fastkd.train.loop import Trainee  # noqa: E402
 from fastkd.train.settings import Settings, Stage, stages  # noqa: E402
 
 TEACHER = "vit_tiny_patch16_224"  # normalised by other means than both students
-TEACHER_ARGS = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_path_rate": 0.5}
+TEACHER_ARGS = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_path_rate": 0.5}
 STUDENTS = {
     "vit": ("deit_tiny_patch16_224", {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}),
     "cnn": ("resnet18", {"channels": (8, 8, 8, 8), "stem_width": 8}),
 }
 DROP = {"drop_path_rate": 0.3}
-FIRST = Stage("soft", 2, {"logit_options": {"temperature": 2.0}})
-SECOND = Stage("none", 1, lr=2e-2, opt="sgd", sched="poly", warmup_epochs=0, min_lr=1e-3, batch_size=12)
+SOFT = {"logit_options": {"temperature": 2.0}}
+FIRST = Stage("soft", 2, SOFT)
+SECOND = Stage(
+    "soft", 2, SOFT | {"logit_ramp_epochs": 2}, lr=2e-2, opt="sgd", sched="poly", warmup_epochs=0, min_lr=1e-3,
+    weight_decay=0.0, layer_decay=0.5, batch_size=12,
+)  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -74,79 +81,108 @@ def renormalised(images: Tensor, student: nn.Module, teacher: nn.Module) -> Tens
     return images * (std_s / std_t).float() + ((mean_s - mean_t) / std_t).float()
 
 
-def plain_run(settings: Settings, teacher: nn.Module, loaders: tuple[Loader, ...], val_loader: Loader):
-    """The steps and the log's rows of timm's training loop."""
-    size = {"img_size": 32} if "embed_dim" in settings.student_args else {}
-    seed_all(settings.seed)
-    student = timm.create_model(settings.student, num_classes=3, **size, **settings.student_args)
-    teacher.eval()
-    autocast = torch.autocast("cpu", torch.float16, enabled=settings.amp == "fp16")
-    ema = None if settings.ema is None else ModelEmaV3(student, decay=settings.ema, use_warmup=True)
-    mixing = settings.mixup > 0 or settings.cutmix > 0
-    mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=3) if mixing else None
-    criterion = SoftTargetCrossEntropy() if mixing else LabelSmoothingCrossEntropy(settings.smoothing)
-    if not mixing and not settings.smoothing:
-        criterion = nn.CrossEntropyLoss()
-    table = None
-    if settings.teacher_cache is not None:
-        with torch.no_grad():
-            table = torch.cat([teacher(renormalised(x, student, teacher)) for x, _ in loaders[0].in_order()])
+def criterion_of(settings: Settings) -> nn.Module:
+    if settings.mixup > 0 or settings.cutmix > 0:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(settings.smoothing) if settings.smoothing else nn.CrossEntropyLoss()
 
-    steps: list[Step] = []
-    rows: list[dict[str, float]] = []
-    updates = epoch = 0
-    for stage, loader in zip(stages(settings), loaders, strict=True):
-        options = {"layer_decay": stage.layer_decay, **stage.opt_args}
-        optimizer = create_optimizer_v2(student, opt=stage.opt, lr=stage.lr, weight_decay=stage.weight_decay, **options)
-        in_epoch = math.ceil(len(loader) / settings.accumulate)
-        scheduler, _ = create_scheduler_v2(
-            optimizer, sched=stage.sched, num_epochs=stage.epochs, warmup_epochs=stage.warmup_epochs,
-            warmup_lr=settings.warmup_lr, min_lr=stage.min_lr, step_on_epochs=False, updates_per_epoch=in_epoch,
-        )  # fmt: skip
-        scaler = torch.amp.GradScaler("cpu", enabled=settings.amp == "fp16")
-        in_stage = 0
-        for _ in range(stage.epochs):
-            sums = {"loss": 0.0, "task_loss": 0.0, "soft_loss": 0.0}
-            batches, number, done = loader.epoch(epoch), 0, 0
-            while group := list(islice(batches, settings.accumulate)):
-                used = rates(optimizer)
-                seed_all(settings.seed, epoch, done, 0)
-                group = [(x, y) if mix is None else mix(x, y) for x, y in group]
-                student.train()
-                for images, targets in group:
-                    known = None if table is None else table[loader.batches.indices(epoch, number)]
-                    with autocast:
-                        logits = student(images)
-                        parts = {"task_loss": criterion(logits, targets)}
-                        if stage.task == "soft":
-                            if known is None:
-                                with torch.no_grad():
-                                    known = teacher(renormalised(images, student, teacher))
-                            parts["soft_loss"] = soft_target_loss(logits, known, temperature=2.0)
-                        parts["loss"] = sum(parts.values())
-                    for name, value in parts.items():
-                        sums[name] += value.item() / len(group)
-                    scaler.scale(parts["loss"] / len(group)).backward()
-                    number += 1
-                if settings.clip_grad is not None:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(student.parameters(), settings.clip_grad)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                done, in_stage, updates = done + 1, in_stage + 1, updates + 1
-                if ema is not None:
-                    ema.update(student, step=updates)
-                scheduler.step_update(in_stage)
-                steps.append(Step(used, copied(student), copied(ema and ema.module)))
-            assert done == in_epoch
-            row = {name: value / done for name, value in sums.items() if value}
-            row |= {"lr": rates(optimizer)[0], "steps": done, "top1": top1(student, val_loader, autocast)}
-            if ema is not None:
-                row["top1_ema"] = top1(ema.module, val_loader, autocast)
-            rows.append(row)
-            epoch += 1
-    return steps, rows
+
+class PlainLoop:
+    """timm's training loop for a student that learns from soft targets beside labels."""
+
+    def __init__(self, settings: Settings, teacher: nn.Module, loaders: tuple[Loader, ...], val_loader: Loader) -> None:
+        size = {"img_size": 32} if "embed_dim" in settings.student_args else {}
+        seed_all(settings.seed)
+        self.student = timm.create_model(settings.student, num_classes=3, **size, **settings.student_args)
+        self.settings, self.teacher, self.loaders, self.val_loader = settings, teacher.eval(), loaders, val_loader
+        self.autocast = torch.autocast("cpu", torch.float16, enabled=settings.amp == "fp16")
+        self.ema = None if settings.ema is None else ModelEmaV3(self.student, decay=settings.ema, use_warmup=True)
+        mixing = {"mixup_alpha": settings.mixup, "cutmix_alpha": settings.cutmix}
+        mix = Mixup(**mixing, label_smoothing=settings.smoothing, num_classes=3) if any(mixing.values()) else None
+        erase = RandomErasing(settings.erase, mode="pixel", device="cpu") if settings.erase else lambda x: x
+        self.prepared = lambda x, y: (erase(x), y) if mix is None else mix(erase(x), y)
+        self.criterion = criterion_of(settings)
+        self.table: Tensor | None = None
+        if settings.teacher_cache is not None:
+            with torch.no_grad():
+                self.table = torch.cat([self.taught(x) for x, _ in loaders[0].in_order()])
+        self.steps: list[Step] = []
+        self.rows: list[dict[str, float]] = []
+
+    @torch.no_grad()
+    def taught(self, images: Tensor) -> Tensor:
+        return self.teacher(renormalised(images, self.student, self.teacher))
+
+    def run(self) -> None:
+        settings, epoch = self.settings, 0
+        for stage, loader in zip(stages(settings), self.loaders, strict=True):
+            options = {"layer_decay": stage.layer_decay, **stage.opt_args}
+            optimizer = create_optimizer_v2(
+                self.student, opt=stage.opt, lr=stage.lr, weight_decay=stage.weight_decay, **options
+            )
+            in_epoch = math.ceil(len(loader) / settings.accumulate)
+            scheduler, _ = create_scheduler_v2(
+                optimizer, sched=stage.sched, num_epochs=stage.epochs, warmup_epochs=stage.warmup_epochs,
+                warmup_lr=settings.warmup_lr, min_lr=stage.min_lr, step_on_epochs=False, updates_per_epoch=in_epoch,
+            )  # fmt: skip
+            scaler = torch.amp.GradScaler("cpu", enabled=settings.amp == "fp16")
+            updates = 0
+            for own_epoch in range(stage.epochs):
+                ramp_epochs = stage.options.get("logit_ramp_epochs", 0)
+                weight = min(own_epoch / ramp_epochs, 1.0) if ramp_epochs else 1.0
+                sums: dict[str, float] = {}
+                batches = loader.epoch(epoch)
+                for step in range(in_epoch):
+                    used = rates(optimizer)
+                    self.accumulate(
+                        epoch, step, list(islice(batches, settings.accumulate)), loader, weight, scaler, sums
+                    )
+                    if settings.clip_grad is not None:
+                        scaler.unscale_(optimizer)
+                        nn.utils.clip_grad_norm_(self.student.parameters(), settings.clip_grad)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad()
+                    updates += 1
+                    scheduler.step_update(updates)
+                    if self.ema is not None:
+                        self.ema.update(self.student, step=len(self.steps) + 1)
+                    self.steps.append(Step(used, copied(self.student), copied(self.ema and self.ema.module)))
+                assert next(batches, None) is None
+                self.rows.append({name: value / in_epoch for name, value in sums.items()} | self.judged())
+                self.rows[-1] |= {"lr": rates(optimizer)[0], "steps": in_epoch}
+                epoch += 1
+
+    def accumulate(
+        self,
+        epoch: int,
+        step: int,
+        group: list[Any],
+        loader: Loader,
+        weight: float,
+        scaler: Any,
+        sums: dict[str, float],
+    ) -> None:
+        """The gradient of a step, the mean of its batches'."""
+        seed_all(self.settings.seed, epoch, step, 0)
+        self.student.train()
+        for number, (images, targets) in enumerate([self.prepared(*batch) for batch in group]):
+            with self.autocast:
+                logits = self.student(images)
+                if self.table is None:
+                    known = self.taught(images)
+                else:
+                    known = self.table[loader.batches.indices(epoch, step * self.settings.accumulate + number)]
+                parts = {"task_loss": self.criterion(logits, targets)}
+                parts["soft_loss"] = soft_target_loss(logits, known, temperature=2.0)
+                parts["loss"] = parts["task_loss"] + weight * parts["soft_loss"]
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / len(group)
+            scaler.scale(parts["loss"] / len(group)).backward()
+
+    def judged(self) -> dict[str, float]:
+        found = {"top1": top1(self.student, self.val_loader, self.autocast)}
+        return found | ({} if self.ema is None else {"top1_ema": top1(self.ema.module, self.val_loader, self.autocast)})
 
 
 class StoppedError(Exception):
@@ -181,31 +217,32 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], what: st
         assert torch.equal(found[name], x), f"{what}: {name} is off by {(found[name] - x).abs().max():.3g}"
 
 
-OPTIONS = {
-    "student": ["vit", "cnn"],
-    "mixing": ["", "mixup", "cutmix"],
-    "smoothing": [0.0, 0.1],
-    "accumulate": [1, 3],  # of 4 batches in an epoch: the last group is a single one
-    "ema": [None, 0.55],  # reached after three steps of its warm-up
-    "warmup": [0, 1],
-    "clip": [None, 0.5],
-    "opt": ["adamw", "sgd"],
-    "layer_decay": [None, 0.7],
-    "stop": [-1, 1, 5],  # within the first epoch, or with steps of 4 a second one
+OPTIONS = {  # the first call has all that is on together
+    "student": ["cnn", "vit"],
+    "mixing": ["mixup", "cutmix", ""],
+    "smoothing": [0.1, 0.0],
+    "accumulate": [3, 1],  # of 4 batches in an epoch: the last group is a single one
+    "ema": [0.55, None],  # reached after three steps of its warm-up
+    "warmup": [1, 0],
+    "clip": [0.5, None],
+    "opt": ["sgd", "adamw"],
+    "layer_decay": [0.7, None],
+    "stop": [4, 1, 6, -1],  # between two epochs, or within one
     "cache": [False, True],
-    "amp": ["none", "fp16"],
-    "second": [False, True],
+    "amp": ["fp16", "none"],
+    "second": [True, False],
+    "erase": [0.5, 0.0],
 }
 
 
 def allowed(call: dict[str, Any]) -> bool:
-    return not (call.get("cache") and call.get("mixing"))
+    return not (call.get("cache") and (call.get("mixing") or call.get("erase")))
 
 
 @in_pairs(OPTIONS, allowed=allowed)
 def test_run_is_timms_loop(
-    folder, tmp_path, recorded, student, mixing, smoothing, accumulate, ema, warmup, clip, opt, layer_decay, stop,
-    cache, amp, second,
+    folder, tmp_path, monkeypatch, recorded, student, mixing, smoothing, accumulate, ema, warmup, clip, opt,
+    layer_decay, stop, cache, amp, second, erase,
 ):  # fmt: skip
     name, arguments = STUDENTS[student]
     torch.manual_seed(3)
@@ -220,10 +257,17 @@ def test_run_is_timms_loop(
         teacher_cache=str(tmp_path / "cache") if cache else None, warmup_epochs=warmup, warmup_lr=1e-4, min_lr=1e-5,
         lr=5e-3 if opt == "adamw" else 5e-2, weight_decay=0.3, layer_decay=layer_decay, opt=opt, clip_grad=clip,
         mixup=0.8 if mixing == "mixup" else 0.0, cutmix=1.0 if mixing == "cutmix" else 0.0, smoothing=smoothing,
-        amp=amp, checkpoint_every=1,
+        erase=erase, amp=amp, checkpoint_every=1,
     )  # fmt: skip
     setup = prepare.prepare(dataclasses.replace(settings, out=None))
-    expected, rows = plain_run(settings, teacher, setup.students[0].loaders, setup.students[0].val_loader)
+    # Its scale grows until gradients overflow, and a step without one follows.
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**10, growth_interval=1))
+    plain = PlainLoop(settings, teacher, setup.students[0].loaders, setup.students[0].val_loader)
+    plain.run()
+    expected, rows = plain.steps, plain.rows
+    head = "head.weight" if student == "vit" else "fc.weight"
+    changes = sum(not torch.equal(a.weights[head], b.weights[head]) for a, b in pairwise(expected))
+    assert changes >= len(expected) / 2  # a step whose gradients overflow leaves them
 
     recorded["stop"] = stop
     if 0 <= stop < len(expected):
@@ -243,7 +287,5 @@ def test_run_is_timms_loop(
 
 
 def report_rows(out: Path) -> list[dict[str, str]]:
-    import csv
-
     with (out / "log.csv").open() as file:
         return [row for row in csv.DictReader(file) if row["network"] == "student distilled"]
