@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,7 +30,7 @@ from fastkd.functional import soft_target_loss  # noqa: E402
 from fastkd.train import checkpoint, job, prepare, report  # noqa: E402
 from fastkd.train.data import Loader, seed_all  # noqa: E402
 from fastkd.train.loop import Trainee  # noqa: E402
-from fastkd.train.settings import Settings, Stage, stages  # noqa: E402
+from fastkd.train.settings import Settings, Stage  # noqa: E402
 
 TEACHER = "vit_tiny_patch16_224"  # normalised by other means than both students
 TEACHER_ARGS = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_path_rate": 0.5}
@@ -115,7 +116,8 @@ class PlainLoop:
 
     def run(self) -> None:
         settings, epoch = self.settings, 0
-        for stage, loader in zip(stages(settings), self.loaders, strict=True):
+        for given, loader in zip(settings.stages, self.loaders, strict=True):
+            stage = SimpleNamespace(**{k: getattr(settings, k) if v is None else v for k, v in vars(given).items()})
             options = {"layer_decay": stage.layer_decay, **stage.opt_args}
             optimizer = create_optimizer_v2(
                 self.student, opt=stage.opt, lr=stage.lr, weight_decay=stage.weight_decay, **options
