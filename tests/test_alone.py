@@ -42,10 +42,11 @@ def invert(settings: inversion.Inversion) -> None:
     inversion.invert(settings)
 
 
-def test_two_runs_in_one_folder(tmp_path):
+def test_two_runs_in_one_folder(folder, tmp_path):
     sizes = {"patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
     settings = Settings(
-        task="none", student="vit_tiny_patch16_224", student_args=sizes, img_size=32, epochs=1000, warmup_epochs=0,
+        data=str(folder), check=False, batch_size=8, task="none", student="vit_tiny_patch16_224", student_args=sizes,
+        img_size=32, epochs=100_000, warmup_epochs=0,
         checkpoint_every=1, workers=1, device="cpu", out=str(tmp_path / "run"),
     )  # fmt: skip
     out = tmp_path / "run"
@@ -151,11 +152,12 @@ def test_file_system_without_locks(tmp_path, monkeypatch):
     assert not any((tmp_path / "run").iterdir())
 
 
-def test_finished_meanwhile(tmp_path, monkeypatch):
+def test_finished_meanwhile(folder, tmp_path, monkeypatch):
     """What was there to resume when it looked is finished once it has the folder: it is not begun anew."""
     settings = Settings(
-        task="none", student="resnet18", student_args={"channels": (8, 8, 8, 8), "stem_width": 8}, img_size=32,
-        epochs=1, warmup_epochs=0, workers=0, device="cpu", out=str(tmp_path / "run"),
+        data=str(folder), task="none", student="resnet18", img_size=32, batch_size=8, epochs=1,
+        student_args={"channels": (8, 8, 8, 8), "stem_width": 8}, warmup_epochs=0, workers=0,
+        device="cpu", out=str(tmp_path / "run"),
     )  # fmt: skip
     job.train(settings)
     summary = tmp_path / "run" / "summary.json"

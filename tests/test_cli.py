@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,13 +19,23 @@ pytest.importorskip("timm.task")
 testing = pytest.importorskip("typer.testing")
 Image = pytest.importorskip("PIL.Image")
 
+from runs import command, start, together  # noqa: E402
+
 from fastkd.train import InputError, checkpoint  # noqa: E402
 from fastkd.train.cli import app, settings_from  # noqa: E402
 from fastkd.train.settings import Settings, Stage  # noqa: E402
 
-SMALL = ["--device=cpu", "--batch-size=64", "--epochs=1", "--teacher-epochs=1", "--teacher-layers=layer2,layer4"]
+SMALL = [
+    "--device=cpu",
+    "--batch-size=64",
+    "--img-size=32",
+    "--epochs=1",
+    "--teacher-epochs=1",
+    "--teacher-layers=layer2,layer4",
+]
 SMALL += [f"--student-arg={pair}" for pair in ("embed_dim=32", "num_heads=2", "depth=2")]
 SMALL += ["--teacher-arg=channels=(8,8,8,8)", "--teacher-arg=stem_width=8"]
+FEW = ["--train-fraction=0.3"]  # 269 images
 
 
 def fastkd(*arguments: str) -> list[str]:
@@ -66,16 +75,15 @@ def test_digits_run(tmp_path):
 
 
 def test_ctrl_c_leaves_whole_files_and_a_place_to_go_on_from(tmp_path):
-    arguments = ["train", *SMALL, "--epochs", "1000", "--out", "run"]
-    with subprocess.Popen(
-        fastkd(*arguments), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
-    ) as process:
-        log, deadline = tmp_path / "run" / "student.safetensors", time.monotonic() + 400
-        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    arguments = ["train", *SMALL, *FEW, "--epochs", "1000", "--out", "run"]
+    (process,) = start(1, command, tmp_path, *arguments)
+    written, deadline = tmp_path / "run" / "student.safetensors", time.monotonic() + 400
+    while not written.exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    errors = (tmp_path / "stderr-0.txt").read_text()
     assert errors.splitlines()[-1].startswith("fastkd train: interrupted")
     assert "Traceback" not in errors
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
@@ -92,8 +100,19 @@ def test_ctrl_c_leaves_whole_files_and_a_place_to_go_on_from(tmp_path):
     )
 
 
+def test_pair(tmp_path):
+    """Two processes, with what torchrun tells them: one speaks and writes."""
+    together(2, command, tmp_path, "train", *SMALL, *FEW, "--no-baseline", "--out=run")
+    assert (tmp_path / "stdout-0.txt").read_text().count("| student distilled |") == 1
+    assert not (tmp_path / "stdout-1.txt").read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["machine"].endswith("in each of 2 processes")
+    with (tmp_path / "run" / "log.csv").open() as file:
+        assert [row["steps"] for row in csv.DictReader(file)] == ["2", "2"]  # 269 images, 2 x 64 in a step
+
+
+@pytest.mark.exhaustive
 def test_torchrun(tmp_path):
-    """Two processes: one speaks and writes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "fastkd", "train", *SMALL, "--no-baseline", "--out=run"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500)
@@ -106,29 +125,18 @@ def test_torchrun(tmp_path):
 
 
 def test_what_one_process_lacks_ends_both_and_is_told_once(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     for number in range(2):
         folder = tmp_path / "0" / "images" / f"class{number}"
         folder.mkdir(parents=True)
         for name in "abcde":
             Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
     (tmp_path / "1").mkdir()
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     arguments = ["train", "--device=cpu", "--data=images", "--teacher=resnet18", "--out=run"]
-    processes = [
-        subprocess.Popen(
-            fastkd(*arguments),
-            cwd=tmp_path / rank,
-            env=environment() | common | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    told = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
+    processes = start(2, command, tmp_path, *arguments)
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [2, 2]
+    told = [(tmp_path / f"stderr-{rank}.txt").read_text() for rank in range(2)]
     assert "fastkd train" not in told[0] and "Traceback" not in told[0] + told[1]
     assert told[1].count("fastkd train: ") == told[1].count("fastkd train: --data: images is not a folder") == 1
     assert not (tmp_path / "0" / "run").exists()
@@ -138,7 +146,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = testing.CliRunner().invoke(app, ["train", *SMALL, "--dry-run"])
     assert result.exit_code == 0, result.output
-    for words in ("898 training", "blocks.1 (1, 65, 32)", "layer4 (1, 8, 8, 8)", "M parameters", "MB per process"):
+    for words in ("898 training", "blocks.1 (1, 17, 32)", "layer4 (1, 8, 4, 4)", "M parameters", "MB per process"):
         assert words in result.stdout
     assert not list(tmp_path.iterdir())
 
@@ -290,7 +298,7 @@ def test_finished_run_is_replaced_only_when_asked(tmp_path, monkeypatch):
     (tmp_path / "run" / "summary.json").write_text("{}")
     (tmp_path / "run" / "notes.txt").write_text("mine")
     threads = torch.get_num_threads()
-    result = testing.CliRunner().invoke(app, ["train", *SMALL, "--no-baseline", "--out", "run", "--overwrite"])
+    result = testing.CliRunner().invoke(app, ["train", *SMALL, *FEW, "--no-baseline", "--out", "run", "--overwrite"])
     torch.set_num_threads(threads)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["results"]

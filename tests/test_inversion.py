@@ -137,6 +137,8 @@ def test_noise_that_it_starts_from(trained):
     mean = 255 * torch.tensor(trained.pretrained_cfg["mean"]).view(3, 1, 1)
     assert (one - mean - 2 * (half - mean)).abs().max() <= 1.5  # as both are rounded
     assert (one - mean).std() > 10
+    step = inverter(trained, phases=(Phase(1),), noise=0.4).synthesise(LABELS, seed=5)
+    assert torch.equal(step.images, inverter(trained, phases=(), noise=0.4).synthesise(LABELS, seed=5).images)
 
 
 def test_terms_of_weight_zero_are_left_out(trained):
@@ -177,6 +179,7 @@ def test_what_the_network_sees(trained):
         rolls.add(found[0])
     assert {mirrored for *_, mirrored in rolls} == {False, True}
     assert len(rolls) > 30
+    assert all({-4, 4} <= {roll[axis] for roll in rolls} for axis in (0, 1))
 
 
 def test_clamp_keeps_real_pixels(trained, monkeypatch):

@@ -61,15 +61,17 @@ def whole(folder, tmp_path_factory) -> Path:
     return out
 
 
-def test_killed_at_random_moments(folder, whole, tmp_path):
-    where = run_with_kills(small(folder, tmp_path / "run"), 1, 4, random.Random(time.time_ns()))
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.exhaustive)])
+def test_killed_at_random_moments(folder, whole, tmp_path, kills):
+    where = run_with_kills(small(folder, tmp_path / "run"), 1, kills, random.Random(time.time_ns()))
     assert any(where), "no run was killed after a checkpoint"
     same(whole, tmp_path / "run")
 
 
-def test_pair_killed_at_random_moments(folder, tmp_path):
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_pair_killed_at_random_moments(folder, tmp_path, kills):
     finish(small(folder, tmp_path / "whole"), world=2)
-    where = run_with_kills(small(folder, tmp_path / "run"), 2, 2, random.Random(time.time_ns()))
+    where = run_with_kills(small(folder, tmp_path / "run"), 2, kills, random.Random(time.time_ns()))
     assert any(where), "no run was killed after a checkpoint"
     same(tmp_path / "whole", tmp_path / "run")
 

@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("timm.task")
+
+from runs import together  # noqa: E402
 
 from fastkd import capture, reference  # noqa: E402
 from fastkd.losses import DKDLoss, NKDLoss, SoftTargetLoss  # noqa: E402
@@ -549,7 +550,14 @@ def test_activation_checkpointing_changes_no_gradient(name):
     assert_same(*found)
 
 
-@pytest.mark.parametrize("name", ["manifold", "vitkd", "cikd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("manifold", marks=pytest.mark.exhaustive),
+        "vitkd",
+        pytest.param("cikd", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_compiled_networks_give_the_same_gradients(name):
     counter = CompileCounterWithBackend("aot_eager")
     found = []
@@ -618,11 +626,10 @@ def _global_step(name: str, group: "dist.ProcessGroup | None", images: Tensor, t
     return task, result
 
 
-def _rank(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+def _rank() -> None:
+    dist.init_process_group("gloo")
     try:
-        own = slice(2 * rank, 2 * rank + 2)
+        own = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
         for name in TASKS:
             alone, _ = _global_step(name, None, IMAGES, TARGETS)
             shared, result = _global_step(name, dist.group.WORLD, IMAGES[own], TARGETS[own])
@@ -636,5 +643,5 @@ def _rank(rank: int, path: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+def test_two_processes_give_the_gradients_of_one():
+    together(2, _rank)

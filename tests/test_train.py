@@ -495,9 +495,12 @@ def test_teacher_cache_gives_the_same_run(folder, tmp_path):
     setup.nets.teacher.load_state_dict(load_file(tmp_path / "with" / "teacher.safetensors"))
     setup.nets.teacher.register_forward_pre_hook(lambda *_: calls.append(1))
     loader = setup.students[-1].loaders[0]
-    about = json.dumps([prepare.fingerprint(setup.data), repr(loader.images.transform)])
-    assert setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, about) == file
+    key = job.cache_key(setup)
+    assert setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, key) == file
     assert not calls
+    shutil.copytree(folder, tmp_path / "others")  # of the same names: its images may be others
+    others = dataclasses.replace(cached, data=str(tmp_path / "others"), out=None)
+    assert job.cache_key(prepare.prepare(others)) != key
     with pytest.raises(InputError, match="--teacher-cache: needs the same images"):
         prepare.check_settings(dataclasses.replace(cached, augment=True))
     own = (Stage("soft", 1, augment_args={"interpolation": "bicubic"}),)

@@ -149,11 +149,12 @@ def small(root: Path, out: Path, **changes: Any) -> Settings:
     return Settings(**(settings | changes))
 
 
-def test_pair_on_shards_killed_at_random_moments(tmp_path):
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_pair_on_shards_killed_at_random_moments(tmp_path, kills):
     """The same bits as without, and the top-1 of all validation images."""
     pytest.importorskip("webdataset")
     finish(small(tmp_path, tmp_path / "whole", checkpoint_every=0), world=2)
-    where = run_with_kills(small(tmp_path, tmp_path / "run"), 2, 2, random.Random(time.time_ns()))
+    where = run_with_kills(small(tmp_path, tmp_path / "run"), 2, kills, random.Random(time.time_ns()))
     assert any(where), "no run was killed after a checkpoint"
     same(tmp_path / "whole", tmp_path / "run")
 

@@ -206,6 +206,13 @@ def describe(setup: Setup) -> dict[str, Any]:
     }
 
 
+def cache_key(setup: Setup) -> str:
+    """What the teacher's logits depend on besides its weights. Names and sizes alone do not tell data sets apart."""
+    settings, transform = setup.settings, setup.students[-1].loaders[0].images.transform
+    source = settings.data, settings.data_root, settings.train_split, fingerprint(setup.data), repr(transform)
+    return json.dumps(source)
+
+
 def machine(setup: Setup) -> str:
     name = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else cpu_name()
     processes = f" in each of {setup.ranks.world} processes" if setup.ranks.world > 1 else ""
@@ -313,8 +320,7 @@ class Run:
             self.teacher_top1 = teacher.evaluate()
         if setup.cache is not None:
             loader = setup.students[-1].loaders[0]
-            about = json.dumps([fingerprint(setup.data), repr(loader.images.transform)])
-            setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, about)
+            setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, cache_key(setup))
 
     def _save(self, place: Place) -> None:
         """A checkpoint of what is under way there; the one before it goes once this one is whole."""

@@ -95,7 +95,7 @@ class VisionTransformerMHCA(VisionTransformerDistilled):
                 self.num_prefix_tokens,
                 qkv_bias=plain.qkv.bias is not None,
                 attn_drop=mhca_drop,
-            )
+            ).to(plain.qkv.weight)
             block.attn.qkv, block.attn.proj = plain.qkv, plain.proj  # initialised as the others
 
     def no_weight_decay(self) -> set[str]:
