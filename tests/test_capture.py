@@ -448,7 +448,7 @@ def test_every_wrapper_is_taken_off():
     nn.Module.__init__(inside)  # its own starts to communicate
     inside.module = compiled_model
     for wrapped in (compiled_model, inside, torch.compile(inside, backend="eager")):
-        assert capture._unwrap(wrapped) is model
+        assert capture._modules.unwrap(wrapped) is model
 
 
 def gradients(model: nn.Module, enter, read) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -52,8 +52,8 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """A digest of the change: a result holds for this change alone."""
-        return hashlib.sha256(repr((self.file, self.old, self.new)).encode()).hexdigest()[:16]
+        """A digest of the change: a result holds for this change alone, in whichever file it stands."""
+        return hashlib.sha256(repr((self.old, self.new)).encode()).hexdigest()[:16]
 
     @property
     def is_compiled(self) -> bool:
