@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd import distributed, losses
+from fastkd import distributed, functional, losses
 from fastkd.losses import (
     AttentionLoss,
     BatchNormStatLoss,
@@ -225,7 +225,7 @@ def test_early_distillation_compiles_whole_and_learns():
 # each option.
 FIXED: dict[type[nn.Module], tuple[Any, str, str | None, dict[str, Any]]] = {
     RelationLoss: (
-        losses.F,
+        functional,
         "relation_loss",
         "relation_loss",
         {
@@ -238,13 +238,13 @@ FIXED: dict[type[nn.Module], tuple[Any, str, str | None, dict[str, Any]]] = {
         },
     ),
     ManifoldLoss: (
-        losses,
+        losses.relation,
         "manifold_layers",
         "manifold_layers",
         {"intra": 5.0, "inter": 6.0, "random": 7.0, "num_samples": 8, "backend": "eager"},
     ),
     AttentionLoss: (
-        losses.F,
+        functional,
         "attention_loss",
         None,
         {
@@ -260,26 +260,26 @@ FIXED: dict[type[nn.Module], tuple[Any, str, str | None, dict[str, Any]]] = {
         },
     ),
     QKVRelationLoss: (
-        losses.F,
+        functional,
         "qkv_relation_loss",
         None,
         {"relations": ("qk", "vv"), "relation_heads": 3, "weights": [0.5, 2.0], "backend": "eager"},
     ),
     BatchNormStatLoss: (
-        losses,
+        losses.moments,
         "bn_stat_loss_and_moments",
         "bn_stat_loss_and_global_moments",
         {"distance": "mse", "layer_weights": [3.0], "momentum": 0.75, "backend": "eager"},
     ),
     IntraDivergenceLoss: (
-        losses.F,
+        functional,
         "intra_divergence_loss",
         "intra_divergence_loss",
         {"spread_margin": 3.0, "boundary_margin": 0.25},
     ),
-    SoftTargetLoss: (losses.F, "soft_target_loss", None, {"temperature": 3.0, "reduction": "mean"}),
-    DKDLoss: (losses.F, "dkd_loss", None, {"alpha": 5.0, "beta": 6.0, "temperature": 7.0}),
-    NKDLoss: (losses.F, "nkd_loss", None, {"gamma": 5.0, "temperature": 6.0}),
+    SoftTargetLoss: (functional, "soft_target_loss", None, {"temperature": 3.0, "reduction": "mean"}),
+    DKDLoss: (functional, "dkd_loss", None, {"alpha": 5.0, "beta": 6.0, "temperature": 7.0}),
+    NKDLoss: (functional, "nkd_loss", None, {"gamma": 5.0, "temperature": 6.0}),
 }
 LEARNT = (ViTKDLoss, EarlyDistillationLoss)
 

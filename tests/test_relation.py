@@ -719,6 +719,28 @@ def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
         assert all(relative_difference(a, b) < limit for a, b in zip(own, alone, strict=True)), scope
 
 
+@pytest.mark.parametrize("backend", backends("manifold_fwd"))
+def test_a_loss_and_one_of_its_terms(backend: str) -> None:
+    """Differentiated together: the term's gradient is that of its mean over the layers, as it is alone."""
+    layers = [features(2, 5, 8, 16) for _ in range(2)]
+    students, teachers = [s for s, _ in layers], [t for _, t in layers]
+    indices = [torch.arange(4, device=DEVICE)] * 2
+    module = losses.ManifoldLoss(backend=backend)
+
+    def of_both(*students: Tensor) -> Tensor:
+        loss, terms = module(students, teachers, indices=indices, return_terms=True)
+        return loss + 30 * terms[0]
+
+    def expected(*students: Tensor) -> Tensor:
+        pairs = [(s, t.double(), i) for s, t, i in zip(students, teachers, indices, strict=True)]
+        of_layers = [reference.manifold_loss(s, t, index=i) + 30 * reference.relation_loss(s, t) for s, t, i in pairs]
+        return torch.stack(of_layers).mean()
+
+    actual = loss_and_gradients(of_both, students)
+    oracle = loss_and_gradients(expected, [s.double() for s in students])
+    assert all(relative_difference(a, o) < 1e-5 for a, o in zip(actual, oracle, strict=True))
+
+
 @pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
 def test_terms_add_up_in_shared_groups() -> None:
     """One gradient takes all three terms, though threads share the last one's groups."""
