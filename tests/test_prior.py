@@ -255,7 +255,9 @@ def test_golden(backend, case, dtype):
         "l2_batch": lambda x: fastkd.image_prior(x, l2=1.0, l2_per_image=False, backend=backend),
     }
     images = data["in.images"].to(DEVICE, dtype)
-    for part, f in parts.items():
+    for part, f in (
+        parts.items() if not INTERPRETED else ()
+    ):  # the sum of all suffices where a program takes milliseconds
         loss, dx = (x.double().cpu() for x in loss_and_gradients(f, (images,)))
         assert relative_difference(loss, data[f"loss.{part}"]) <= golden.tolerance(case, dtype, "loss")
         assert relative_difference(dx, data[f"grad.{part}.images"]) <= golden.tolerance(case, dtype, "grad")
