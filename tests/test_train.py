@@ -25,7 +25,8 @@ from safetensors.torch import load_file  # noqa: E402
 from fastkd.train import DataError, DivergedError, InputError, checkpoint, job, models, prepare, report  # noqa: E402
 from fastkd.train.clock import LossClock  # noqa: E402
 from fastkd.train.data import Batches, create_loaders, find_unreadable, leave_out, open_data  # noqa: E402
-from fastkd.train.loop import Trainee, evaluate  # noqa: E402
+from fastkd.train.evaluate import evaluate  # noqa: E402
+from fastkd.train.loop import Trainee  # noqa: E402
 from fastkd.train.plan import plan  # noqa: E402
 from fastkd.train.ranks import Ranks, keep_to_own_cores  # noqa: E402
 from fastkd.train.settings import Settings, Stage, as_json, from_json, stages  # noqa: E402

@@ -24,7 +24,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 from fastkd.train import DataError, InputError, InterruptedRun, job, ranks  # noqa: E402
 from fastkd.train.data import create_loaders, open_data  # noqa: E402
-from fastkd.train.loop import Trainee, evaluate  # noqa: E402
+from fastkd.train.evaluate import evaluate  # noqa: E402
+from fastkd.train.loop import Trainee  # noqa: E402
 from fastkd.train.settings import Settings, Stage  # noqa: E402
 
 VIT = "vit_tiny_patch16_224"

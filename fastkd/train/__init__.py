@@ -2,30 +2,30 @@
 
 
 class RunError(Exception):
-    """What ends a run in one line. Where all processes raise it at once, one of them tells it."""
+    """An error that ends a run with a one-line message. If all processes raise it together, one of them prints it."""
 
-    teller: int | None = None  # its rank; None: each for itself
-    code = 1  # for the shell
+    teller: int | None = None  # rank of the process that prints it; None: every process
+    code = 1  # exit status
 
 
 class InputError(RunError, ValueError):
-    """A setting that cannot work: the message names the option, what it got and what it needs."""
+    """A setting that cannot work. The message gives the option, the value it got and the values it accepts."""
 
     code = 2
 
 
 class DivergedError(RunError, RuntimeError):
-    """A loss that is no longer finite."""
+    """The loss is no longer finite."""
 
     teller = 0
 
 
 class DataError(RunError, RuntimeError):
-    """Images or files that fail while the run goes on."""
+    """An image cannot be read or a file cannot be written during the run."""
 
 
-class InterruptedRun(RunError):  # noqa: N818  nothing went wrong
-    """A run that was asked to stop, and has written where it is."""
+class InterruptedRun(RunError):  # noqa: N818  this is not an error
+    """The run was asked to stop and has written a checkpoint."""
 
     teller = 0
 

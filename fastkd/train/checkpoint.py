@@ -1,4 +1,4 @@
-"""Where a run is, on disk. One rule: a checkpoint is a folder that is renamed into place whole, or is not there."""
+"""Checkpoints on disk. One rule: a checkpoint is a folder that is renamed into place when it is complete."""
 
 import errno
 import importlib
@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path`, through to the disk, when the block ends well."""
+    """Yield a temporary path to write to; if the block succeeds, it is synced to disk and replaces `path`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield partial
@@ -40,10 +40,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone(out: Path, option: str = "--out") -> Iterator[None]:
-    """Makes the folder and keeps other processes off it while the block runs; a process that is killed keeps nothing.
+    """Create the folder and lock it against other processes while the block runs; a killed process holds no lock.
 
     Raises:
-        InputError: another process has it, or it cannot be written.
+        InputError: another process holds the lock, or the folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -62,13 +62,13 @@ def alone(out: Path, option: str = "--out") -> Iterator[None]:
 
 
 def _locked(path: Path) -> IO[str] | None:
-    """The file, open and locked; None where another process has it."""
+    """Return the file, open and locked, or None if another process holds the lock."""
     while True:
         file = path.open("a")
         if fcntl is None:
             return file
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's alone: what it forks does not keep it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited: a forked process must not hold the lock
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.close()
@@ -77,11 +77,11 @@ def _locked(path: Path) -> IO[str] | None:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # its holder took it away between the two calls
+        file.close()  # its holder deleted it between the two calls
 
 
 def write(root: Path, name: str, weights: Mapping[str, Tensors], state: dict[str, Any]) -> None:
-    """Puts root/name in place of the checkpoints before it; names sort as they follow. One that is there stays."""
+    """Write the checkpoint root/name and delete earlier ones; names sort by time. An existing one is kept."""
     if not (root / name).exists():
         partial = root / f".{name}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -105,19 +105,19 @@ def write(root: Path, name: str, weights: Mapping[str, Tensors], state: dict[str
 
 
 def latest(root: Path) -> Path | None:
-    """The last whole checkpoint."""
+    """Return the last complete checkpoint."""
     found = sorted(path for path in root.glob("[!.]*") if path.is_dir()) if root.is_dir() else []
     return found[-1] if found else None
 
 
 def read(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """(weights, state) of a checkpoint; nothing in it is executed."""
+    """Return (weights, state) of a checkpoint without executing code from it."""
     weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
     return weights, torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 
 def write_weights(path: Path, model: nn.Module, name: str, args: dict[str, Any]) -> None:
-    """Weights that timm.create_model(name, checkpoint_path=path, **args) loads; name and args go into the metadata."""
+    """Write weights for timm.create_model(name, checkpoint_path=path, **args), with name and args in the metadata."""
     write_tensors(path, weights_of(model), name, args)
 
 
@@ -128,7 +128,7 @@ def write_tensors(path: Path, tensors: Tensors, name: str, args: dict[str, Any])
 
 
 def weights_of(module: nn.Module) -> Tensors:
-    """Copies on the host of all that the module keeps; of sharded ones the whole, which every rank asks for."""
+    """Return host copies of the module's state. Sharded tensors are gathered, so every rank must call this."""
     return {name: whole(x).clone(memory_format=torch.contiguous_format) for name, x in module.state_dict().items()}
 
 
@@ -142,7 +142,7 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its state_dict, whole and on the host."""
+    """Return the optimiser's state_dict, gathered and on the host."""
     return _mapped(optimizer.state_dict())
 
 
@@ -160,7 +160,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:
-    """x spread over ranks as the other one is."""
+    """Return x, sharded over ranks like the other tensor."""
     return distribute_tensor(x, other.device_mesh, other.placements) if isinstance(other, DTensor) else x
 
 
@@ -177,8 +177,8 @@ def _mapped(value: Any) -> Any:
 
 
 def _sync(path: Path) -> None:
-    """To the disk: without it a power cut can leave the new name with nothing behind it."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    """Sync to disk; otherwise a power failure can leave the new name without content."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""`fastkd train` and `fastkd info` on typer; options left out take the values in settings.py."""
+"""`fastkd train` and `fastkd info` on typer; omitted options take their values from settings.py."""
 
 import ast
 import dataclasses
@@ -45,81 +45,103 @@ Many: TypeAlias = list[str] | None
 @app.command()
 def train(
     data: Annotated[
-        Text, _option("digits, a folder, or a timm data set such as hfds/NAME or wds/NAME. [digits]")
+        Text, _option("Training data: digits, a folder, or a timm dataset such as hfds/NAME or wds/NAME. [digits]")
     ] = None,
-    data_root: Annotated[Text, _option("Where a timm data set lies.")] = None,
-    train_split: Annotated[Text, _option("Its part to train on.", shown="train_split")] = None,
-    val_split: Annotated[Text, _option("Its part to validate on.", shown="val_split")] = None,
-    num_classes: Annotated[Whole, _option("Where the data does not say.", min=2)] = None,
+    data_root: Annotated[Text, _option("Root folder of a timm dataset.")] = None,
+    train_split: Annotated[Text, _option("Split to train on.", shown="train_split")] = None,
+    val_split: Annotated[Text, _option("Split to validate on.", shown="val_split")] = None,
+    num_classes: Annotated[Whole, _option("Number of classes, if the dataset does not define it.", min=2)] = None,
     out: Annotated[Text, _option("Folder for the results. [the first free of runs/NAME, runs/NAME-2, ...]")] = None,
-    overwrite: Annotated[bool, _option("Replace a run in --out.", "--overwrite")] = False,
-    resume: Annotated[Text, _option("Go on with the run in that folder, which knows its options.")] = None,
-    recipe: Annotated[Text, _option("A paper's settings; without --data, prints them.")] = None,
-    dry_run: Annotated[bool, _option("Print shapes, layers, parameters, memory; stop.", "--dry-run")] = False,
-    teacher: Annotated[Text, _option("timm model to learn from.", shown="teacher")] = None,
-    teacher_arg: Annotated[Many, _option("KEY=VALUE for timm.create_model; repeat for more.")] = None,
-    teacher_checkpoint: Annotated[Text, _option("Its weights; else it is trained first.")] = None,
-    teacher_pretrained: Annotated[Flag, _option("Or timm's pretrained ones.", "--teacher-pretrained")] = None,
-    teacher_epochs: Annotated[Whole, _option("Epochs of training it first.", shown="teacher_epochs", min=0)] = None,
-    teacher_lr: Annotated[Number, _option("Learning rate then.", shown="teacher_lr", min=0)] = None,
-    teacher_layers: Annotated[Text, _option("Names of layers to match, by commas. [see below]")] = None,
-    teacher_cache: Annotated[Text, _option("Folder for its logits; images that stay the same.")] = None,
-    student: Annotated[Text, _option("timm model that learns.", shown="student")] = None,
-    student_arg: Annotated[Many, _option("KEY=VALUE for timm.create_model; repeat for more.")] = None,
-    student_layers: Annotated[Text, _option("As many names of its layers. [see below]")] = None,
+    overwrite: Annotated[bool, _option("Replace an existing run in --out.", "--overwrite")] = False,
+    resume: Annotated[Text, _option("Folder of a run to continue, with the options stored there.")] = None,
+    recipe: Annotated[Text, _option("Name of a paper's settings; without --data, print them and stop.")] = None,
+    dry_run: Annotated[bool, _option("Print shapes, layers, parameters and memory, and stop.", "--dry-run")] = False,
+    teacher: Annotated[Text, _option("Teacher's timm model.", shown="teacher")] = None,
+    teacher_arg: Annotated[Many, _option("KEY=VALUE argument of the teacher's model; repeatable.")] = None,
+    teacher_checkpoint: Annotated[
+        Text, _option("Checkpoint of the teacher; without one, the teacher is trained first.")
+    ] = None,
+    teacher_pretrained: Annotated[
+        Flag, _option("Use timm's pretrained weights for the teacher.", "--teacher-pretrained")
+    ] = None,
+    teacher_epochs: Annotated[
+        Whole, _option("Number of epochs to train the teacher.", shown="teacher_epochs", min=0)
+    ] = None,
+    teacher_lr: Annotated[Number, _option("Learning rate for training the teacher.", shown="teacher_lr", min=0)] = None,
+    teacher_layers: Annotated[
+        Text, _option("Names of the teacher layers to match, comma-separated. [see below]")
+    ] = None,
+    teacher_cache: Annotated[Text, _option("Folder that caches the teacher's logits (requires --no-augment).")] = None,
+    student: Annotated[Text, _option("Student's timm model.", shown="student")] = None,
+    student_arg: Annotated[Many, _option("KEY=VALUE argument of the student's model; repeatable.")] = None,
+    student_layers: Annotated[
+        Text, _option("Names of the student layers to match, as many as --teacher-layers. [see below]")
+    ] = None,
     task: Annotated[
         Text, _option("Method: none, manifold, vitkd, dearkd, cikd, soft, hard, dkd, nkd.", shown="task")
     ] = None,
-    task_arg: Annotated[Many, _option("KEY=VALUE for the method; repeat for more.")] = None,
-    stage: Annotated[Many, _option("TASK:EPOCHS[:KEY=VALUE,...]; repeat for what follows.")] = None,
-    baseline: Annotated[Flag, _option("Train the student without the teacher as well.", shown="baseline")] = None,
-    img_size: Annotated[Whole, _option("Pixels of a side. [digits 64, folder the student's own]", min=1)] = None,
-    epochs: Annotated[Whole, _option("Epochs of the student.", shown="epochs", min=1)] = None,
-    warmup_epochs: Annotated[Whole, _option("With rising learning rate.", shown="warmup_epochs", min=0)] = None,
-    warmup_lr: Annotated[Number, _option("Where it starts. [a hundredth of --lr]", min=0)] = None,
-    min_lr: Annotated[Number, _option("Where the schedule ends.", shown="min_lr", min=0)] = None,
-    batch_size: Annotated[Whole, _option("Images of a forward pass, per process.", shown="batch_size", min=1)] = None,
+    task_arg: Annotated[Many, _option("KEY=VALUE option of the method; repeatable.")] = None,
+    stage: Annotated[Many, _option("TASK:EPOCHS[:KEY=VALUE,...] of a stage; repeat for later stages.")] = None,
+    baseline: Annotated[Flag, _option("Also train the student without the teacher.", shown="baseline")] = None,
+    img_size: Annotated[Whole, _option("Image side in pixels. [digits 64, folder the student's own]", min=1)] = None,
+    epochs: Annotated[Whole, _option("Number of epochs to train the student.", shown="epochs", min=1)] = None,
+    warmup_epochs: Annotated[Whole, _option("Number of warmup epochs.", shown="warmup_epochs", min=0)] = None,
+    warmup_lr: Annotated[Number, _option("Learning rate at the start of warmup. [a hundredth of --lr]", min=0)] = None,
+    min_lr: Annotated[Number, _option("Learning rate at the end of the schedule.", shown="min_lr", min=0)] = None,
+    batch_size: Annotated[Whole, _option("Images per forward pass and process.", shown="batch_size", min=1)] = None,
     accumulate: Annotated[Whole, _option("Forward passes per step.", shown="accumulate", min=1)] = None,
     opt: Annotated[Text, _option("timm optimiser.", shown="opt")] = None,
-    opt_arg: Annotated[Many, _option("KEY=VALUE for it; repeat for more.")] = None,
+    opt_arg: Annotated[Many, _option("KEY=VALUE argument of the optimiser; repeatable.")] = None,
     sched: Annotated[Text, _option("timm schedule.", shown="sched")] = None,
     lr: Annotated[Number, _option("Learning rate.", shown="lr", min=0)] = None,
     weight_decay: Annotated[Number, _option("Weight decay.", shown="weight_decay", min=0)] = None,
-    layer_decay: Annotated[Number, _option("Factor of the rate from layer to layer.", min=0, max=1)] = None,
-    clip_grad: Annotated[Number, _option("Largest norm of the gradient.", shown="clip_grad", min=0)] = None,
-    ema: Annotated[Number, _option("Also keep an average of the weights; its decay.", min=0, max=1)] = None,
-    augment: Annotated[Flag, _option("timm's crops, flips, colours (digits: crops).", shown="augment")] = None,
-    augment_arg: Annotated[Many, _option("KEY=VALUE for timm's create_transform; repeat for more.")] = None,
-    aug_repeats: Annotated[
-        Whole, _option("Copies of an image in an epoch, each another crop.", shown="aug_repeats", min=1)
+    layer_decay: Annotated[
+        Number, _option("Factor of the learning rate from one layer to the layer before it.", min=0, max=1)
     ] = None,
-    erase: Annotated[Number, _option("Random erasing's probability.", shown="erase", min=0, max=1)] = None,
+    clip_grad: Annotated[Number, _option("Maximum norm of the gradient.", shown="clip_grad", min=0)] = None,
+    ema: Annotated[
+        Number, _option("Decay of a moving average of the weights, which is kept too.", min=0, max=1)
+    ] = None,
+    augment: Annotated[
+        Flag, _option("Augment images by timm's crops, flips and colours (digits: crops only).", shown="augment")
+    ] = None,
+    augment_arg: Annotated[Many, _option("KEY=VALUE argument of timm's create_transform; repeatable.")] = None,
+    aug_repeats: Annotated[
+        Whole, _option("Differently cropped copies of each image in an epoch.", shown="aug_repeats", min=1)
+    ] = None,
+    erase: Annotated[Number, _option("Probability of random erasing.", shown="erase", min=0, max=1)] = None,
     mixup: Annotated[Number, _option("Mixup's alpha.", shown="mixup", min=0)] = None,
     cutmix: Annotated[Number, _option("CutMix's alpha.", shown="cutmix", min=0)] = None,
     smoothing: Annotated[Number, _option("Label smoothing.", shown="smoothing", min=0, max=1)] = None,
-    val_fraction: Annotated[Number, _option("Share set apart where there is no val/.", shown="val_fraction")] = None,
+    val_fraction: Annotated[
+        Number, _option("Share of the images used for validation if there is no val/.", shown="val_fraction")
+    ] = None,
     train_fraction: Annotated[
         Number, _option("Share of the training images to use.", shown="train_fraction", min=0, max=1)
     ] = None,
-    check: Annotated[Flag, _option("Decode all images of a folder first.", shown="check")] = None,
-    skip_images: Annotated[Whole, _option("Unreadable images to leave out.", shown="skip_images", min=0)] = None,
-    device: Annotated[Text, _option("auto, cpu, cuda, cuda:1, ...", shown="device")] = None,
-    amp: Annotated[Text, _option("none, bf16 or fp16.", shown="amp")] = None,
-    channels_last: Annotated[Flag, _option("Images and weights in that layout.", "--channels-last")] = None,
-    compile_: Annotated[Flag, _option("torch.compile both networks.", "--compile")] = None,
-    shard: Annotated[Flag, _option("FSDP2 for the student under torchrun, not DDP.", "--shard")] = None,
-    workers: Annotated[Whole, _option("Processes that load images.", shown="workers", min=0)] = None,
-    checkpoint_every: Annotated[Whole, _option("Steps. [at the end of each epoch]", min=0)] = None,
-    tensorboard: Annotated[Flag, _option("Write its events too.", "--tensorboard")] = None,
-    seed: Annotated[Whole, _option("The same seed gives the same run.", shown="seed", min=0)] = None,
+    check: Annotated[Flag, _option("Decode all images of a folder before the run.", shown="check")] = None,
+    skip_images: Annotated[
+        Whole, _option("Maximum number of unreadable images to skip.", shown="skip_images", min=0)
+    ] = None,
+    device: Annotated[Text, _option("Device: auto, cpu, cuda, cuda:1, ...", shown="device")] = None,
+    amp: Annotated[Text, _option("Mixed precision: none, bf16 or fp16.", shown="amp")] = None,
+    channels_last: Annotated[Flag, _option("Store images and weights channels-last.", "--channels-last")] = None,
+    compile_: Annotated[Flag, _option("Compile both networks with torch.compile.", "--compile")] = None,
+    shard: Annotated[Flag, _option("Use FSDP2 instead of DDP for the student under torchrun.", "--shard")] = None,
+    workers: Annotated[Whole, _option("Number of processes that load images.", shown="workers", min=0)] = None,
+    checkpoint_every: Annotated[
+        Whole, _option("Steps between checkpoints. [only at the end of each epoch]", min=0)
+    ] = None,
+    tensorboard: Annotated[Flag, _option("Also write TensorBoard events.", "--tensorboard")] = None,
+    seed: Annotated[Whole, _option("Random seed; the same seed gives the same run.", shown="seed", min=0)] = None,
 ) -> None:
     """Distil a timm student from a timm teacher.
 
-    Without arguments: scikit-learn's digits, a small CNN teacher trained first, a tiny ViT student with and without
-    it. The results are a log (CSV), a picture of the curves, the weights and a summary in one folder.
+    Without arguments, a small CNN teacher is trained on scikit-learn's digits, then a tiny ViT student with and without
+    that teacher. One folder receives a log (CSV), a picture of the curves, the weights and a summary.
 
-    Layers that are not named are the task's own choice. For manifold: of the blocks (a CNN's stages) with the other
-    network's number of tokens the first four and the last four, fewer where one of them has fewer.
+    If no layers are named, the task chooses them. The manifold task takes the blocks (stages of a CNN) that have as
+    many tokens as blocks of the other network, and of these the first four and the last four, or fewer if fewer exist.
 
     Ctrl-C finishes the step and writes a checkpoint. On several GPUs: torchrun --nproc-per-node 8 -m fastkd train ...
     """
@@ -146,7 +168,7 @@ def train(
 
 @app.command()
 def info() -> None:
-    """What this installation has: versions, backends, the extension."""
+    """Print the versions, the backends and the extension of this installation."""
     from fastkd.info import main
 
     raise typer.Exit(main([]))
@@ -156,9 +178,9 @@ app.command()(invert)
 
 
 def settings_from(given: dict[str, Any], base: Settings | None = None) -> Settings:
-    """The base's settings with the given ones in place; naming a network drops what was set for the default one.
+    """Return the base's settings, updated by the given ones; naming a network drops the options of the default one.
 
-    Without a base: the recipe's, or the data's own.
+    Without a base, the settings of the recipe or of the kind of data are the base.
     """
     given = dict(given)
     if base is None:
@@ -181,18 +203,18 @@ def settings_from(given: dict[str, Any], base: Settings | None = None) -> Settin
     if ("teacher_checkpoint" in given or "teacher_pretrained" in given) and "teacher_epochs" not in given:
         given["teacher_epochs"] = 0
     if "teacher_checkpoint" in given:
-        given.setdefault("teacher_pretrained", False)  # a recipe's, which would be fetched for nothing
+        given.setdefault("teacher_pretrained", False)  # the recipe's pretrained weights would be downloaded in vain
     return dataclasses.replace(base, **given)
 
 
 def _recipe(given: dict[str, Any]) -> str:
-    """The recipe's values with their sources, the rest of a run's settings, and what the other options change."""
+    """Return the text of a recipe: its values and sources, the other settings, and the options that were given."""
     from .recipes import RECIPES
 
     settings, plain = settings_from(given), settings_from({"recipe": given["recipe"]})
     recipe = RECIPES[given["recipe"]]
     told = {name for name, _, source in recipe.rows() if source}
-    told |= {"data", "recipe", "task", "task_args", "stages", "epochs"}  # the stages say
+    told |= {"data", "recipe", "task", "task_args", "stages", "epochs"}  # the table shows them as stages
     rest = [f"{name}: {value}" for name, value in vars(plain).items() if name not in told]
     changed = [f"{name}: {value}" for name, value in vars(settings).items() if value != getattr(plain, name)]
     lines = [recipe.table(), "", "The rest, as for any folder:", *rest]
@@ -211,7 +233,7 @@ def _base(given: dict[str, Any]) -> Settings:
 
 
 def _stage(text: str) -> Stage:
-    """TASK:EPOCHS[:KEY=VALUE,...]: keys of a stage, the rest the task's."""
+    """Parse TASK:EPOCHS[:KEY=VALUE,...]; keys that a stage does not have are options of the task."""
     name, _, rest = text.partition(":")
     epochs, _, pairs = rest.partition(":")
     if not epochs.isdecimal():
@@ -261,12 +283,12 @@ def _say(message: str, code: int, teller: int | None = None) -> int:
 
 
 def _rank() -> int:
-    """Of this process; the first one speaks."""
+    """Return the rank of this process; only the first one prints."""
     return int(os.environ.get("RANK", "0"))
 
 
 def _leave(together: bool) -> None:
-    """Ends the process group, if torch was there to start one."""
+    """End the process group, if torch was imported and may have started one."""
     if "torch" in sys.modules:
         from .ranks import leave
 

@@ -1,4 +1,4 @@
-"""Time spent in a loss within a training step, forward and backward, without an extra run of either."""
+"""Measure the time of a loss within a training step, forward and backward, without extra passes."""
 
 import time
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ Moment = float | torch.cuda.Event
 
 
 class LossClock:
-    """Adds up the time from `start` to `stop` and that of the matching part of backward.
+    """A clock that adds up the time from `start` to `stop` and the time of the matching part of backward.
 
-    Backward counts from the arrival of the loss's gradient to that of the last input's, by tensor hooks. Autograd
-    runs the newest ready node first and the loss is the newest part of the graph, so nothing else runs in between.
-    On CUDA the moments are events on the stream, read by `total`; no step waits for them.
+    In backward, tensor hooks measure from the arrival of the loss's gradient to the arrival of the last input's
+    gradient. Autograd runs the newest ready node first and the loss is the newest part of the graph, so nothing else
+    runs in between. On CUDA the times are events on the stream, which `total` reads; no step waits for them.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class LossClock:
         self._cuda = False
 
     def start(self, inputs: Iterable[Tensor]) -> list[Tensor]:
-        """Views of the loss's inputs to use in their place; the clock runs."""
+        """Start the clock and return views of the loss's inputs, which must be used in their place."""
         views = [x.view_as(x) for x in inputs]
         self._cuda = views[0].is_cuda
         self._pending = sum(view.requires_grad for view in views)
@@ -39,7 +39,7 @@ class LossClock:
             loss.register_hook(self._loss_reached)
 
     def total(self) -> float:
-        """Seconds since the last call of total."""
+        """Return the seconds added up since the last call of total."""
         if self._cuda:
             torch.cuda.synchronize()
         spans, self._spans = self._spans, []

@@ -1,4 +1,4 @@
-"""A run of `fastkd train`: the teacher where it needs training, then the students, to be resumed at any step."""
+"""A run of `fastkd train`: it trains the teacher if necessary, then the students, and can resume at any step."""
 
 import dataclasses
 import datetime as dt
@@ -24,7 +24,8 @@ from fastkd._version import __version__
 from fastkd.info import cpu_name
 
 from . import DataError, DivergedError, InputError, InterruptedRun, checkpoint, ranks, report
-from .loop import Trainee, not_finite
+from .evaluate import not_finite
+from .loop import Trainee
 from .models import pretrained_cfg
 from .prepare import Setup, choose_device, fingerprint, prepare
 from .report import Row
@@ -40,10 +41,10 @@ FILE_OF = {"teacher": "teacher", "student alone": "student_alone", "student dist
 
 
 def train(settings: Settings, *, resume: bool = False) -> dict[str, Any]:
-    """Distil as told and write the results into the output folder; returns what summary.json holds.
+    """Distil as the settings say, write the results to the output folder and return the content of summary.json.
 
     Args:
-        resume: go on with the run in settings.out.
+        resume: whether to continue the run in settings.out.
 
     Raises:
         InputError: before anything is written or trained.
@@ -61,12 +62,12 @@ def train(settings: Settings, *, resume: bool = False) -> dict[str, Any]:
         own.first(lambda: check_room(out, setup))
     with ExitStack() as stack:
         own.first(lambda: stack.enter_context(checkpoint.alone(out, "--resume" if resume else "--out")))
-        own.together(lambda: check_out(settings, resume))  # it may have been another's until now
+        own.together(lambda: check_out(settings, resume))  # another process may have used it until now
         return carry_out(setup, out, resume, began)
 
 
 def carry_out(setup: Setup, out: Path, resume: bool, began: float) -> dict[str, Any]:
-    """The run in a folder that is its own."""
+    """Carry out the run in a folder that this process has locked."""
     own, config = setup.ranks, describe(setup)
     if resume:
         own.together(lambda: check_same(config, json.loads((out / "config.json").read_text())))
@@ -97,10 +98,10 @@ def carry_out(setup: Setup, out: Path, resume: bool, began: float) -> dict[str, 
 
 
 def saved_settings(out: str) -> Settings:
-    """The settings of the run in that folder.
+    """Return the settings of the run in a folder.
 
     Raises:
-        InputError: no run there.
+        InputError: there is no run in the folder.
     """
     try:
         values = json.loads((Path(out) / "config.json").read_text())["settings"]
@@ -118,7 +119,7 @@ def check_resume(now: Settings, before: Settings) -> None:
 
 
 def check_same(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """That the data, the layers and the number of processes are still those of the run."""
+    """Check that the data, the layers and the number of processes are still those of the run."""
     names = ("images", "classes", "matched", "processes")
     now = json.loads(json.dumps({name: now[name] for name in names}))
     changed = [
@@ -129,7 +130,7 @@ def check_same(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def check_out(settings: Settings, resume: bool) -> None:
-    """That the folder asked for can be the run's."""
+    """Check that the run can use the requested folder."""
     if settings.out is None:
         return
     out = Path(settings.out)
@@ -147,7 +148,7 @@ def check_out(settings: Settings, resume: bool) -> None:
 
 
 def choose_folder(settings: Settings) -> Path:
-    """The folder for the results: the one asked for, or the first free of runs/NAME, runs/NAME-2, ..."""
+    """Return the folder for the results: the requested one, or the first free one of runs/NAME, runs/NAME-2, ..."""
     if settings.out is None:
         name = Path(settings.data).resolve().name
         number = 1
@@ -158,7 +159,7 @@ def choose_folder(settings: Settings) -> Path:
 
 
 def check_room(out: Path, setup: Setup) -> None:
-    """That the disk has room for two checkpoints."""
+    """Check that the disk has room for two checkpoints."""
     parent = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     need, free = 2 * checkpoint_bytes(setup), shutil.disk_usage(parent).free
     if free < need:
@@ -166,10 +167,10 @@ def check_room(out: Path, setup: Setup) -> None:
 
 
 def start_folder(out: Path, config: dict[str, Any]) -> None:
-    """Takes an earlier run's files out of the folder, and writes the configuration.
+    """Delete an earlier run's files from the folder and write the configuration.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the folder cannot be written.
     """
     try:
         for name in FILES:
@@ -182,14 +183,14 @@ def start_folder(out: Path, config: dict[str, Any]) -> None:
 
 
 def checkpoint_bytes(setup: Setup) -> int:
-    """About: weights, two numbers per weight for the optimiser, the average."""
+    """Estimate the bytes of a checkpoint: weights, two numbers per weight for the optimiser, the weight average."""
     copies = 3 + (setup.settings.ema is not None)
     sizes = [sum(p.numel() * p.element_size() for p in x.network.parameters()) for x in setup.students]
     return copies * sum(sizes)
 
 
 def describe(setup: Setup) -> dict[str, Any]:
-    """What config.json holds: the settings as given, and what came of them."""
+    """Return the content of config.json: the given settings and the values derived from them."""
     settings, nets = setup.settings, setup.nets
     return as_json(settings) | {
         "img_size": nets.img_size,
@@ -199,7 +200,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "teacher_args": nets.teacher_args,
         "stages": [dataclasses.asdict(stage) for stage in stages(settings)],
         "matched": [getattr(task, "matched", []) for task in setup.tasks],
-        # Of data that is read in order the workers make the order.
+        # The order of sequential data depends on the number of workers.
         "images": fingerprint(setup.data) | ({"workers": settings.workers} if setup.data.in_order else {}),
         "processes": setup.ranks.world,
         "settings": as_json(settings),
@@ -220,7 +221,7 @@ def machine(setup: Setup) -> str:
 
 
 class Place(NamedTuple):
-    """Where a run is: so many steps of that entry of its plan are done."""
+    """The progress of a run: an entry of its plan and the number of its finished steps."""
 
     entry: int = 0
     step: int = 0
@@ -231,7 +232,7 @@ class Place(NamedTuple):
 
 
 class Run:
-    """The plan, an epoch of one network after the other, and how far it has come."""
+    """A run: its plan, a list of epochs of networks, and its progress."""
 
     def __init__(self, setup: Setup, out: Path) -> None:
         self.setup, self.out = setup, out
@@ -246,7 +247,7 @@ class Run:
         self.steps = 0  # since the last checkpoint
 
     def go(self) -> None:
-        """Every epoch that is not done yet. Log, picture and weights are written after each."""
+        """Run all remaining epochs. Log, picture and weights are written after each."""
         settings = self.setup.settings
         place = self._load()
         board = report.TensorBoard(self.out / EVENTS, self.rows) if settings.tensorboard and self.main else None
@@ -289,7 +290,7 @@ class Run:
             stop.leave(self.out)
 
     def _export(self, entry: int) -> None:
-        """Weights that timm loads, the log, the picture."""
+        """Write the weights for timm, the log and the picture."""
         setup, (trainee, _) = self.setup, self.plan[entry]
         if trainee is not setup.teacher:
             name, args = setup.settings.student, setup.nets.student_args
@@ -307,7 +308,7 @@ class Run:
                 report.write_curve(self.out / "curve.png", self.rows, self.teacher_top1, title)
 
     def _finish_teacher(self) -> None:
-        """What the students need: the teacher's weights, from its own epochs or as they were; its top-1; its logits."""
+        """Finish the teacher for the students: take its trained or given weights, measure top-1, cache its logits."""
         setup, teacher = self.setup, self.setup.teacher
         if teacher is None or setup.nets.teacher is None:
             return
@@ -323,7 +324,7 @@ class Run:
             setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, cache_key(setup))
 
     def _save(self, place: Place) -> None:
-        """A checkpoint of what is under way there; the one before it goes once this one is whole."""
+        """Write a checkpoint of the current network; the previous one is deleted when this one is complete."""
         setup = self.setup
         self.steps = 0
         teaching = place.entry < self.first_student
@@ -345,7 +346,7 @@ class Run:
             checkpoint.write(self.out / CHECKPOINTS, place.name, weights, state)
 
     def _load(self) -> Place:
-        """Takes up the last checkpoint, if there is one."""
+        """Load the last checkpoint, if there is one."""
         path = self.setup.ranks.first(lambda: checkpoint.latest(self.out / CHECKPOINTS))
         if path is None:
             return Place()
@@ -362,7 +363,7 @@ class Run:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM as a wish that the run obeys after its step; a second Ctrl-C stops at once."""
+    """Handler that turns Ctrl-C and SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self, own: ranks.Ranks) -> None:
         self.ranks, self.signal = own, 0
@@ -379,7 +380,7 @@ class Stop:
             signal.signal(number, handler)
 
     def asked(self, wished: int) -> bool:
-        """Whether the run ends here; of several ranks by the signal that all of them know some rank got."""
+        """Return whether the run ends here. Several ranks use the signal that all know from the last exchange."""
         known = self.signal if self.ranks.world == 1 else wished
         self.signal = known or self.signal
         return known != 0
@@ -388,7 +389,7 @@ class Stop:
         raise InterruptedRun(f"interrupted; go on with: fastkd train --resume {out}", 128 + self.signal)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
-        # torchrun passes on what the terminal has already sent to all of its processes.
+        # torchrun forwards a signal that the terminal has already sent to all of its processes.
         if number == signal.SIGINT and self.signal == signal.SIGINT and self.ranks.world == 1:
             raise KeyboardInterrupt
         self.signal = number
@@ -396,7 +397,7 @@ class Stop:
 
 @contextmanager
 def full_disk(out: Path) -> Iterator[None]:
-    """A file that cannot be written ends the run in one line."""
+    """Turn an error in writing a file into a one-line error that ends the run."""
     try:
         yield
     except OSError as error:
@@ -406,7 +407,7 @@ def full_disk(out: Path) -> Iterator[None]:
 
 
 def new_head(setup: Setup) -> bool:
-    """Whether the teacher's head has no top-1: it is of other classes, or a pretrained one's that is untrained."""
+    """Return whether top-1 of the teacher is meaningless: it has other classes, or a new, untrained head."""
     teacher = setup.nets.teacher
     if teacher is not None and setup.nets.teacher_args["num_classes"] != len(setup.data.classes):
         return True
@@ -419,7 +420,7 @@ def new_head(setup: Setup) -> bool:
 
 
 def result(trainee: Trainee, rows: list[Row], teacher_top1: float | None) -> Row:
-    """A line of the table: top-1 after the last epoch, and means over all steps, data loading included."""
+    """Return a row of the table: top-1 after the last epoch, and means over all steps including data loading."""
     own = [row for row in rows if row["network"] == trainee.label]
     seconds = sum(row["seconds"] for row in own)
     line = {

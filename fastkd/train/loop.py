@@ -1,6 +1,5 @@
-"""One network in training: its stages, its steps, top-1. One rule: a step is a function of seed, epoch and step."""
+"""Training of one network: stages, steps, top-1. One rule: a step depends only on seed, epoch and step number."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -8,48 +7,45 @@ from itertools import accumulate, chain, islice
 from typing import Any, cast
 
 import torch
-from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
-from timm.utils import ModelEmaV3, accuracy, dispatch_clip_grad, distribute_bn, unwrap_model
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from fastkd import capture
-
 from . import DataError, DivergedError
-from .checkpoint import Tensors, load_optimizer, load_weights, optimizer_state, weights_of, whole
+from .checkpoint import Tensors, load_optimizer, load_weights, optimizer_state, weights_of
 from .clock import LossClock
 from .data import Images, Loader, seed_all
+from .evaluate import evaluate, not_finite
 from .ranks import ALONE, Ranks
+from .record import SHOW_EVERY, Record
 from .settings import Settings, Stage
+from .sharding import shard_beside
+from .targets import mixup
 
 AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LOOK_EVERY = 20  # steps between looks at the loss where they wait for the device
-SHOW_EVERY = 0.5  # seconds between changes of the progress bar's text
+LOOK_EVERY = 20  # steps between checks of the loss on devices where a check has to wait
 Row = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
 
 
 class Trainee:
-    """A network with all that trains it: stages, timm's loaders, optimiser, schedule, average.
+    """A network and everything that trains it: stages, timm's loaders, optimiser, schedule, weight average.
 
     Args:
-        label: what the progress bar calls it.
+        label: name in the progress bar.
         network: the module that is trained and evaluated.
-        stages: what follows what, without None.
-        create_task: the task of a stage; its scalars besides the loss are logged.
-        loaders: of each stage's training images.
-        val_loader: of the validation images.
-        num_classes: of mixed labels.
-        clock: the one the tasks wind, if they have a distillation loss.
-        teacher_logits: those of the images of these indices, where they are known.
-        told: names of unreadable images that the user has seen, by a dictionary that the networks of a run share.
+        stages: the stages in their order, without None.
+        create_task: function that makes the task of a stage; the task's other scalars are logged with its loss.
+        loaders: loader of the training images of each stage.
+        val_loader: loader of the validation images.
+        num_classes: number of classes of mixed labels.
+        clock: clock that the tasks use, if they have a distillation loss.
+        teacher_logits: function from image indices to the teacher's logits, if they are cached.
+        told: names of unreadable images already reported, in a dictionary that the networks of a run share.
     """
 
     def __init__(
@@ -87,20 +83,20 @@ class Trainee:
         self.record = Record(device, ranks)
 
     def steps(self, epoch: int) -> int:
-        """Of that epoch; `before` has those of all epochs before it."""
+        """Return the number of steps of an epoch; `before` has that of all earlier epochs."""
         return -(-len(self.loaders[self.at(epoch)[0]]) // self.settings.accumulate)
 
     def begin(self, stage: int, *, distribute: bool = True) -> None:
-        """Makes the task, the optimiser and the schedule of that stage."""
+        """Create the task, the optimiser and the schedule of a stage."""
         self.stage, now = stage, self.stages[stage]
         seed_all(self.settings.seed, -1, stage)
         self.network.requires_grad_(True)
         self.task = self.create_task(self.network, now)
         if distribute and self.settings.shard:
-            cast(Any, self.network).reshard()  # the task has tried its layers
+            cast(Any, self.network).reshard()  # the task has run a blank image through its layers
             shard_beside(self._trained(), self.network)
         if distribute and self.settings.compile:
-            # Else what was compiled for another task, or for none, serves this one too, without its hooks.
+            # Otherwise code compiled for another task, or for none, would be reused without this task's hooks.
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             self.task.compile()
         module = self.task.get_trainable_module()
@@ -131,13 +127,13 @@ class Trainee:
         raise IndexError(f"{self.label} has no epoch {epoch}")
 
     def train_epoch(self, epoch: int, bar: tqdm, start: int = 0, wish: Callable[[], int] = lambda: 0) -> Iterator[int]:
-        """The steps of an epoch from `start` on; yields how many are done after each.
+        """Run the steps of an epoch from `start` on and yield the number of finished steps after each.
 
-        Order and augmentation are the same for each network with the same seed. What this rank wishes goes out with
-        its losses; `wished` is what all ranks then know.
+        Order and augmentation are the same for each network with the same seed. Each rank sends its stop request with
+        its losses; `wished` is the maximum over ranks.
 
         Raises:
-            DivergedError: a loss that is not finite; on CPU before it reaches the weights.
+            DivergedError: the loss is not finite; on a CPU it is raised before the weights are updated.
             DataError: more unreadable images than the settings allow.
         """
         self.epoch, self.wish = epoch, wish
@@ -159,14 +155,15 @@ class Trainee:
             self._step(epoch, step, group)
             bar.update()
             if self.record.shown + SHOW_EVERY < time.perf_counter() and self.record.seen == self.record.steps:
-                self.record.show(bar, self)
+                images_per_step = self.settings.accumulate * cast(int, self.stages[self.stage].batch_size)
+                self.record.show(bar, images_per_step, self.clock)
             yield step + 1
         self.record.send(wish())
         self._look(epoch, [])
         self._check_images()
 
     def row(self, epoch: int) -> Row:
-        """The log's row: means of the loss and its parts, top-1, seconds with data loading, those in the loss."""
+        """Return a row of the log: means of the loss and its parts, top-1, seconds with data, seconds in the loss."""
         record, own_epoch = self.record, self.at(epoch)[1]
         if self.scheduler is not None:
             self.scheduler.step_update((own_epoch + 1) * self.steps(epoch))
@@ -189,16 +186,16 @@ class Trainee:
         return row
 
     def evaluate(self, network: nn.Module | None = None) -> float:
-        """Top-1 on the validation images, in percent, over all ranks."""
+        """Return top-1 on the validation images in percent, over all ranks."""
         network = self.network if network is None else network
         loader_ranks = ALONE if self.settings.shard else self.ranks
         return evaluate(network, self.val_loader, self.autocast, loader_ranks)
 
     def state(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
-        """(weights by name, the rest): with these load_state goes on as if nothing had been."""
+        """Return (weights by name, remaining state), from which load_state continues exactly."""
         if self.stage < 0:
             return {}, {"stage": -1}
-        if self.record.steps:  # else it waits for its turn
+        if self.record.steps:  # otherwise it is restored when its stage begins
             self._look(self.epoch, [])
             self.record.stop(self.clock)
         weights = {"weights": weights_of(self._trained())}
@@ -223,7 +220,7 @@ class Trainee:
         self.record.load(state["record"])
 
     def _trained(self) -> nn.Module:
-        """The network and what its task trains beside it."""
+        """Return the network with the modules that its task trains."""
         module: nn.Module = unwrap_model(self.task.get_trainable_module())
         return module
 
@@ -245,7 +242,7 @@ class Trainee:
                     result = self.task(images, targets, **known)
                 self.record.add(result, step, len(group))
                 if last and looks:
-                    self.record.send(self.wish())  # it arrives while backward runs
+                    self.record.send(self.wish())  # the message travels while backward runs
                 self.scaler.scale(result["loss"] / len(group)).backward()
         if looks:
             self._look(epoch, group)
@@ -265,7 +262,7 @@ class Trainee:
         return (images, targets) if self.mixup is None else self.mixup(images, targets)
 
     def _look(self, epoch: int, group: list[Batch]) -> None:
-        """Brings the loss to the host; stops where it is not finite, and says where that began."""
+        """Bring the loss to the host. If it is not finite, raise an error that names the first layer concerned."""
         found = self.record.look()
         self.wished = self.record.wished
         if found is None:
@@ -280,7 +277,7 @@ class Trainee:
 
     @torch.no_grad()
     def _diagnose(self, epoch: int, step: int, group: list[Batch]) -> str | None:
-        """The first layer whose weights, or else whose output on the step's own batch, are not finite."""
+        """Return the first layer whose weights, or whose output on the step's batch, are not finite."""
         if (name := not_finite(self.network)) is not None:
             return f"the weights {name}"
         found: list[str] = []
@@ -323,140 +320,3 @@ class Trainee:
                 if name not in self.told:
                     tqdm.write(f"skipped {name}, which cannot be read")
         self.told.update(found)
-
-
-class Record:
-    """What an epoch adds up, on the device until looked at."""
-
-    def __init__(self, device: torch.device, ranks: Ranks) -> None:
-        self.device, self.ranks = device, ranks
-        self.sums: dict[str, float] = {}
-        self.steps = 0  # done
-        self.seen = 0  # and brought to the host
-        self.seconds = self.loss_seconds = self.shown = 0.0
-        self.began = time.perf_counter()
-        self.wished = 0
-        self._pending: dict[int, Tensor] = {}  # step -> its loss and parts
-        self._sent: Callable[[], Tensor] | None = None  # on its way
-        self._names: list[str] = []
-
-    def add(self, result: dict[str, Any], step: int, parts: int) -> None:
-        """A forward pass, one of `parts` of the step."""
-        scalars = {name: x for name, x in result.items() if name != "output"}
-        self._names = list(scalars)
-        values = torch.stack([x.detach().float().reshape(()) for x in scalars.values()]) / parts
-        if step in self._pending:
-            self._pending[step] += values
-        else:
-            self._pending[step] = values
-            self.steps += 1
-
-    def send(self, wish: int) -> None:
-        """Starts to tell all ranks what is pending, and a number that this one wishes."""
-        if self._pending:
-            values = torch.cat(list(self._pending.values()))
-            self._sent = self.ranks.start_gather(torch.cat([values, values.new_tensor([wish])]))
-
-    def look(self) -> tuple[int, dict[str, float]] | None:
-        """Brings what is pending to the host, as means over ranks; (step, its parts) of the first not finite."""
-        if not self._pending:
-            return None
-        if self._sent is None:
-            self.send(0)
-        assert self._sent is not None
-        *columns, wishes = zip(*self._sent().tolist(), strict=True)
-        means = [sum(of_ranks) / len(of_ranks) for of_ranks in columns]
-        steps, width = list(self._pending), len(self._names)
-        self._pending, self._sent, self.wished = {}, None, int(max(wishes))
-        for number, step in enumerate(steps):
-            values = means[number * width : (number + 1) * width]
-            if not all(map(math.isfinite, values)):
-                return step, dict(zip(self._names, values, strict=True))
-            for name, value in zip(self._names, values, strict=True):
-                self.sums[name] = self.sums.get(name, 0.0) + value
-        self.seen += len(steps)
-        return None
-
-    def show(self, bar: tqdm, trainee: Trainee) -> None:
-        self.stop(trainee.clock)
-        batch_size = cast(int, trainee.stages[trainee.stage].batch_size)
-        images = self.steps * trainee.settings.accumulate * batch_size * self.ranks.world
-        parts = [f"{name} {value / self.steps:.4g}" for name, value in self.sums.items()]
-        share = [] if trainee.clock is None else [f"in loss {self.loss_seconds / self.seconds:.1%}"]
-        bar.set_postfix_str(", ".join([*parts, f"{images / self.seconds:.0f} images/s", *share]), refresh=False)
-        self.shown = time.perf_counter()
-
-    def stop(self, clock: LossClock | None) -> None:
-        """Adds up the time so far."""
-        now = time.perf_counter()
-        self.seconds += now - self.began
-        self.began = now
-        if clock is not None:
-            self.loss_seconds += clock.total()
-
-    def state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("sums", "steps", "seen", "seconds", "loss_seconds")}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-def not_finite(network: nn.Module) -> str | None:
-    """The first parameter that holds NaN or infinity."""
-    for name, x in network.named_parameters():
-        if not bool(torch.isfinite(whole(x) if isinstance(x, DTensor) else x.detach()).all()):
-            return name
-    return None
-
-
-def shard(network: nn.Module, ranks: Ranks, device: torch.device) -> None:
-    """Spreads the network's weights over the ranks by FSDP2, a group for each of its blocks."""
-    mesh = init_device_mesh(device.type, (ranks.world,))
-    for name in capture.block_names(network):
-        fully_shard(network.get_submodule(name), mesh=mesh)
-    fully_shard(network, mesh=mesh)
-
-
-def shard_beside(module: nn.Module, network: nn.Module) -> None:
-    """The same for what a task trains beside the network, in a group of its own."""
-    mesh = next(network.parameters()).device_mesh  # type: ignore[attr-defined]
-    for child in module.children():
-        if child is not network and any(True for _ in child.parameters()):
-            fully_shard(child, mesh=mesh)
-
-
-@torch.no_grad()
-def evaluate(network: nn.Module, loader: Any, context: Any, ranks: Ranks = ALONE) -> float:
-    """Top-1 in percent over all images of the loader."""
-    network.eval()
-    right, count = None, 0
-    for images, targets in loader:
-        with context:
-            logits = network(images)
-        rows = accuracy(logits.float(), targets)[0] * len(targets)
-        right = rows if right is None else right + rows
-        count += len(targets)
-    # A rank may have had no image at all.
-    device = next(network.parameters()).device
-    totals = torch.tensor([0.0, count], dtype=torch.float64, device=device)
-    if right is not None:
-        totals[0] = right
-    hits, images_seen = ranks.sum(totals).tolist()
-    if not images_seen:
-        raise DataError("--data: there is no validation image to be read")
-    return hits / images_seen
-
-
-def mixup(settings: Settings, num_classes: int) -> Mixup | None:
-    if settings.mixup <= 0 and settings.cutmix <= 0:
-        return None
-    return Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_classes)
-
-
-def criterion(mixed: bool, smoothing: float) -> nn.Module:
-    """timm's cross-entropy for the targets that mixup makes or leaves."""
-    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-
-    if mixed:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

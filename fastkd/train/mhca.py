@@ -1,6 +1,6 @@
-"""DeiT students whose first blocks can attend like a convolution: DearKD's MHCA, in our reading of it.
+"""DeiT students whose first blocks can attend like a convolution: our reading of DearKD's MHCA.
 
-Importing this module makes timm.create_model know deit_tiny_mhca_patch16_224, deit_small_.. and deit_base_...
+Importing this module registers deit_tiny_mhca_patch16_224, deit_small_.. and deit_base_.. with timm.create_model.
 """
 
 import math
@@ -20,10 +20,10 @@ class ConvolutionalAttention(nn.Module):
 
         softmax( q kᵀ d^-1/2 - α_h |δ - Δ_h|² ) v,  δ the way from query to key on the grid of patches
 
-    A large α makes head h look only Δ_h away: the heads together are a convolution. Class tokens have no place on the
-    grid, so no such term to them or from them. DearKD (Chen et al. 2022, arXiv:2204.12997) names the layer and the
-    part that dropout plays in it; that the terms are added before the softmax, α = 1 and a square of centres Δ at the
-    start are our reading.
+    With a large α, head h attends only to the offset Δ_h, so the heads together form a convolution. Class tokens have
+    no position on the grid, so their scores have no such term. DearKD (Chen et al. 2022, arXiv:2204.12997) describes
+    the layer and its dropout. Adding the terms before the softmax, α = 1 and a square of centres Δ at the start are our
+    reading.
 
     Args:
         dim, num_heads, qkv_bias: as timm's Attention, whose names the weights have.
@@ -59,7 +59,7 @@ class ConvolutionalAttention(nn.Module):
         self.register_buffer("offsets", place[None] - place[:, None], persistent=False)  # δ (N, N, 2)
 
     def bias(self) -> Tensor:
-        """(1, H, prefix + N, prefix + N): the term of the positions."""
+        """Return the positional term of the scores, (1, H, prefix + N, prefix + N)."""
         away = (self.offsets[None] - self.centre[:, None, None]).square().sum(-1)
         return F.pad(-self.sharpness[:, None, None] * away, (self.prefix_tokens, 0, self.prefix_tokens, 0))[None]
 
@@ -78,7 +78,7 @@ class VisionTransformerMHCA(VisionTransformerDistilled):
     """A DeiT with a distillation token and ConvolutionalAttention in its first blocks.
 
     Args:
-        mhca_blocks: how many; half of twelve is our choice.
+        mhca_blocks: number of such blocks; half of twelve is our choice.
         mhca_drop: dropout of their attention maps; our choice.
         args, kwargs: as timm's VisionTransformer.
     """
@@ -96,7 +96,7 @@ class VisionTransformerMHCA(VisionTransformerDistilled):
                 qkv_bias=plain.qkv.bias is not None,
                 attn_drop=mhca_drop,
             ).to(plain.qkv.weight)
-            block.attn.qkv, block.attn.proj = plain.qkv, plain.proj  # initialised as the others
+            block.attn.qkv, block.attn.proj = plain.qkv, plain.proj  # initialised like the other blocks
 
     def no_weight_decay(self) -> set[str]:
         centres = {f"blocks.{i}.attn.centre" for i in range(self.mhca_blocks)}
@@ -104,7 +104,7 @@ class VisionTransformerMHCA(VisionTransformerDistilled):
 
 
 def _cfg() -> dict[str, Any]:
-    """DeiT's, without weights."""
+    """Return DeiT's configuration without weights."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),

@@ -1,4 +1,4 @@
-"""Teacher and student from timm's registry: creation, weights, matched layers; refuses what cannot work."""
+"""Teacher and student from timm's registry: creation, weights and matched layers, with checks of all of them."""
 
 import copy
 import difflib
@@ -19,11 +19,11 @@ from . import (
     mhca,  # noqa: F401  timm then knows its models
 )
 
-MAX_LAYERS = 8  # the first four and the last four, as Hao et al.
+MAX_LAYERS = 8  # the first four and the last four, as in Hao et al.
 
 
 class Layer(NamedTuple):
-    """A layer's output without class tokens: as many tokens of that width."""
+    """Number and width of a layer's output tokens, without class tokens."""
 
     name: str
     tokens: int
@@ -33,7 +33,7 @@ class Layer(NamedTuple):
 def create_model(
     role: str, name: str, args: dict[str, Any], *, num_classes: int, img_size: int | None, pretrained: bool = False
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The timm model and the arguments with which timm.create_model makes it again. `role` is the option's name."""
+    """Return the timm model and the arguments that recreate it. `role` is the name of the option."""
     if not timm.is_model(name.partition(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise InputError(f"--{role}: timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
@@ -44,12 +44,12 @@ def create_model(
         args.setdefault("img_size", img_size)
     try:
         return timm.create_model(name, pretrained=pretrained, **args), args
-    except Exception as error:  # whatever a model's constructor or a download says
+    except Exception as error:  # constructors and downloads raise any error
         raise InputError(f"--{role}: timm cannot make {name} with {args}: {first_line(error)}") from error
 
 
 def load_weights(role: str, model: nn.Module, name: str, path: str) -> None:
-    """Loads a checkpoint as timm reads it; it must fit exactly."""
+    """Load a checkpoint in any format that timm reads; it must fit exactly."""
     if not Path(path).is_file():
         raise InputError(f"--{role}-checkpoint: {path} is not a file")
     try:
@@ -60,15 +60,15 @@ def load_weights(role: str, model: nn.Module, name: str, path: str) -> None:
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """timm's facts about a model: input size, mean, std, classes of the pretrained head."""
+    """Return timm's configuration of a model: input size, mean, std, classes of the pretrained head."""
     return cast(dict[str, Any], unwrap_model(model).pretrained_cfg)
 
 
 def input_size(model: nn.Module) -> int:
-    """Pixels of a side that the model takes: of its patch embedding, else of its pretrained weights.
+    """Return the model's input side in pixels: that of its patch embedding, else that of its pretrained weights.
 
     Raises:
-        InputError: it tells neither.
+        InputError: the model has neither.
     """
     size = getattr(getattr(unwrap_model(model), "patch_embed", None), "img_size", None)
     if size is not None:
@@ -79,10 +79,10 @@ def input_size(model: nn.Module) -> int:
 
 
 def check_one_image(role: str, model: nn.Module, img_size: int) -> None:
-    """That it can be trained on batches of one image: batch norm takes the variance of what a channel has in a batch.
+    """Check that the model can be trained on batches of one image; a batch norm needs a variance within each channel.
 
     Raises:
-        InputError: it cannot.
+        InputError: the model cannot be trained on batches of one image.
     """
     first = next(model.parameters())
     try:
@@ -102,11 +102,11 @@ def match_layers(
     *,
     interpolate: bool = False,
 ) -> tuple[list[str], list[str]]:
-    """Names of the layers to match: the given ones or the default ones, tried on one blank image.
+    """Return the names of the layers to match, given or default, after a pass of one blank image.
 
-    By default, of each network's blocks (a CNN's stages) with as many tokens as blocks of the other have: the first
-    four and the last four, fewer where either has fewer. With `interpolate` grids may differ, and where no block has
-    as many tokens as one of the other network, all of them are taken for these rules.
+    The default layers are the first four and the last four (fewer if either network has fewer) of the blocks, or stages
+    of a CNN, that have as many tokens as blocks of the other network. With `interpolate`, grids may differ; if no block
+    has as many tokens as one of the other network, all blocks are considered.
 
     Raises:
         InputError: an unknown layer, layers that do not pair up, or token grids that differ.
@@ -137,7 +137,7 @@ def check_grids(own: Sequence[Layer], theirs: Sequence[Layer], img_size: int) ->
 
 
 def layers_of(role: str, model: nn.Module, names: Sequence[int | str] | None, img_size: int) -> list[Layer]:
-    """The layers named, all blocks for None, as one blank image passes them."""
+    """Return the named layers, or all blocks for None, with their shapes for one blank image."""
     captured = probe(role, model, capture.block_names(model) if names is None else names, img_size)
     return [Layer(name, x.shape[1], x.shape[2]) for name, x in captured]
 
@@ -149,10 +149,10 @@ def probe(
     img_size: int,
     watch: Callable[[nn.Module, Sequence[int | str]], Any] = capture.tokens,
 ) -> list[tuple[str, Any]]:
-    """(name, what `watch` captures of it) for one blank image.
+    """Return (name, value captured by `watch`) of each layer for one blank image.
 
     Raises:
-        InputError: an unknown layer, one that cannot be watched, a size that the model refuses.
+        InputError: an unknown layer, one that cannot be captured, or an image size that the model rejects.
     """
     modes = {module: module.training for module in model.modules()}
     first = next(model.parameters())
@@ -160,7 +160,7 @@ def probe(
         with torch.no_grad(), watch(model.eval(), names) as captured:
             try:
                 model(torch.zeros(1, 3, img_size, img_size, device=first.device, dtype=first.dtype))
-            except Exception as error:  # each architecture words its own refusal
+            except Exception as error:  # the error differs between architectures
                 raise InputError(f"--img-size: the {role} refuses {img_size} px: {first_line(error)}") from error
             return list(zip(captured.names, captured, strict=True))
     except InputError:
@@ -173,11 +173,13 @@ def probe(
 
 
 def alike(own: list[Layer], theirs: list[Layer], interpolate: bool) -> tuple[list[Layer], list[Layer]]:
-    """Of each network the layers with as many tokens as layers of the other have; of several such grids the one that
-    most layers share, the coarsest of those. All layers where there is none and `interpolate`.
+    """Return the layers of both networks that have the same token grid.
+
+    If several grids match, the one shared by most layers is used, and the coarsest of those. With `interpolate` and no
+    common grid, all layers are returned.
 
     Raises:
-        InputError: no such grid, without interpolate.
+        InputError: there is no common grid, and not `interpolate`.
     """
     shared = {layer.tokens for layer in own} & {layer.tokens for layer in theirs}
     if not shared:
@@ -209,7 +211,7 @@ def _default_pairs(
 
 
 def _ends(layers: list[Layer], count: int) -> list[Layer]:
-    """The first and the last `count` / 2, the odd one from the end."""
+    """Return the first and the last `count` / 2 layers; an odd one is taken from the end."""
     return layers if count >= len(layers) else layers[: count // 2] + layers[len(layers) - (count + 1) // 2 :]
 
 

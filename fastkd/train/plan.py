@@ -1,4 +1,4 @@
-"""`fastkd train --dry-run`: what a run would do, from its real networks, without training a step."""
+"""Plan of `fastkd train --dry-run`: a description of a run from its real networks, without training."""
 
 from typing import Any, cast
 
@@ -17,10 +17,10 @@ MB = 1e6
 
 
 def plan(settings: Settings) -> str:
-    """Shapes, matched layers, parameter counts and a memory estimate, as text.
+    """Return shapes, matched layers, parameter counts and a memory estimate as text.
 
     Raises:
-        InputError: as a run would.
+        InputError: the settings cannot work, as in a run.
     """
     setup = prepare(settings)
     student, nets = setup.students[-1], setup.nets
@@ -61,7 +61,7 @@ def plan(settings: Settings) -> str:
 
 
 def shapes(setup: Setup, matched: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The matched layers with the shape of what comes out of each for one image."""
+    """Return the matched layers with the shapes of their outputs for one image."""
     return [
         (f"{s} {own}", f"{t} {theirs}")
         for (s, t), own, theirs in zip(
@@ -97,10 +97,10 @@ def _outputs(model: nn.Module | None, names: list[str], setup: Setup) -> list[tu
 
 
 def estimate(setup: Setup, trainee: Trainee, number: int) -> dict[str, float]:
-    """Bytes that one process holds in a step of that stage: weights, gradients, optimiser, activations.
+    """Estimate the bytes that a process holds in a step of a stage: weights, gradients, optimiser, activations.
 
-    Activations are what autograd saves in real steps of two and of four images, drawn on to the batch. Not
-    in it: what the allocator keeps, the loader's batches, temporaries of a single layer.
+    Activations are the tensors that autograd saves in real steps of two and of four images, extrapolated to the batch.
+    The allocator's cache, the loader's batches and temporaries of a single layer are not included.
     """
     settings, task, stage = setup.settings, setup.tasks[number], trainee.stages[number]
     own, theirs = _bytes(task.get_trainable_module()), _bytes(setup.nets.teacher)
@@ -119,7 +119,7 @@ def estimate(setup: Setup, trainee: Trainee, number: int) -> dict[str, float]:
 
 
 def _saved_bytes(setup: Setup, trainee: Trainee, task: TrainingTask, batch: int) -> float:
-    """What autograd keeps for backward in a step of so many images, weights aside."""
+    """Return the bytes that autograd saves for backward in a step of some images, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in task.parameters()}
     seen: dict[int, int] = {}
 

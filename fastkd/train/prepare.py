@@ -1,4 +1,4 @@
-"""Everything of a run before its first step: data, device, networks, tasks, each checked. Nothing is written."""
+"""Preparation of a run: create and check data, device, networks and tasks. Nothing is written."""
 
 import copy
 import dataclasses
@@ -26,16 +26,18 @@ from .data import (
     size_of,
     take_share,
 )
-from .loop import AMP_DTYPES, Trainee, criterion, shard
+from .loop import AMP_DTYPES, Trainee
 from .models import check_one_image, create_model, load_weights, pretrained_cfg
 from .ranks import ALONE, Ranks
 from .settings import STAGE_KINDS, Settings, Stage, stages
+from .sharding import shard
+from .targets import criterion
 from .tasks import TASKS, create_task
 from .teacher_cache import TeacherCache
 
 
 class Networks(NamedTuple):
-    """Teacher and student on their device, and the arguments that make them again."""
+    """Teacher and student on their device, and the arguments that recreate them."""
 
     teacher: nn.Module | None
     teacher_args: dict[str, Any]
@@ -45,7 +47,7 @@ class Networks(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """All that a run needs."""
+    """Everything that a run needs."""
 
     settings: Settings
     data: Data
@@ -60,7 +62,7 @@ class Setup(NamedTuple):
 
 
 def prepare(settings: Settings) -> Setup:
-    """Opens, makes and checks.
+    """Open the data, create networks and tasks, and check them all.
 
     Raises:
         InputError: a setting that cannot work.
@@ -112,7 +114,7 @@ def build(
 
 
 def check_settings(settings: Settings) -> None:
-    """What can be told without models."""
+    """Check everything that needs no models."""
     for stage in stages(settings):
         check_stage(stage)
         if (settings.mixup > 0 or settings.cutmix > 0) and cast(int, stage.batch_size) % 2:
@@ -152,7 +154,7 @@ def check_stage(stage: Stage) -> None:
 
 
 def check_alike(prints: list[dict[str, Any]]) -> None:
-    """That all processes have the same data: else they would wait for each other's batches."""
+    """Check that all processes have the same data; otherwise they would wait for each other's batches."""
     if any(one != prints[0] for one in prints):
         raise InputError(f"--data: the processes see different images: {prints}")
 
@@ -167,14 +169,14 @@ def choose_device(settings: Settings) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # meta holds no numbers
+        torch.zeros(1, device=device).item()  # tensors on meta have no values
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device: {name} cannot be used: {' '.join(str(error).split())[:200]}") from error
     return device
 
 
 def create_networks(settings: Settings, num_classes: int, device: torch.device) -> Networks:
-    """Both models, checked against each other, and the image size."""
+    """Return both models, checked against each other, and the image size."""
     seed_all(settings.seed)
     student, student_args = create_model(
         "student", settings.student, settings.student_args, num_classes=num_classes, img_size=settings.img_size
@@ -198,7 +200,7 @@ def create_networks(settings: Settings, num_classes: int, device: torch.device) 
 
 
 def check_teacher(settings: Settings, teacher: nn.Module, num_classes: int, img_size: int) -> None:
-    """That its size and its classes are those of the run, or that the user chose so for weights that it has."""
+    """Check that the teacher's size and classes are those of the run, or that the user chose others for its weights."""
     cfg, own = pretrained_cfg(teacher), cast(int, teacher.num_classes)
     size, classes = cfg["input_size"][-1], cfg["num_classes"]
     if settings.teacher_epochs > 0 and own != num_classes:
@@ -221,7 +223,7 @@ def check_teacher(settings: Settings, teacher: nn.Module, num_classes: int, img_
 
 
 def uses_logits(stage: Stage) -> bool:
-    """Whether the task learns from the teacher's logits, by its options or its defaults."""
+    """Return whether the task learns from the teacher's logits, by its options or its defaults."""
     from .tasks import task_options
 
     return {**task_options(stage.task), **stage.options}.get("logits") is not None
@@ -244,7 +246,7 @@ def open_cache(settings: Settings, data: Data, nets: Networks, device: torch.dev
 def create_trainees(
     settings: Settings, data: Data, nets: Networks, device: torch.device, own: Ranks, cache: TeacherCache | None
 ) -> tuple[Trainee | None, list[Trainee]]:
-    """The teacher, and one or two copies of the student, each with what trains it."""
+    """Return the trainee of the teacher and those of one or two copies of the student."""
     loading: dict[str, Any] = {
         "img_size": nets.img_size, "augment": settings.augment, "workers": settings.workers, "device": device,
         "ranks": own, "seed": settings.seed,
@@ -291,12 +293,12 @@ def create_trainees(
         teacher = Trainee("teacher", nets.teacher, (stage,), plain, *loaders, unsharded, **common)
 
     if settings.shard:
-        loading["val_ranks"] = ALONE  # a sharded forward pass needs all ranks at it
+        loading["val_ranks"] = ALONE  # a sharded forward pass needs all ranks
     plan = stages(settings)
     loaders = stage_loaders(data, nets.student, plan, repeats=settings.aug_repeats, **loading)
     students = []
     if settings.baseline and any(stage.task != "none" for stage in plan):
-        # The same schedule without the teacher.
+        # The baseline has the same schedule without the teacher.
         alone = tuple(dataclasses.replace(stage, task="none", options={}) for stage in plan)
         copied = copy.deepcopy(nets.student)
         students.append(Trainee("student alone", copied, alone, plain, *loaders, settings, ema=settings.ema, **common))
@@ -316,7 +318,7 @@ def create_trainees(
 def stage_loaders(
     data: Data, network: nn.Module, plan: tuple[Stage, ...], **loading: Any
 ) -> tuple[tuple[Loader, ...], Loader]:
-    """The training images of each stage, one loader for all that want the same, and the validation images."""
+    """Return the loaders of the stages, shared by stages with equal settings, and the validation loader."""
     made: list[tuple[Loader, Loader]] = []
     for number, stage in enumerate(plan):
         wanted = stage.batch_size, stage.augment_args
@@ -330,7 +332,7 @@ def stage_loaders(
 
 
 def check_stages(trainee: Trainee) -> list[TrainingTask]:
-    """The task of each stage, made with its optimiser and schedule on a copy of the network."""
+    """Create the task, optimiser and schedule of each stage on a copy of the network."""
     network, tasks = trainee.network, []
     for number, stage in enumerate(trainee.stages):
         trainee.network = copy.deepcopy(network)
@@ -338,7 +340,7 @@ def check_stages(trainee: Trainee) -> list[TrainingTask]:
             trainee.begin(number, distribute=False)
         except InputError:
             raise
-        except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # timm's factories use them all
+        except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # timm's factories use all of these
             raise InputError(f"--opt {stage.opt} or --sched {stage.sched}: {error}") from error
         tasks.append(trainee.task)
     trainee.network, trainee.stage = network, -1
@@ -347,7 +349,7 @@ def check_stages(trainee: Trainee) -> list[TrainingTask]:
 
 
 def fingerprint(data: Data) -> dict[str, Any]:
-    """How many images, and a digest of their names and classes: the same data, the same fingerprint."""
+    """Return the number of images and a digest of their names and classes; equal data has equal fingerprints."""
     digest = hashlib.sha256()
     for part in (data.train, data.val):
         samples = getattr(getattr(part, "reader", None), "samples", None) or getattr(part, "targets", [])

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun started. Only the first one writes."""
+"""Processes of a run: one, or those that torchrun started. Only the first one writes files."""
 
 import os
 from collections.abc import Callable
@@ -21,31 +21,31 @@ class Ranks(NamedTuple):
 
     @property
     def group(self) -> Any:
-        """For the losses that span images; None: this process alone."""
+        """Return the process group for losses that relate images, or None for a single process."""
         return dist.group.WORLD if self.world > 1 else None
 
     def start_gather(self, x: Tensor) -> Callable[[], Tensor]:
-        """Sends x to every rank; what it returns waits for all of them, (ranks, ...)."""
+        """Start sending x to every rank. Return a function that waits and returns all ranks' tensors (ranks, ...)."""
         if self.world == 1:
             return lambda: x[None]
         wait = distributed.start_gather(x[None], [1] * self.world, self.group)
         return lambda: torch.cat(wait())
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
+        """Sum x over ranks, in place."""
         if self.world > 1:
             dist.all_reduce(x)
         return x
 
     def first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the first rank, or raises there, on every rank."""
+        """Run `work` on the first rank and return its result, or raise its error, on every rank."""
         if self.world == 1:
             return work()
         told: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 told[0] = work()
-            except Exception as error:  # whatever it is, the others wait
+            except Exception as error:  # any error must be sent, since the others wait
                 told[1] = error
         dist.broadcast_object_list(told)
         if told[1] is not None:
@@ -54,7 +54,7 @@ class Ranks(NamedTuple):
         return told[0]
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work`, which waits for no other rank, gives on this one; what fails on one rank is raised on all."""
+        """Run `work`, which must not communicate, on this rank. An error on one rank is raised on all."""
         if self.world == 1:
             return work()
         done: list[T] = []
@@ -70,7 +70,7 @@ class Ranks(NamedTuple):
         return done[0]
 
     def each(self, value: T) -> list[T]:
-        """Every rank's, in their order."""
+        """Return every rank's object, in the order of the ranks."""
         if self.world == 1:
             return [value]
         told: list[Any] = [None] * self.world
@@ -78,7 +78,7 @@ class Ranks(NamedTuple):
         return told
 
     def found(self, value: str | None) -> str | None:
-        """The first rank's that has one."""
+        """Return the object of the first rank that has one."""
         return next((x for x in self.each(value) if x is not None), None)
 
 
@@ -86,15 +86,15 @@ ALONE = Ranks()
 
 
 def mean_at_once(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """A communication hook of DistributedDataParallel for gradients that all ranks can send to all in one round.
+    """Communication hook of DistributedDataParallel for small gradients, which all ranks send to all in one round.
 
-    gloo's all-reduce goes round a ring, in pieces, and waits for most of its time.
+    gloo's all-reduce passes pieces around a ring, and spends most of its time waiting.
     """
     gradients = bucket.buffer()
     world = dist.get_world_size(group)
     first, *others = distributed.start_gather(gradients, [len(gradients)] * world, group)()
     mean = first / world
-    for other in others:  # in the order of the ranks: the same bits everywhere
+    for other in others:  # summed in the order of the ranks, so that all get the same bits
         mean.add_(other, alpha=1 / world)
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(mean)
@@ -102,9 +102,9 @@ def mean_at_once(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Te
 
 
 def join(device: torch.device, workers: int = 0) -> tuple[Ranks, torch.device]:
-    """Joins the processes that torchrun started, if this one has not; each gets a GPU of its own.
+    """Join the processes that torchrun started, unless already done; each gets its own GPU.
 
-    timm's init_distributed_device also takes a Slurm job's variables for ranks, whatever started this process.
+    timm's init_distributed_device would also read ranks from a Slurm job's variables, whatever started this process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(), device
@@ -119,10 +119,10 @@ def join(device: torch.device, workers: int = 0) -> tuple[Ranks, torch.device]:
 
 
 def keep_to_own_cores(workers: int) -> None:
-    """Gives each process of a machine its share of the cores if its threads and those of its loaders' workers fit in
-    there, and nobody chose others.
+    """Bind each process of a machine to its share of the cores, if its threads and loader workers fit there.
 
-    Else gloo's threads wake up on cores where another process computes, and that one waits for what they bring.
+    Cores that the user has chosen are kept. Without this, gloo's threads wake up on cores where another process
+    computes, and that process waits for their messages.
     """
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_world == 1 or not hasattr(os, "sched_setaffinity"):
@@ -131,11 +131,11 @@ def keep_to_own_cores(workers: int) -> None:
     share = len(cores) // local_world
     if len(cores) == os.cpu_count() and torch.get_num_threads() + workers <= share:
         first = int(os.environ["LOCAL_RANK"]) * share
-        os.sched_setaffinity(0, cores[first : first + share])  # threads started from here on inherit it
+        os.sched_setaffinity(0, cores[first : first + share])  # inherited by threads that start later
 
 
 def leave(together: bool = False) -> None:
-    """Ends the group; `together` where all come here: torchrun stops the others when the first process ends."""
+    """End the group. `together`: all ranks call this, and wait, since torchrun stops the others when one ends."""
     if dist.is_available() and dist.is_initialized():
         if together:
             dist.barrier()

@@ -1,4 +1,4 @@
-"""The papers' settings: each value beside where it comes from, under the names that Settings has."""
+"""Settings of the papers: each value with its source, under the names of the fields of Settings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,17 +7,17 @@ from typing import Any
 
 from .settings import Settings, Stage
 
-Sourced = tuple[Any, str]  # a value and its source
+Sourced = tuple[Any, str]  # (value, source)
 OURS = "our choice"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The configuration of a published run. Fields that Settings has too mean the same there.
+    """The configuration of a published run. Fields with names of Settings have the same meaning.
 
-    source: the paper and its code. processes: of the run, each with batch_size images; lr is for all of them.
-    sources: of each field, and of each value of stage i as "stages[i].name".
-    differences: what the published run does and a run of this recipe does not.
+    source: the paper and its code. processes: their number, each with batch_size images; lr is for all together.
+    sources: the source of each field, and of each value of stage i as "stages[i].name".
+    differences: features of the published run that a run of this recipe lacks.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Recipe:
     differences: tuple[str, ...] = ()
 
     def overrides(self) -> dict[str, Any]:
-        """Its values by the names that Settings has for them."""
+        """Return the recipe's values by their names in Settings."""
         names = {item.name for item in dataclasses.fields(Settings)}
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name in names}
         own["epochs"] = sum(stage.epochs for stage in self.stages)
@@ -63,7 +63,7 @@ class Recipe:
         return own
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(name, value, source) of every value, those of a stage as "stages[i].name"."""
+        """Yield (name, value, source) of every value; values of a stage are named "stages[i].name"."""
         rows = []
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -78,7 +78,7 @@ class Recipe:
         return rows
 
     def table(self) -> str:
-        """The full configuration as text: each value and its source, then what differs from the published run."""
+        """Return the configuration as text: each value with its source, then the differences from the published run."""
         rows = [row for row in self.rows() if row[2]]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"{self.name}: {self.source}", ""]
@@ -89,7 +89,7 @@ class Recipe:
 
 
 def _flat(i: int, stage: Stage) -> list[tuple[str, Any]]:
-    """The values of a stage that are its own, its options among them."""
+    """Return the values that a stage sets, including its options."""
     own = {item.name: getattr(stage, item.name) for item in dataclasses.fields(stage)}
     options = own.pop("options")
     return [(f"stages[{i}].{name}", value) for name, value in {**own, **options}.items() if value is not None]
@@ -120,7 +120,7 @@ def _recipe(
 
 
 def _deit(where: str) -> dict[str, Sourced]:
-    """DeiT's augmentation, which all that train DeiT students share."""
+    """Return DeiT's augmentation, which all recipes of DeiT students share."""
     return {
         "augment_args": (
             {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "interpolation": "bicubic"}, where,
@@ -133,7 +133,7 @@ def _deit(where: str) -> dict[str, Sourced]:
 
 
 def _manifold(size: str) -> Recipe:
-    """Hao et al.'s command, for which there is code; students other than DeiT-Tiny are the paper's."""
+    """Return a recipe from the command of Hao et al.'s code; students other than DeiT-Tiny follow the paper."""
     readme, code = "README of the official code", "main.py of the official code"
     student = readme if size == "tiny" else f"{OURS}, with the settings of DeiT-Tiny"
     ends = tuple(f"blocks.{i}" for i in (0, 1, 2, 3, 8, 9, 10, 11))
@@ -184,7 +184,7 @@ def _manifold(size: str) -> Recipe:
 
 
 def _manifold_swin() -> Recipe:
-    """The paper distils Swin-Small into Swin-Tiny; the released code has no path for Swin, so much is ours."""
+    """Return the recipe of Swin-Small into Swin-Tiny; the released code lacks Swin, so parts are our choice."""
     ours = f"{OURS}: that of manifold-deit-tiny"
     base = _manifold("tiny")
     stage = _stage(

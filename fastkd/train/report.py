@@ -1,4 +1,4 @@
-"""What a run shows: log, picture, tables, a plan. One rule: a file is there whole or not at all."""
+"""Reports of a run: log, picture, tables. One rule: a file is complete or does not exist."""
 
 import csv
 import itertools
@@ -25,7 +25,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def parts_of(rows: list[Row]) -> list[str]:
-    """Names of the parts of the loss, as they appear."""
+    """Return the names of the parts of the loss, in order of appearance."""
     names = dict.fromkeys(name for row in rows for name in row)
     return [name for name in names if name not in FIRST + LAST]
 
@@ -40,7 +40,7 @@ def write_log(path: Path, rows: list[Row]) -> None:
 
 
 class TensorBoard:
-    """The same rows as TensorBoard events, steps being epochs."""
+    """Writer of the log's rows as TensorBoard events, with epochs as steps."""
 
     def __init__(self, folder: Path, rows: list[Row]) -> None:
         try:
@@ -49,7 +49,7 @@ class TensorBoard:
             raise InputError(
                 "--tensorboard: needs the package tensorboard; install it with: pip install tensorboard"
             ) from error
-        # Of a run that is taken up again what came after its checkpoint is left out.
+        # In a resumed run, rows after its checkpoint are dropped.
         epochs = {row["network"]: row["epoch"] for row in rows}
         self._writers: dict[str, Any] = {}
         self._make = lambda name: SummaryWriter(
@@ -66,9 +66,9 @@ class TensorBoard:
 
 
 def write_curve(path: Path, rows: list[Row], teacher_top1: float | None, title: str) -> None:
-    """Top-1 of the students over epochs beside the teacher's, and the terms of the loss."""
+    """Draw the students' top-1 over epochs with the teacher's, and the terms of the loss."""
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    # It holds a folder's name: a $ there begins no formula, and there may be bytes that are no text.
+    # The title contains a folder's name: $ must not begin a formula, and some bytes may not be valid text.
     title = title.encode(errors="replace").decode()
     figure.suptitle(title, x=0.012, ha="left", fontweight="bold", parse_math=False)
     top1, terms = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -88,7 +88,7 @@ def write_curve(path: Path, rows: list[Row], teacher_top1: float | None, title: 
     top1.legend(loc="lower right", frameon=False)
     distilled = [row for row in rows if row["network"] == "student distilled"]
     names = parts_of(distilled)
-    # A sum is left out where its terms are there.
+    # A sum is not drawn if its terms are.
     names = [name for name in names if not name.endswith("_loss")] or names
     for name, colour in zip(names, itertools.cycle(PART_COLOURS)):
         own = [row for row in distilled if name in row]
@@ -110,7 +110,7 @@ def write_curve(path: Path, rows: list[Row], teacher_top1: float | None, title: 
 
 
 def table(results: list[Row]) -> str:
-    """The closing table: one line per network."""
+    """Return the table of results with a row per network."""
     lines: list[tuple[str, ...]] = [("network", "top-1 (%)", "seconds per step", "share of the step in the loss")]
     for row in results:
         share = "-" if row["loss_share"] is None else f"{row['loss_share']:.1%}"

@@ -1,4 +1,4 @@
-"""What a training run is told: frozen dataclasses, the values for two kinds of data, what a resume may change."""
+"""Settings of a training run: frozen dataclasses, defaults for two kinds of data, options a resume may change."""
 
 import dataclasses
 import os
@@ -10,9 +10,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run: so many epochs of one task. None: the run's own value."""
+    """A stage of a run: a number of epochs of one task. None stands for the run's value."""
 
-    task: str  # of tasks.TASKS
+    task: str  # a name in tasks.TASKS
     epochs: int
     options: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of the task
     lr: float | None = None
@@ -27,7 +27,7 @@ class Stage:
     augment_args: Mapping[str, Any] | None = None
 
 
-STAGE_FIELDS = tuple(item.name for item in dataclasses.fields(Stage))[3:]  # what falls back on the run's
+STAGE_FIELDS = tuple(item.name for item in dataclasses.fields(Stage))[3:]  # None stands for the run's value
 STAGE_KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("lr", "weight_decay", "min_lr", "layer_decay"), (Real, "a number")),
     "warmup_epochs": (int, "a whole number"),
@@ -38,17 +38,17 @@ STAGE_KINDS: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """All options of `fastkd train`; the defaults are those for a folder of images. The optimiser's: DeiT's."""
+    """All options of `fastkd train`, with the defaults for a folder of images; the optimiser's defaults are DeiT's."""
 
     data: str = "digits"
-    data_root: str | None = None  # of a timm data set such as wds/NAME
+    data_root: str | None = None  # root folder of a timm dataset such as wds/NAME
     train_split: str = "train"
     val_split: str = "validation"
-    num_classes: int | None = None  # None: what the data says
+    num_classes: int | None = None  # None: as the data defines
     val_fraction: float = 0.2
-    train_fraction: float = 1.0  # of the training images, the same share of each class
+    train_fraction: float = 1.0  # share of the training images, equal for each class
     check: bool = True
-    skip_images: int = 0  # unreadable ones to leave out before it is an error
+    skip_images: int = 0  # maximum number of unreadable images to skip
     img_size: int | None = None  # None: the student's own
     student: str = "deit_tiny_patch16_224"
     student_args: dict[str, Any] = field(default_factory=dict)
@@ -58,10 +58,10 @@ class Settings:
     teacher_layers: tuple[str, ...] | None = None
     teacher_checkpoint: str | None = None
     teacher_pretrained: bool = False
-    teacher_epochs: int = 30  # of training first, where it comes without weights
+    teacher_epochs: int = 30  # epochs to train a teacher without weights
     teacher_lr: float = 1e-3
-    teacher_cache: str | None = None  # folder for its logits
-    recipe: str | None = None  # where the values come from; changes nothing by itself
+    teacher_cache: str | None = None  # folder that caches the teacher's logits
+    recipe: str | None = None  # name of the source of the values; has no effect itself
     task: str = "manifold"
     task_args: dict[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()  # empty: one of `task` for `epochs`
@@ -70,7 +70,7 @@ class Settings:
     warmup_epochs: int = 5
     warmup_lr: float | None = None  # None: a hundredth of lr
     min_lr: float = 0.0
-    batch_size: int = 64  # images of a forward pass, per process
+    batch_size: int = 64  # images per forward pass and process
     accumulate: int = 1  # forward passes per step
     lr: float = 5e-4
     weight_decay: float = 0.05
@@ -81,9 +81,9 @@ class Settings:
     clip_grad: float | None = None
     ema: float | None = None  # decay
     augment: bool = True
-    augment_args: dict[str, Any] = field(default_factory=dict)  # of timm's create_transform
-    aug_repeats: int = 1  # copies of an image in an epoch of the student, each with its own augmentation
-    erase: float = 0.0  # random erasing's probability
+    augment_args: dict[str, Any] = field(default_factory=dict)  # arguments of timm's create_transform
+    aug_repeats: int = 1  # copies of an image in a student's epoch, each with its own augmentation
+    erase: float = 0.0  # probability of random erasing
     mixup: float = 0.0
     cutmix: float = 0.0
     smoothing: float = 0.0
@@ -100,10 +100,10 @@ class Settings:
     overwrite: bool = False
 
 
-# They change no number of a run, so a resume may give other ones.
+# These do not change the results of a run, so a resume may change them.
 FREE = frozenset({"out", "overwrite", "workers", "checkpoint_every", "tensorboard", "check", "recipe"})
 
-# 64 px: a digit's pixel is one patch of the student and one cell of the teacher's map at stride 8.
+# At 64 px, a digit's pixel is one patch of the student and one cell of the teacher's map at stride 8.
 DIGITS = Settings(
     img_size=64,
     student="vit_tiny_patch16_224",
@@ -123,7 +123,7 @@ FOLDER = Settings()
 
 
 def stages(settings: Settings) -> tuple[Stage, ...]:
-    """The run's stages with the run's values in place of None."""
+    """Return the run's stages with None replaced by the run's values."""
     given = settings.stages or (Stage(settings.task, settings.epochs, settings.task_args),)
     return tuple(
         dataclasses.replace(
@@ -134,7 +134,7 @@ def stages(settings: Settings) -> tuple[Stage, ...]:
 
 
 def anchored(settings: Settings) -> Settings:
-    """The same with whole paths, which hold wherever a resume starts. What is not a folder or file there stays."""
+    """Return the settings with absolute paths, so that a resume works from any folder. Other values are kept."""
     names = ("data", "data_root", "teacher_checkpoint", "teacher_cache")
     given = {name: value for name in names if (value := getattr(settings, name)) is not None and value != "digits"}
     whole = {name: os.path.abspath(value) for name, value in given.items()}
@@ -148,14 +148,14 @@ def as_json(settings: Settings) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> Settings:
-    """The inverse of as_json, through JSON: lists were tuples. Names that are not settings are passed over."""
+    """Return settings from JSON, the inverse of as_json; lists become tuples, and unknown names are ignored."""
     names = {item.name for item in dataclasses.fields(Settings)}
     own = {name: _tuples(value) for name, value in values.items() if name in names}
     return Settings(**own | {"stages": tuple(Stage(**stage) for stage in own.get("stages", ()))})
 
 
 def differences(now: Settings, before: Settings) -> list[str]:
-    """What a resume would change: "lr: 0.1 (the run has 0.001)"."""
+    """Return the options that a resume would change, such as "lr: 0.1 (the run has 0.001)"."""
     new, old = vars(now), vars(before)
     changed = (name for name in new if name not in FREE and new[name] != old[name])
     return [f"{name}: {new[name]} (the run has {old[name]})" for name in changed]

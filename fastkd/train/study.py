@@ -1,9 +1,9 @@
-"""Does distillation help? Every method and none, on shares of the training images, over several seeds.
+"""Compare every method with training without distillation, on shares of the training images, over several seeds.
 
 python -m fastkd.train.study                         the digits of `make study`
 python -m fastkd.train.study FOLDER --teacher NAME   any folder of images; options of `fastkd train` may follow
 
-All runs of a study take the same number of steps, so that shares of the images differ in images alone.
+All runs of a study take the same number of steps, so that shares differ only in the images.
 """
 
 import csv
@@ -32,7 +32,7 @@ ALONE = "none"
 
 
 class Method(NamedTuple):
-    """A line of the study: stages by task and share of the epochs, and whether the teacher must be a transformer."""
+    """A method of the study: its stages (task, share of the epochs), and whether its teacher must be a transformer."""
 
     stages: tuple[tuple[str, float], ...]
     transformer: bool = False
@@ -47,7 +47,7 @@ METHODS = {
     "dearkd": Method((("dearkd", 0.5), (ALONE, 0.5))),
     "cikd": Method((("cikd", 0.5), ("dkd", 0.5)), transformer=True),
 }
-# The CNN of the demo. CIKD compares attention maps, ViTKD three layers of one grid: theirs is a transformer.
+# The teacher is the demo's CNN. CIKD needs attention maps and ViTKD three layers of one grid: they need a transformer.
 TEACHERS = {
     "cnn": DIGITS,
     "vit": dataclasses.replace(
@@ -62,7 +62,7 @@ TEACHERS = {
 
 
 def teach(base: Settings, out: Path) -> Settings:
-    """The settings with the teacher's weights in place, trained on all images where it has none yet."""
+    """Return the settings with the teacher's weights; the teacher is trained on all images if it has none yet."""
     if base.teacher_checkpoint is not None or base.teacher_pretrained:
         return base
     if not (out / "summary.json").exists():
@@ -72,7 +72,7 @@ def teach(base: Settings, out: Path) -> Settings:
 
 
 def run(base: Settings, method: str, fraction: float, seed: int, out: Path) -> dict[str, Any]:
-    """One student, trained or read from its finished folder: top-1, curve, seconds per step and in the loss."""
+    """Train a student, or read its finished folder. Return top-1, curve, seconds per step and seconds in the loss."""
     epochs = max(2, round(base.epochs / fraction))
     stages = []
     for task, share in METHODS[method].stages:
@@ -83,7 +83,7 @@ def run(base: Settings, method: str, fraction: float, seed: int, out: Path) -> d
         stages=tuple(stages),
         train_fraction=fraction,
         seed=seed,
-        # Layers that the data's own settings name are the manifold loss's; the others have their defaults.
+        # The layers in the default settings are for the manifold loss; the other losses use their own defaults.
         student_layers=base.student_layers if method == "manifold" else None,
         teacher_layers=base.teacher_layers if method == "manifold" else None,
         baseline=False,
@@ -110,18 +110,18 @@ def run(base: Settings, method: str, fraction: float, seed: int, out: Path) -> d
 
 
 def curve(log: Path, network: str) -> list[dict[str, float]]:
-    """Loss, that of the labels and top-1 after each epoch of a network."""
+    """Return the loss, the loss on labels and top-1 of a network after each epoch."""
     with log.open(newline="") as file:
         return [
             {name: float(row[name]) for name in ("epoch", "loss", "top1")}
-            | {"cross_entropy": float(row.get("task_loss") or row["loss"])}  # a loss alone has no parts
+            | {"cross_entropy": float(row.get("task_loss") or row["loss"])}  # a single loss has no parts
             for row in csv.DictReader(file)
             if row["network"] == network
         ]
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and spread over seeds, one line a method and share of the images."""
+    """Return mean and spread over seeds, one line per method and share of the images."""
     lines = []
     for method, fraction in dict.fromkeys((r["method"], r["fraction"]) for r in runs):
         own = [r for r in runs if (r["method"], r["fraction"]) == (method, fraction)]
@@ -141,7 +141,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]], costs: list[dict[str, Any]]) -> str:
-    """Markdown: a row per method; top-1 by share of the images, how well the labels fit at the end, the cost."""
+    """Return a Markdown table with a row per method: top-1 by share of the images, final cross-entropy, cost."""
     cost = {run["method"]: run for run in costs}
     fractions = sorted({line["fraction"] for line in lines})
     tops = [f"top-1 with {fraction:.0%}" for fraction in fractions]
@@ -163,7 +163,7 @@ def table(lines: list[dict[str, Any]], costs: list[dict[str, Any]]) -> str:
 
 
 def apart(a: list[dict[str, float]], b: list[dict[str, float]]) -> list[dict[str, float]]:
-    """How far two curves are apart after each epoch: of the loss, relative, and of top-1, in points."""
+    """Return the distance of two curves after each epoch: relative for the loss, in points for top-1."""
     return [
         {"loss": abs(x["loss"] - y["loss"]) / y["loss"], "top1": abs(x["top1"] - y["top1"])}
         for x, y in zip(a, b, strict=True)
@@ -172,7 +172,7 @@ def apart(a: list[dict[str, float]], b: list[dict[str, float]]) -> list[dict[str
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """PyTorch's threads, for a while."""
+    """Set the number of PyTorch's threads within the `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -182,7 +182,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def draw(figure: Any, lines: list[dict[str, Any]]) -> None:
-    """Top-1 against the number of training images, a line per method, bars of one standard deviation."""
+    """Draw top-1 against the number of training images, a line per method, with bars of one standard deviation."""
     axes = figure.subplots()
     for method in dict.fromkeys(line["method"] for line in lines):
         own = sorted((line for line in lines if line["method"] == method), key=lambda line: line["images"])
@@ -206,13 +206,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def main(
     context: typer.Context,
-    data: Annotated[str, typer.Argument(help="digits, or what `fastkd train --data` takes.")] = "digits",
-    out: Annotated[Path, typer.Option(help="Folder; a study in it is continued.")] = Path("runs/study"),
-    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = ",".join(METHODS),
-    fractions: Annotated[str, typer.Option(help="Shares of the training images.")] = "0.1,0.25,1",
+    data: Annotated[
+        str, typer.Argument(help="Training data: digits, or any value of `fastkd train --data`.")
+    ] = "digits",
+    out: Annotated[Path, typer.Option(help="Folder for the results; an unfinished study in it is continued.")] = Path(
+        "runs/study"
+    ),
+    methods: Annotated[str, typer.Option(help=f"Methods, comma-separated: {', '.join(METHODS)}.")] = ",".join(METHODS),
+    fractions: Annotated[str, typer.Option(help="Shares of the training images, comma-separated.")] = "0.1,0.25,1",
     seeds: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
-    """Trains students with each method and with none, and prints top-1, spread and cost."""
+    """Train students with each method and without distillation, and print top-1, spread and cost."""
     try:
         study(data, out, methods.split(","), [float(x) for x in fractions.split(",")], seeds, context.args)
     except (InputError, ValueError) as error:
@@ -220,7 +224,7 @@ def main(
 
 
 def study(data: str, out: Path, methods: list[str], fractions: list[float], seeds: int, options: list[str]) -> None:
-    """All runs, then study.json, study.png and the table; finished runs are not repeated."""
+    """Do all runs that are not finished, then write study.json and study.png and return the table."""
     if unknown := set(methods) - METHODS.keys():
         raise InputError(f"--methods: needs some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
     bases = {
@@ -236,7 +240,7 @@ def study(data: str, out: Path, methods: list[str], fractions: list[float], seed
         for seed, fraction, method in itertools.product(range(seeds), fractions, methods)
     ]
     lines = summarise(runs)
-    # Time apart from the long runs, which may share the machine; measured anew each time.
+    # Times are measured again each time, apart from the long runs, which may share the machine.
     costs = []
     for method in methods:
         folder = out / f"{method}-cost"
@@ -246,7 +250,7 @@ def study(data: str, out: Path, methods: list[str], fractions: list[float], seed
     content: dict[str, Any] = {"lines": lines, "costs": costs, "runs": runs}
     content["teachers"] = {kind: base.teacher for kind, base in bases.items()}
     if "manifold" in methods:
-        # The same run on plain PyTorch. What rounding alone does shows in one that sums in another order.
+        # The same run on plain PyTorch. A run that sums in another order shows the effect of rounding alone.
         fused = next(r for r in runs if (r["method"], r["fraction"], r["seed"]) == ("manifold", max(fractions), 0))
         again = partial(run, chosen("manifold"), "manifold", max(fractions), 0)
         with backend("eager"):
@@ -271,7 +275,7 @@ def study(data: str, out: Path, methods: list[str], fractions: list[float], seed
 
 
 def _bases(data: str, options: list[str]) -> dict[str, Settings]:
-    """The settings that a study's runs vary, by the kind of teacher: for a folder there is the one that is named."""
+    """Return the base settings of the runs, by kind of teacher; a folder has only the teacher that is named."""
     from . import cli
 
     if data == "digits" and not options:

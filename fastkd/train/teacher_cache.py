@@ -1,4 +1,4 @@
-"""The teacher's logits of all training images on disk, for runs that show it the same images again and again."""
+"""Cache on disk of the teacher's logits of all training images, for runs without augmentation."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .tasks import renormalisation
 
 
 class TeacherCache:
-    """A NumPy file (images, classes) in float32, named by what it depends on: teacher, images, transform."""
+    """A float32 NumPy file (images, classes), named by a digest of teacher, images and transform."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self.folder, self.ranks = folder, ranks
@@ -25,10 +25,10 @@ class TeacherCache:
 
     @torch.no_grad()
     def fill(self, teacher: nn.Module, student: nn.Module, loader: Loader, about: str) -> Path:
-        """Runs the teacher once over the images where the file is not there yet; every process sees one folder.
+        """Run the teacher once over the images if the file does not exist; all processes share the folder.
 
         Raises:
-            DataError: a folder that cannot be written.
+            DataError: the folder cannot be written.
         """
         path = self.folder / f"teacher-{digest(teacher, about)}.npy"
         if not self.ranks.first(path.exists):
@@ -63,7 +63,7 @@ class TeacherCache:
 
 
 def digest(teacher: nn.Module, about: str) -> str:
-    """Of the teacher's weights and what else the logits depend on."""
+    """Return a digest of the teacher's weights and of everything else that the logits depend on."""
     total = hashlib.sha256(about.encode())
     for name, x in teacher.state_dict().items():
         total.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

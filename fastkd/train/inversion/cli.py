@@ -1,4 +1,4 @@
-"""`fastkd invert` on typer; options left out take the preset's values."""
+"""`fastkd invert` on typer; omitted options take the preset's values."""
 
 import dataclasses
 import sys
@@ -17,47 +17,61 @@ def _option(help_text: str, *flags: str, **rules: Any) -> Any:
 
 
 def invert(
-    teacher: Annotated[str | None, _option("timm model to invert. [what its checkpoint was saved as]")] = None,
-    teacher_arg: Annotated[list[str] | None, _option("KEY=VALUE for timm.create_model; repeat for more.")] = None,
-    teacher_checkpoint: Annotated[str | None, _option("Its weights.")] = None,
-    teacher_pretrained: Annotated[bool, _option("Or timm's pretrained ones.", "--teacher-pretrained")] = False,
-    num_classes: Annotated[int | None, _option("Classes of the teacher. [as its weights have]", min=1)] = None,
-    img_size: Annotated[int | None, _option("Pixels of a side. [the teacher's own]", min=1)] = None,
-    preset: Annotated[str, _option(f"{', '.join(PRESETS)}. [imagenet-0]")] = "imagenet-0",
-    images: Annotated[int, _option("Images to make. [1000]", min=1)] = 1000,
-    labels: Annotated[str | None, _option("Classes to make them of, by commas. [all, in turn]")] = None,
-    out: Annotated[str, _option("Folder for them. [synthetic]")] = "synthetic",
-    resume: Annotated[bool, _option("Go on with the images that are in --out.", "--resume")] = False,
-    batch_size: Annotated[int | None, _option("Images at a time.", min=1)] = None,
-    phases: Annotated[str | None, _option("STEPS[/POOL[/JITTER]], by commas: 2000/2/15,1000/1/30.")] = None,
+    teacher: Annotated[str | None, _option("timm model to invert. [the model named in the checkpoint]")] = None,
+    teacher_arg: Annotated[list[str] | None, _option("KEY=VALUE argument of the teacher's model; repeatable.")] = None,
+    teacher_checkpoint: Annotated[str | None, _option("Checkpoint of the teacher.")] = None,
+    teacher_pretrained: Annotated[
+        bool, _option("Use timm's pretrained weights for the teacher.", "--teacher-pretrained")
+    ] = False,
+    num_classes: Annotated[
+        int | None, _option("Number of classes of the teacher. [that of its weights]", min=1)
+    ] = None,
+    img_size: Annotated[int | None, _option("Image side in pixels. [the teacher's own]", min=1)] = None,
+    preset: Annotated[str, _option(f"Settings to start from: {', '.join(PRESETS)}. [imagenet-0]")] = "imagenet-0",
+    images: Annotated[int, _option("Number of images to make. [1000]", min=1)] = 1000,
+    labels: Annotated[str | None, _option("Classes of the images, comma-separated numbers. [all, in turn]")] = None,
+    out: Annotated[str, _option("Folder for the images. [synthetic]")] = "synthetic",
+    resume: Annotated[bool, _option("Continue the unfinished set of images in --out.", "--resume")] = False,
+    batch_size: Annotated[int | None, _option("Images per batch.", min=1)] = None,
+    phases: Annotated[
+        str | None, _option("Phases STEPS[/POOL[/JITTER]], comma-separated, such as 2000/2/15,1000/1/30.")
+    ] = None,
     lr: Annotated[float | None, _option("Adam's learning rate.", min=0)] = None,
-    cross_entropy: Annotated[float | None, _option("Weight of the classes.", min=0)] = None,
-    bn: Annotated[float | None, _option("Of the batch norm statistics.", min=0)] = None,
-    first_bn: Annotated[float | None, _option("Of their first layer, beside the others' 1.", min=0)] = None,
-    tv_l1: Annotated[float | None, _option("Of the total variation.", min=0)] = None,
-    tv_l2: Annotated[float | None, _option("Of its root of squares.", min=0)] = None,
-    l2: Annotated[float | None, _option("Of the images' norm.", min=0)] = None,
-    intra: Annotated[float | None, _option("Of the intra-divergence.", min=0)] = None,
-    spread_margin: Annotated[float | None, _option("Distance to the nearest image of the class.", min=0)] = None,
-    boundary_margin: Annotated[float | None, _option("From a class's radius to the next class.", min=0)] = None,
-    competition: Annotated[float | None, _option("Of the competition with --student.", min=0)] = None,
-    flip: Annotated[bool | None, _option("Mirror the batch at random.")] = None,
-    grey: Annotated[bool | None, _option("One value for the three channels.")] = None,
-    cell: Annotated[int | None, _option("Pixels of a side that are one.", min=1)] = None,
-    noise: Annotated[float | None, _option("Standard deviation of the noise it starts from.", min=0)] = None,
-    student: Annotated[str | None, _option("timm model that competes, trained on the images so far.")] = None,
-    student_arg: Annotated[list[str] | None, _option("KEY=VALUE for timm.create_model; repeat for more.")] = None,
-    student_checkpoint: Annotated[str | None, _option("Weights it starts from.")] = None,
-    student_steps: Annotated[int, _option("Steps of training after each batch. [100]", min=0)] = 100,
-    student_lr: Annotated[float, _option("Learning rate then. [0.001]", min=0)] = 1e-3,
-    device: Annotated[str, _option("auto, cpu, cuda, cuda:1, ... [auto]")] = "auto",
-    amp: Annotated[str, _option("none, bf16 or fp16. [none]")] = "none",
-    seed: Annotated[int, _option("The same seed gives the same images. [0]", min=0)] = 0,
+    cross_entropy: Annotated[float | None, _option("Weight of the cross-entropy with the labels.", min=0)] = None,
+    bn: Annotated[float | None, _option("Weight of the batch-norm statistics.", min=0)] = None,
+    first_bn: Annotated[
+        float | None, _option("Weight of the first batch-norm layer (the others have 1).", min=0)
+    ] = None,
+    tv_l1: Annotated[float | None, _option("Weight of the L1 total variation.", min=0)] = None,
+    tv_l2: Annotated[float | None, _option("Weight of the L2 total variation.", min=0)] = None,
+    l2: Annotated[float | None, _option("Weight of the L2 norm of the images.", min=0)] = None,
+    intra: Annotated[float | None, _option("Weight of the intra-divergence.", min=0)] = None,
+    spread_margin: Annotated[
+        float | None, _option("Minimum distance between an image's features and the nearest ones of its class.", min=0)
+    ] = None,
+    boundary_margin: Annotated[
+        float | None, _option("Minimum gap between a class's radius and the nearest other class.", min=0)
+    ] = None,
+    competition: Annotated[float | None, _option("Weight of the competition with --student.", min=0)] = None,
+    flip: Annotated[bool | None, _option("Mirror the batch at random in each step.")] = None,
+    grey: Annotated[bool | None, _option("Make greyscale images.")] = None,
+    cell: Annotated[int | None, _option("Side in pixels of the cells that are optimised as one pixel.", min=1)] = None,
+    noise: Annotated[float | None, _option("Standard deviation of the initial noise.", min=0)] = None,
+    student: Annotated[
+        str | None, _option("timm model of the competing student, trained on the images made so far.")
+    ] = None,
+    student_arg: Annotated[list[str] | None, _option("KEY=VALUE argument of the student's model; repeatable.")] = None,
+    student_checkpoint: Annotated[str | None, _option("Initial weights of the student.")] = None,
+    student_steps: Annotated[int, _option("Training steps of the student after each batch. [100]", min=0)] = 100,
+    student_lr: Annotated[float, _option("Learning rate of the student. [0.001]", min=0)] = 1e-3,
+    device: Annotated[str, _option("Device: auto, cpu, cuda, cuda:1, ... [auto]")] = "auto",
+    amp: Annotated[str, _option("Mixed precision: none, bf16 or fp16. [none]")] = "none",
+    seed: Annotated[int, _option("Random seed; the same seed gives the same images. [0]", min=0)] = 0,
 ) -> None:
-    """Synthesise labelled images from a CNN alone, by its batch norm statistics (DeepInversion).
+    """Synthesise labelled images from a trained CNN and its batch-norm statistics (DeepInversion).
 
-    The images stand in class folders below train/, as `fastkd train --data` reads them, beside a manifest and a grid
-    of the first of them. A run that was stopped goes on with --resume.
+    The images are written to class folders below train/, as `fastkd train --data` reads them, with a manifest and a
+    grid of the first images. --resume continues a run that was stopped.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     try:
@@ -77,7 +91,7 @@ def invert(
 
 
 def settings_from(given: dict[str, Any]) -> Any:
-    """The preset's values with the given ones in place, as an Inversion."""
+    """Return the preset's values, updated by the given ones, as an Inversion."""
     from ..cli import _parsed
     from .job import Inversion
 

@@ -1,8 +1,8 @@
 """Data-free distillation end to end on handwritten digits: `make demo-datafree`.
 
-Per seed a teacher is trained on real digits, against an adversary. From then on there are no real images: from the
-teacher alone come four sets of as many images, each teaches a ViT in the same way, and the real validation images test
-it. How many images of a set a k-NN of real digits reads as the digit that was asked for says how recognisable they are.
+For each seed a teacher is trained on real digits, against an adversary. From then on no real image is used: four sets
+of equal size are made from the teacher, a ViT learns from each in the same way, and the real validation images test it.
+The share of images that a k-NN of real digits reads as the requested digit tells how recognisable a set is.
 """
 
 import argparse
@@ -49,14 +49,14 @@ from .synthesis import normalisation
 TEACHER = "(the teacher, on real images)"
 FULL = PRESETS["digits"]
 RUNGS: dict[str, Preset] = {
-    "noise": dataclasses.replace(FULL, phases=()),  # where the others start
+    "noise": dataclasses.replace(FULL, phases=()),  # first seed
     "cross-entropy": dataclasses.replace(FULL, bn=0.0),
     "DeepInversion": FULL,
     "DeepInversion + intra-divergence": dataclasses.replace(FULL, intra=1.0),
 }
-IMAGES = 100  # of each set
+IMAGES = 100  # images of each set
 TEACHER_EPOCHS = 8
-EPSILON = 0.2  # of the way from black to white
+EPSILON = 0.2  # of the range from black to white
 # The teacher's soft targets and the manifold loss; labels of synthetic images are not used.
 STUDENT = dataclasses.replace(
     DIGITS,
@@ -65,7 +65,7 @@ STUDENT = dataclasses.replace(
     baseline=False,
     check=False,
     task_args={"task_weight": 0.0, "weight": 5.0, "logits": "soft"},
-    # Nearly whole, as the real ones are validated, and of more widths than the digits' own augmentation has.
+    # Crops are nearly whole images, as in validation, and vary more in width than the digits' own augmentation.
     augment_args={"scale": (0.85, 1.0), "ratio": (0.75, 1.33), "hflip": 0.0, "color_jitter": None},
     batch_size=10,
     epochs=100,
@@ -75,14 +75,14 @@ STUDENT = dataclasses.replace(
 
 
 class Outcome(NamedTuple):
-    """Of one rung and one seed, in percent."""
+    """Results of one rung and one seed, in percent."""
 
-    top1: float  # of the student, on real images
-    read: float  # images that read as the digit that was asked for
+    top1: float  # top-1 of the student on real images
+    read: float  # images that are read as the requested digit
 
 
 def main(out: Path, seeds: int, images: int, workers: int) -> dict[str, Any]:
-    """Runs everything below `out`, several seeds and sets at a time; returns and writes what was measured."""
+    """Run everything below `out`, several seeds and sets in parallel; write and return the results."""
     began, cpu_began = time.perf_counter(), sum(os.times()[:4])
     real = Digits(train=False)
     write_images(real, out / "digits" / "val")
@@ -133,20 +133,20 @@ def main(out: Path, seeds: int, images: int, workers: int) -> dict[str, Any]:
 
 
 def _alone() -> None:
-    """In a worker: one thread, and no progress bars that several would draw over one another."""
+    """Set up a worker: one thread and no progress bar, since several would overwrite each other."""
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 
 def _now(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-    """In this process, at once."""
+    """Call the function at once, in this process."""
     future: Future[Any] = Future()
     future.set_result(function(*arguments))
     return future
 
 
 def write_images(digits: Digits, folder: Path) -> None:
-    """Digits as PNGs in class folders."""
+    """Write digits as PNGs in class folders."""
     for i in range(len(digits)):
         image, target = digits[i]
         path = folder / str(target) / f"{i:03}.png"
@@ -155,10 +155,11 @@ def write_images(digits: Digits, folder: Path) -> None:
 
 
 class AdversarialTask(PlainTask):
-    """Classification of images that are moved, by at most EPSILON in each of a digit's pixels, to where the loss rises.
+    """Classification of images whose digit pixels are moved by up to EPSILON in the direction that increases the loss.
 
-    One step from a random start (Wong et al. 2020, arXiv:2001.03994). What such a network takes for its classes looks
-    like them (Santurkar et al. 2019, arXiv:1906.09453); of another one the inversion finds patterns that no eye reads.
+    One step from a random start (Wong et al. 2020, arXiv:2001.03994). Images that such a network
+    assigns to a class look like it (Santurkar et al. 2019, arXiv:1906.09453); the inversion of a normally trained
+    network finds patterns that nobody can read.
     """
 
     def forward(self, input: Tensor, target: Tensor, *, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:  # noqa: A002
@@ -173,12 +174,12 @@ class AdversarialTask(PlainTask):
 
 
 def _moved(images: Tensor, offset: Tensor) -> Tensor:
-    """Images in [0, 1] and what is added to their pixels, enlarged as the digits are."""
+    """Return the images in [0, 1] plus the moves of their pixels, enlarged like the digits."""
     return (images + F.interpolate(offset, size=images.shape[-1], mode="bicubic")).clamp(0, 1)
 
 
 def train_teacher(seed: int, out: Path) -> float:
-    """Top-1 of a new teacher, trained on the real training images; its weights go into the seed's folder."""
+    """Train a teacher on the real training images, save its weights in the seed's folder and return its top-1."""
     setup = prepare(dataclasses.replace(DIGITS, seed=seed, baseline=False, teacher_epochs=TEACHER_EPOCHS))
     trainee = setup.teacher
     assert trainee is not None
@@ -188,7 +189,7 @@ def train_teacher(seed: int, out: Path) -> float:
 
     trainee.create_task = against_an_adversary
     fit(trainee)
-    update_bn(trainee.loaders[0], trainee.network)  # the statistics of images that nobody moved
+    update_bn(trainee.loaders[0], trainee.network)  # running statistics come from unmoved images
     top1 = trainee.evaluate()
     folder = out / f"seed{seed}"
     folder.mkdir()
@@ -197,7 +198,7 @@ def train_teacher(seed: int, out: Path) -> float:
 
 
 def climb(rung: str, seed: int, out: Path, images: int) -> Outcome:
-    """Images of that rung from the seed's teacher, how they read, and the top-1 of a new student that saw no others."""
+    """Make the images of a rung, measure how many are readable, and train a new student on them. Return its top-1."""
     teacher = str(out / f"seed{seed}" / "teacher.safetensors")
     folder = out / f"seed{seed}" / rung.replace(" ", "")
     invert(Inversion(
@@ -216,7 +217,7 @@ def climb(rung: str, seed: int, out: Path, images: int) -> Outcome:
 
 
 def fit(trainee: Trainee) -> None:
-    """All epochs."""
+    """Train for all epochs."""
     trainee.begin(0)
     with tqdm(total=trainee.before[-1], desc=trainee.label, unit="step", disable=None) as bar:
         for epoch in range(trainee.epochs):
@@ -225,9 +226,9 @@ def fit(trainee: Trainee) -> None:
 
 
 def read(images: Sequence[Image.Image], labels: Sequence[int]) -> float:
-    """Percentage of images that a k-NN of the real training images reads as their label.
+    """Return the percentage of images that a k-NN of the real training images reads as their label.
 
-    It compares the 8 x 8 pixels of a digit, the means of an image's cells. Nothing in the synthesis knows of it.
+    It compares the 8 x 8 pixels of a digit, which are means over an image's cells. The synthesis does not use it.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -242,12 +243,12 @@ def _pixels(image: Image.Image) -> Any:
 
 
 def spread(top1: list[float]) -> dict[str, Any]:
-    """The values of the seeds, their mean and their sample standard deviation."""
+    """Return the values of the seeds, their mean and their sample standard deviation."""
     return {"top1": top1, "mean": statistics.mean(top1), "spread": statistics.stdev(top1) if len(top1) > 1 else 0.0}
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The rungs in Markdown: mean and sample standard deviation over the seeds, each seed, and how the images read."""
+    """Return a Markdown table of the rungs: mean and standard deviation over seeds, each seed, readable images."""
     seeds = [f"seed {i}" for i in range(len(summary["teacher"]["top1"]))]
     head = ["the student learns from", "top-1 (%)", *seeds, "images read as asked (%)"]
     lines = [head, ["---"] * len(head)]
@@ -269,10 +270,19 @@ def table(summary: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the first free of runs/datafree, runs/datafree-2, ... by default")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the results; default: the first free one of runs/datafree, runs/datafree-2, ...",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=IMAGES)
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes of one thread")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="number of parallel processes, with one thread each",
+    )
     given = parser.parse_args()
     folder = choose_folder(dataclasses.replace(DIGITS, data="datafree", out=given.out and str(given.out)))
     if folder.exists() and any(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""The whole of `fastkd invert`: check everything, then batch after batch until the folder holds what was asked for."""
+"""Job of `fastkd invert`: check everything, then make batches until the folder has the requested images."""
 
 import dataclasses
 import hashlib
@@ -36,11 +36,11 @@ from .synthesis import Inverter, normalisation
 class Inversion:
     """All options of `fastkd invert`."""
 
-    teacher: str | None = None  # None: what its checkpoint was saved as
+    teacher: str | None = None  # None: the model named in the checkpoint
     teacher_args: dict[str, Any] = field(default_factory=dict)
     teacher_checkpoint: str | None = None
     teacher_pretrained: bool = False
-    num_classes: int | None = None  # None: as the weights have
+    num_classes: int | None = None  # None: that of the weights
     img_size: int | None = None  # None: the teacher's own
     preset: Preset = PRESETS["imagenet-0"]
     images: int = 1000
@@ -48,7 +48,7 @@ class Inversion:
     student: str | None = None  # for the competition
     student_args: dict[str, Any] = field(default_factory=dict)
     student_checkpoint: str | None = None
-    student_steps: int = 100  # of its training after each batch, on all images so far
+    student_steps: int = 100  # training steps after each batch, on all images so far
     student_lr: float = 1e-3
     device: str = "auto"
     amp: str = "none"
@@ -58,7 +58,7 @@ class Inversion:
 
 
 def invert(settings: Inversion) -> dict[str, Any]:
-    """Synthesises the images into the output folder; returns what became of them.
+    """Synthesise the images into the output folder and return a summary.
 
     Raises:
         InputError: before anything is written.
@@ -75,7 +75,7 @@ def invert(settings: Inversion) -> dict[str, Any]:
             model.to(device), settings.preset, img_size=img_size, amp=settings.amp,
             student=None if rival is None else rival.student,
         )  # fmt: skip
-    except (ValueError, RuntimeError) as error:  # each architecture words its own refusal of a size
+    except (ValueError, RuntimeError) as error:  # the error for an unsupported size differs between architectures
         raise InputError(f"--teacher {settings.teacher}: {' '.join(str(error).split())[:300]}") from error
     wanted = header(settings, model, img_size, labels)
     with alone(Path(settings.out)):
@@ -98,7 +98,7 @@ def invert(settings: Inversion) -> dict[str, Any]:
 
 
 def check_settings(settings: Inversion) -> Inversion:
-    """What can be told without models; fills in what a checkpoint says of its model."""
+    """Check everything that needs no models, and fill in the model named in a checkpoint."""
     if settings.images < 1:
         raise InputError(f"--images: needs one at least, got {settings.images}")
     if settings.amp not in AMP_DTYPES:
@@ -119,7 +119,7 @@ def check_settings(settings: Inversion) -> Inversion:
 
 
 def open_teacher(settings: Inversion) -> tuple[Inversion, nn.Module]:
-    """The network to invert, with its weights, and the settings with its number of classes."""
+    """Return the network to invert, with its weights, and the settings with its number of classes."""
     assert settings.teacher is not None
     args = dict(settings.teacher_args)
     own = getattr(get_pretrained_cfg(settings.teacher, allow_unregistered=True), "num_classes", None)
@@ -145,14 +145,21 @@ def check_labels(settings: Inversion) -> tuple[int, ...]:
 
 
 def header(settings: Inversion, teacher: nn.Module, img_size: int, labels: Sequence[int]) -> dict[str, Any]:
-    """What the images depend on, as the manifest's first line holds it; equal headers, equal images."""
+    """Return the first line of the manifest: everything that the images depend on. Equal headers mean equal images."""
     assert settings.num_classes is not None
     digits = len(str(settings.num_classes - 1))
     content = dataclasses.asdict(settings) | {
         "teacher_weights": weights_digest(teacher), "img_size": img_size, "labels": list(labels),
         "classes": [f"{i:0{digits}}" for i in range(settings.num_classes)],
     }  # fmt: skip
-    for name in ("images", "out", "resume", "device", "teacher_checkpoint", "teacher_pretrained"):  # they change none
+    for name in (
+        "images",
+        "out",
+        "resume",
+        "device",
+        "teacher_checkpoint",
+        "teacher_pretrained",
+    ):  # these settings do not change the images
         del content[name]
     versions = {"fastkd": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return json.loads(json.dumps(content | {"versions": versions}))
@@ -166,9 +173,9 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def open_store(settings: Inversion, wanted: dict[str, Any]) -> Store:
-    """The output folder: a new one, or the one to go on with."""
+    """Return the output folder: a new one, or the one to continue."""
     out = Path(settings.out)
-    if not any(path.is_file() for path in out.rglob("[!.]*")):  # a killed process may leave what is not yet a manifest
+    if not any(path.is_file() for path in out.rglob("[!.]*")):  # a killed process may leave an incomplete manifest
         try:
             return Store.create(out, wanted)
         except OSError as error:
@@ -191,7 +198,7 @@ def open_store(settings: Inversion, wanted: dict[str, Any]) -> Store:
 def make_batches(
     settings: Inversion, inverter: Inverter, rival: "Rival | None", store: Store, labels: Sequence[int]
 ) -> None:
-    """Batches of the preset's size, each a function of seed and number, until there are as many images as asked for."""
+    """Make batches until there are enough images; each batch depends only on the seed and its number."""
     size = settings.preset.batch_size
     first = len(store.batches)
     last = first - (len(store.entries) - settings.images) // size
@@ -214,9 +221,9 @@ def make_batches(
 
 
 class Rival:
-    """The student of the competition, in training: after each batch it learns from all images so far.
+    """The competing student, which is trained after each batch on all images so far.
 
-    Soft targets of the teacher at the competition's temperature, AdamW, the optimiser anew for each batch.
+    It learns the teacher's soft targets at the competition's temperature, by AdamW with a new state for each batch.
     """
 
     def __init__(self, settings: Inversion, student: nn.Module, args: dict[str, Any], teacher: nn.Module) -> None:
@@ -228,7 +235,7 @@ class Rival:
 
     @classmethod
     def create(cls, settings: Inversion, teacher: nn.Module, img_size: int, device: torch.device) -> "Rival | None":
-        """None without a student."""
+        """Return a rival, or None if there is no student."""
         if settings.student is None:
             return None
         assert settings.num_classes is not None
@@ -243,7 +250,7 @@ class Rival:
         return cls(settings, student.to(device), args, teacher.to(device))
 
     def train(self, entries: list[dict[str, Any]], store: Store, seed: int) -> None:
-        """`student_steps` steps on random images of the folder."""
+        """Train for `student_steps` steps on random images of the folder."""
         generator = torch.Generator().manual_seed(seed)
         seed_all(seed)
         self.student.train().requires_grad_(True)
@@ -271,12 +278,12 @@ class Rival:
 
 
 def _saved_as(checkpoint: str | None) -> tuple[str, dict[str, Any]] | None:
-    """Architecture and arguments from the metadata of the weights that `fastkd train` writes."""
+    """Return architecture and arguments from the metadata of weights that `fastkd train` has written."""
     if checkpoint is None or not Path(checkpoint).is_file():
         return None
     try:
         with safe_open(checkpoint, "pt") as file:
             metadata = file.metadata() or {}
         return metadata["architecture"], json.loads(metadata["model_args"])
-    except Exception:  # another format: load_weights says what is wrong with it
+    except Exception:  # another format; load_weights raises the error
         return None

@@ -1,4 +1,4 @@
-"""How images are optimised: one frozen dataclass, and the published values with the source beside each."""
+"""Presets for the optimisation of images: a frozen dataclass, and the published values with their sources."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,11 +6,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps at one resolution. The optimiser and its schedule start anew in each."""
+    """A number of steps at one resolution. Each phase restarts the optimiser and its schedule."""
 
     steps: int
     pool: int = 1  # the network sees the images averaged over pool x pool pixels
-    jitter: int = 0  # most pixels, of what the network sees, by which a step rolls the images each way
+    jitter: int = 0  # maximum shift in pixels of the network's input by which a step rolls the images in each direction
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.pool < 1 or self.jitter < 0:
@@ -21,7 +21,7 @@ class Phase:
 class Preset:
     """Schedule, optimiser and weights of one kind of inversion; the total is the weighted sum of all terms.
 
-    A weight of 0 leaves its term out, and costs nothing.
+    A term with weight 0 is not computed.
     """
 
     phases: tuple[Phase, ...]
@@ -29,10 +29,10 @@ class Preset:
     lr: float
     betas: tuple[float, float]
     schedule: Literal["cosine", "constant"]
-    warmup_steps: int  # with linearly rising rate, in front of the cosine
-    clamp: bool  # to black and white after each step
+    warmup_steps: int  # warmup steps with linearly rising learning rate before the cosine
+    clamp: bool  # clip to black and white after each step
     bn: float  # fastkd.bn_stat_loss, distance "l2"
-    first_bn: float  # its first layer's weight beside the others' 1
+    first_bn: float  # weight of the first layer (the others have 1)
     tv_l1: float
     tv_l2: float
     l2: float
@@ -40,13 +40,13 @@ class Preset:
     cross_entropy: float = 1.0
     flip: bool = False  # each step mirrors the batch with probability 1/2
     competition: float = 0.0  # fastkd.competition_loss; needs a student
-    temperature: float = 3.0  # of the competition
+    temperature: float = 3.0  # temperature of the competition
     intra: float = 0.0  # fastkd.intra_divergence_loss on the pooled features
     spread_margin: float = 1.0
     boundary_margin: float = 0.1
     grey: bool = False  # one value for the three channels
-    cell: int = 1  # pixels of a side of what is optimised; larger ones are enlarged by bicubic interpolation
-    noise: float = 1.0  # standard deviation of what it starts from, in the network's normalisation
+    cell: int = 1  # side in pixels of a cell optimised as one pixel; cells are enlarged bicubically
+    noise: float = 1.0  # standard deviation of the initial noise, in the network's normalisation
 
 
 # DeepInversion: github.com/NVlabs/DeepInversion at 2413af1.
@@ -92,7 +92,7 @@ PRESETS: dict[str, Preset] = {
         l2=0.0,  # cifar10/deepinversion_cifar10.py, --di_l2_scale
         l2_per_image=False,  # cifar10/deepinversion_cifar10.py
     ),
-    # Ours, for teachers of the digits: benchmarks/results/demo-datafree.json shows what it gives.
+    # Our own, for teachers trained on digits: benchmarks/results/demo-datafree.json has the results.
     "digits": Preset(
         phases=(Phase(100, jitter=4),),
         batch_size=100,

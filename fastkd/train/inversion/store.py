@@ -1,4 +1,4 @@
-"""Class folders of images, a manifest, a grid. One rule: a batch counts once its manifest line is whole.
+"""Class folders of images, a manifest, a grid. One rule: a batch counts only if its manifest line is complete.
 
 manifest.jsonl               a line that says how the images are made, then one per batch
 train/<class>/BBBBB-III.png  image III of batch BBBBB
@@ -26,13 +26,13 @@ COLUMNS, ROWS = 10, 8  # of the grid
 
 
 class ManifestError(InputError):
-    """A manifest that cannot be read, or does not fit its folder."""
+    """The manifest cannot be read, or does not match its folder."""
 
 
 class Store:
     """The images of one output folder, batch by batch.
 
-    batches: what the manifest holds of each finished one: number, terms of the loss, images.
+    batches: manifest entries of the finished batches: number, terms of the loss, images.
     """
 
     def __init__(self, out: Path, header: dict[str, Any], batches: list[dict[str, Any]]) -> None:
@@ -41,7 +41,7 @@ class Store:
 
     @classmethod
     def create(cls, out: Path, header: dict[str, Any]) -> "Store":
-        """A new folder. The header must survive JSON as it is."""
+        """Create a new folder. The header must be unchanged by a round trip through JSON."""
         out.mkdir(parents=True, exist_ok=True)
         store = cls(out, header, [])
         store._clear()
@@ -51,10 +51,10 @@ class Store:
 
     @classmethod
     def open(cls, out: Path) -> "Store":
-        """What is there, without the traces of a batch that was interrupted.
+        """Open an existing folder and delete the files of an interrupted batch.
 
         Raises:
-            ManifestError: no manifest, one that cannot be read, or does not fit its folder.
+            ManifestError: the manifest is missing, cannot be read, or does not match its folder.
         """
         header, batches, whole = _read(out)
         _check(out, header, batches)
@@ -65,24 +65,24 @@ class Store:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """One per finished image: file, label, probability, bytes."""
+        """Return an entry per finished image: file, label, probability, bytes."""
         return [entry for batch in self.batches for entry in batch["images"]]
 
     @property
     def pending(self) -> list[dict[str, Any]]:
-        """Those of the batch that was added and is not counted yet."""
+        """Return the entries of the batch that was added and is not committed yet."""
         return self._pending["images"]
 
     @property
     def student(self) -> Path:
-        """The student's weights that belong to the finished batches."""
+        """Return the path of the student's weights that belong to the finished batches."""
         return self._student(len(self.batches))
 
     def add(self, images: Tensor, labels: list[int], probabilities: list[float], terms: dict[str, float]) -> None:
-        """Writes the images (B, 3, H, W) uint8 of the next batch, which `commit` then counts.
+        """Write the images (B, 3, H, W) uint8 of the next batch; `commit` then makes them count.
 
         Raises:
-            OSError: a full disk and the like; what was written of the batch is gone again.
+            OSError: a file cannot be written, for example on a full disk; the batch's files are deleted.
         """
         number, entries = len(self.batches), []
         with self._whole_or_not_at_all():
@@ -98,10 +98,10 @@ class Store:
         self._pending = {"batch": number, "terms": {k: float(f"{v:.6g}") for k, v in terms.items()}, "images": entries}
 
     def commit(self, save_student: Callable[[Path], object] | None = None) -> None:
-        """Counts the batch just added, with the student's weights after it if there is one, and draws the grid.
+        """Commit the batch just added, with the student's weights after it if there is one, and draw the grid.
 
         Raises:
-            OSError: as add.
+            OSError: a file cannot be written, as in add.
         """
         manifest = self.out / MANIFEST
         size = manifest.stat().st_size
@@ -148,7 +148,7 @@ class Store:
             path.unlink(missing_ok=True)
 
     def _unfinished(self) -> list[Path]:
-        """Files of the batch that no manifest line counts."""
+        """Return the files of a batch without a manifest line."""
         name = f"{len(self.batches):05}-*.png"
         return [
             *(self.out / IMAGES).glob(f"*/{name}"),
@@ -159,10 +159,10 @@ class Store:
 
 
 def check_folder(out: Path) -> dict[str, Any] | None:
-    """The header of a folder's manifest, after holding it against the folder; None where there is none.
+    """Check the manifest of a folder against its files. Return the header, or None if there is no manifest.
 
     Raises:
-        ManifestError: a manifest that cannot be read, or does not fit its folder.
+        ManifestError: the manifest cannot be read, or does not match its folder.
     """
     if not (out / MANIFEST).is_file():
         return None
@@ -172,12 +172,12 @@ def check_folder(out: Path) -> dict[str, Any] | None:
 
 
 def _read(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
-    """Header, batches, and bytes up to the last whole line."""
+    """Return header, batches, and the number of bytes up to the last complete line."""
     path = out / MANIFEST
     if not path.is_file():
         raise ManifestError(f"{out} has no {MANIFEST}: nothing that fastkd invert could go on with")
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1  # what follows was being written when the process ended
+    whole = content.rfind(b"\n") + 1  # the process ended while writing the rest
     try:
         header, *batches = [json.loads(line) for line in content[:whole].splitlines()]
         in_order = [batch["batch"] for batch in batches] == list(range(len(batches)))
@@ -194,7 +194,7 @@ def _read(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
 def _check(out: Path, header: dict[str, Any], batches: list[dict[str, Any]]) -> None:
     listed = {entry["file"]: entry for batch in batches for entry in batch["images"]}
     there = {path.relative_to(out).as_posix() for path in (out / IMAGES).glob("*/*") if path.is_file()}
-    current = re.compile(rf"{IMAGES}/[^/]+/\.?{len(batches):05}-\d+\.png")  # may be half there
+    current = re.compile(rf"{IMAGES}/[^/]+/\.?{len(batches):05}-\d+\.png")  # may be incomplete
     if missing := sorted(set(listed) - there):
         raise ManifestError(f"{out / MANIFEST} lists {missing[0]}, which is not there{_others(missing)}")
     if extra := sorted(file for file in there - set(listed) if not current.match(file)):

@@ -1,4 +1,4 @@
-"""One batch of images from a network: the optimisation itself. One rule: a step waits for no number on the device."""
+"""Optimisation of one batch of images. One rule: a step never waits for a value on the device."""
 
 import math
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from .. import DivergedError
 from ..loop import AMP_DTYPES
 from .presets import Phase, Preset
 
-LOOK_EVERY = 50  # steps between looks at the loss, which on a GPU wait for it
+LOOK_EVERY = 50  # steps between checks of the loss, each of which waits for a GPU
 Report = Callable[[dict[str, float]], None]
 
 
 class Batch(NamedTuple):
-    """Finished images, and what the network makes of them."""
+    """Finished images, and the network's outputs for them."""
 
     images: Tensor  # (B, 3, H, W) uint8, on the CPU
     labels: Tensor  # (B,)
-    probabilities: Tensor  # (B,) the network's of the labels
-    terms: dict[str, float]  # of the step that was kept, unweighted; total is their weighted sum
+    probabilities: Tensor  # (B,) the network's probabilities of the labels
+    terms: dict[str, float]  # unweighted terms of the step that was kept; total is their weighted sum
 
 
 class _Headed(nn.Module):
-    """Logits and pooled features of a timm model, from one pass through it."""
+    """A timm model that returns logits and pooled features in one pass."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _Headed(nn.Module):
 
 
 class Inverter:
-    """Optimises images until a network with batch norm sees in them what it was trained on.
+    """Optimiser of images that have the classes and batch-norm statistics that a network was trained on.
 
         L = ce CE(teacher(x), y) + bn BN(x) + priors(x) + competition (1 - JS(student, teacher)) + intra ID(features)
 
@@ -52,9 +52,9 @@ class Inverter:
     Args:
         network: a timm model with batch norm; frozen and put into eval mode.
         preset: schedule and weights.
-        img_size: pixels of a side.
+        img_size: side of the images in pixels.
         amp: "none", "bf16" or "fp16": precision of the networks' passes. Images and losses stay in float32.
-        student: for the competition; sees full-sized images in its own normalisation.
+        student: the competing model, which receives full-sized images in its own normalisation.
 
     Raises:
         ValueError: no batch norm, one without running statistics, or a batch that has no variance there, where `bn`
@@ -92,17 +92,17 @@ class Inverter:
         if student is not None:
             mean, std = normalisation(student, self.device)
             self.to_student = self.std / std, (self.mean - mean) / std
-        # The optimised pixels are normalised as the network's input is: by the channels' mean where they are one.
+        # The optimised pixels are normalised like the network's input; grey pixels use the mean over its channels.
         self.leaf_mean = self.mean.mean(1, keepdim=True) if preset.grey else self.mean
         self.leaf_std = self.std.mean(1, keepdim=True) if preset.grey else self.std
 
     @property
     def steps(self) -> int:
-        """Steps of one batch."""
+        """Return the number of steps of a batch."""
         return sum(phase.steps for phase in self.preset.phases)
 
     def synthesise(self, labels: Tensor, *, seed: int = 0, report: Report = lambda _: None) -> Batch:
-        """One image per label.
+        """Make one image per label.
 
         Args:
             labels: (B,) classes of the network.
@@ -110,7 +110,7 @@ class Inverter:
             report: called after each step; from time to time with the terms of the loss, otherwise with none.
 
         Raises:
-            DivergedError: a loss that is not finite; names the layer where that began.
+            DivergedError: the loss is not finite; the message names the first layer concerned.
         """
         generator = torch.Generator().manual_seed(seed)
         labels = labels.to(self.device)
@@ -157,7 +157,7 @@ class Inverter:
             report(shown)
 
     def _rate(self, step: int, steps: int) -> float:
-        """The learning rate's factor, as DeepInversion's: linear up to 1, then a cosine down to 0."""
+        """Return DeepInversion's factor of the learning rate: linear up to 1, then a cosine down to 0."""
         warmup = min(self.preset.warmup_steps, steps // 2)
         if step < warmup:
             return (step + 1) / warmup
@@ -166,14 +166,14 @@ class Inverter:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
     def _render(self, leaf: Tensor) -> Tensor:
-        """The images that the optimised pixels stand for, as the network's input."""
+        """Return the network's input for the optimised pixels."""
         x = leaf
         if self.preset.cell > 1:
             x = F.interpolate(x, size=self.img_size, mode="bicubic", align_corners=False)
         return (x * self.leaf_std + self.leaf_mean - self.mean) / self.std if self.preset.grey else x
 
     def _view(self, leaf: Tensor, phase: Phase, generator: torch.Generator) -> Tensor:
-        """What the network sees in this step."""
+        """Return the images as the network sees them in this step: pooled, shifted, perhaps mirrored."""
         x = self._render(leaf)
         if phase.pool > 1:
             x = F.avg_pool2d(x, phase.pool)
@@ -185,7 +185,7 @@ class Inverter:
         return x
 
     def _terms(self, x: Tensor, pool: int, labels: Tensor) -> dict[str, Tensor]:
-        """Each term of the loss, unweighted, and their weighted total."""
+        """Return each unweighted term of the loss, and their weighted total."""
         preset, terms, parts = self.preset, {}, []
 
         def add(name: str, weight: float, value: Tensor) -> None:
@@ -225,7 +225,7 @@ class Inverter:
 
     @torch.no_grad()
     def _explain(self, phase: int, step: int, x: Tensor, terms: dict[str, float]) -> None:
-        """Raises, naming where what is not finite began."""
+        """Raise DivergedError and name the first layer that is not finite."""
         where = "the logits are the first that is not"
         if not x.isfinite().all():
             where = "a gradient was not, and with it the images"
@@ -239,7 +239,7 @@ class Inverter:
 
 
 def _can_fuse(network: nn.Module, x: Tensor) -> bool:
-    """Whether all its batch norms are of a kind that can take their statistics while they normalise."""
+    """Return whether all batch norms of the network can compute their statistics while they normalise."""
     try:
         with capture.bn_inputs(network, fused=True):
             network(x)
@@ -249,7 +249,7 @@ def _can_fuse(network: nn.Module, x: Tensor) -> bool:
 
 
 class _Best:
-    """The images of the lowest total so far, and those of the first that is not finite; kept on the device."""
+    """The images of the lowest total so far, and those of the first non-finite total, kept on the device."""
 
     def __init__(self, leaf: Tensor) -> None:
         self.leaf = leaf.detach().clone()
@@ -261,7 +261,7 @@ class _Best:
     @torch.no_grad()
     def see(self, leaf: Tensor, view: Tensor, terms: dict[str, Tensor]) -> None:
         total = terms["total"].detach()
-        better = total < self.total  # never for NaN
+        better = total < self.total  # false for NaN
         self.total = torch.where(better, total, self.total)
         self.leaf = torch.where(better, leaf, self.leaf)
         self.terms = {name: torch.where(better, x, self.terms.get(name, x)) for name, x in terms.items()}
@@ -270,7 +270,7 @@ class _Best:
 
 
 def normalisation(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(mean, std), each (1, 3, 1, 1), of the images that a timm model takes."""
+    """Return (mean, std), each (1, 3, 1, 1), of a timm model's input."""
     cfg = unwrap_model(model).pretrained_cfg
     mean, std = (torch.tensor(cfg[key], dtype=torch.float32, device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
     return mean, std

@@ -82,10 +82,10 @@ def create_task(
     process_group: distributed.Group = None,
     options: Mapping[str, Any] | None = None,
 ) -> DistillationTask:
-    """The task of that name for these networks; `options` are its own arguments.
+    """Create a task by name for these networks; `options` are the task's own arguments.
 
     Raises:
-        InputError: no such task, options that it does not have, networks or layers that it cannot work with.
+        InputError: no such task, options that it does not have, or networks or layers that do not suit it.
     """
     if name not in TASKS:
         raise InputError(f"--task: needs one of {', '.join(TASKS)}, got {name!r}")
@@ -107,12 +107,12 @@ def create_task(
         return task(student, teacher, **arguments)
     except InputError:
         raise
-    except (TypeError, ValueError) as error:  # of an option's value
+    except (TypeError, ValueError) as error:  # type of an option's value
         raise InputError(f"--task: {name}: {error}") from error
 
 
 def task_options(name: str) -> dict[str, Any]:
-    """The options of a task and their defaults."""
+    """Return the options of a task and their defaults."""
     task = TASKS[name]
     parameters = dict(inspect.signature(DistillationTask.__init__).parameters)
     parameters |= inspect.signature(task.__init__).parameters

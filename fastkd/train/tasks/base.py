@@ -1,4 +1,4 @@
-"""What every task shares: the frozen teacher in its own normalisation, one trainable module, the losses' weights."""
+"""Base of all tasks: the frozen teacher in its own normalisation, one trainable module, the weights of the losses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +26,7 @@ Parts = dict[str, Tensor]
 class FeatureLoss(nn.Module):
     """A loss between layers of the two networks. Its parameters are trained and checkpointed, not exported.
 
-    name: of the loss among the parts of the step.
+    name: the name of the loss among the parts of the step.
     """
 
     name: str
@@ -36,18 +36,18 @@ class FeatureLoss(nn.Module):
         self.student_layers, self.teacher_layers = list(student_layers), list(teacher_layers)
 
     def watch(self, model: nn.Module, layers: Layers) -> AbstractContextManager[Sequence[Any]]:
-        """Collects from the layers what forward takes."""
+        """Return a context manager that captures the layers' values for forward."""
         return capture.tokens(model, layers)
 
     def forward(self, students: list[Any], teachers: list[Any]) -> tuple[Tensor, Parts]:
-        """The loss and its parts, by name, of what was collected from both networks."""
+        """Return the loss and its parts by name, from the values captured in both networks."""
         raise NotImplementedError
 
 
 class Trainable(nn.Module):
-    """The student and all of the step that has a gradient, as one forward pass.
+    """The student and everything in the step that has a gradient, as one forward pass.
 
-    DistributedDataParallel and FSDP see every trained parameter used inside it, and the ones that are not.
+    DistributedDataParallel and FSDP thus see which trained parameters are used in it.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Trainable(nn.Module):
         return {f"student.{name}" for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layers of timm's layer-wise learning rates: the student's; what is beside it counts with its last."""
+        """Return the groups of timm's layer-wise learning rates; other modules count as the student's last layer."""
         student: Any = self.student
         own = group_parameters(student, student.group_matcher(coarse=coarse), reverse=True)
         last = max(own.values())
@@ -86,7 +86,7 @@ class Trainable(nn.Module):
             with self.features.watch(self.student, self.features.student_layers) as captured:
                 output = self.student(images)
                 students = list(captured)
-        # A distilled DeiT in training gives the logits of its class and of its distillation token.
+        # In training, a distilled DeiT returns the logits of its class token and of its distillation token.
         logits, distilled = output if isinstance(output, tuple) else (output, output)
         task_weight, weight, logit_weight = self.weights
         with _training(task_weight):
@@ -120,27 +120,27 @@ class Trainable(nn.Module):
 
 
 class DistillationTask(TrainingTask):
-    """A step of distillation: classification, a loss between layers, a loss between logits; any of them alone.
+    """A step of distillation: a classification loss, a loss between layers and a loss between logits, each optional.
 
         L = task_weight * criterion(logits, target) + weight * features + logit_weight * logit loss
 
-    The input is normalised for the student; the teacher gets it in its own normalisation, as in timm's tasks. The
-    teacher is frozen, stays in eval mode with fused attention on, and runs without gradients. A part of weight 0 is
-    still reported, but trains nothing.
+    The input is normalised for the student; the teacher receives it in its own normalisation, as in timm's tasks. The
+    teacher is frozen, stays in eval mode with fused attention on, and runs without gradients. A part with weight 0 is
+    reported but has no effect on training.
 
-    Arguments that all tasks have:
+    All tasks have these arguments:
         student: the model to train, (B, 3, H, W) -> (B, classes).
-        teacher: of the same classes where logits are compared; None where nothing is.
+        teacher: a model with the same classes if logits are compared; None if nothing is compared.
         criterion: loss of (logits, target); cross-entropy by default.
         task_weight, weight, logit_weight: factors of the three parts.
         logits: "soft", "hard", "dkd", "nkd" or None: the loss between logits, on the distillation token's where the
             student has one.
-        logit_options: its arguments, as fastkd.losses has them.
-        logit_ramp_epochs: over which its weight rises from 0, in a loop that calls set_epoch.
-        student_layers, teacher_layers: what to compare, as in fastkd.capture; None for the task's own choice.
-        img_size: pixels of a side; None for the student's.
+        logit_options: arguments of that loss in fastkd.losses.
+        logit_ramp_epochs: epochs over which logit_weight rises from 0, in a loop that calls set_epoch.
+        student_layers, teacher_layers: layers to compare, as in fastkd.capture; None for the task's own choice.
+        img_size: side of the images in pixels; None for the student's.
         clock: measures the time spent in the losses between the networks.
-        process_group: relate the images of all its ranks where a loss spans images; None, those of this process.
+        process_group: group whose images are related by losses that span images; None for this process's images.
 
     Raises:
         InputError: arguments that cannot work with these networks.
@@ -199,28 +199,28 @@ class DistillationTask(TrainingTask):
 
     @property
     def trainable(self) -> Trainable:
-        """The trainable module out of DistributedDataParallel or torch.compile."""
+        """Return the trainable module without its wrappers (DistributedDataParallel, torch.compile)."""
         module: Trainable = unwrap_model(self.trainable_module)
         return module
 
     @property
     def network(self) -> nn.Module:
-        """The student alone, as it is evaluated and exported."""
+        """Return the student as it is evaluated and exported."""
         return self.trainable.student
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The student's, and those of the losses."""
+        """Return the parameters of the student and of the losses."""
         return [p for p in self.trainable_module.parameters() if p.requires_grad]
 
     @property
     def matched(self) -> list[tuple[str, str]]:
-        """(student layer, teacher layer) that are compared."""
+        """Return the compared pairs (student layer, teacher layer)."""
         features = self.trainable.features
         return [] if features is None else list(zip(features.student_layers, features.teacher_layers, strict=True))
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the epoch of the stage, from 0, to what changes with it."""
+        """Set the epoch of the stage, from 0, for weights that change with it."""
         self.trainable.ramp = min(epoch / self.logit_ramp_epochs, 1.0) if self.logit_ramp_epochs else 1.0
 
     def train(self, mode: bool = True) -> "DistillationTask":
@@ -230,9 +230,9 @@ class DistillationTask(TrainingTask):
         return self
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "DistillationTask":
-        """Wraps what is trained in DistributedDataParallel; the teacher, being frozen, stays as it is."""
+        """Wrap the trainable module in DistributedDataParallel; the frozen teacher is not wrapped."""
         ddp_kwargs.setdefault("process_group", self.process_group)
-        # Without a loss on the logits the student's end gets no gradient; of weight 0, a loss's own parameters.
+        # Without a loss on logits the student's end gets no gradient; nor do parameters of a loss with weight 0.
         task_weight, weight, logit_weight = self.trainable.weights
         to_the_end = task_weight or (self.trainable.logits is not None and logit_weight)
         ddp_kwargs.setdefault("find_unused_parameters", not (to_the_end and weight))
@@ -245,17 +245,17 @@ class DistillationTask(TrainingTask):
             ddp_kwargs.setdefault("bucket_cap_mb", 25)  # PyTorch's own, for the first bucket too: one message
         ddp = nn.parallel.DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         if at_once:
-            from fastkd.train.ranks import mean_at_once  # not in a PyTorch that was built without processes
+            from fastkd.train.ranks import mean_at_once  # missing if PyTorch was built without distributed support
 
             ddp.register_comm_hook(group, mean_at_once)
         self.trainable_module = ddp
         return self
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compiles both networks in place, so that the names of their weights stay; the losses are kernels already.
+        """Compile both networks in place, so that the names of their weights stay. The losses are kernels already.
 
-        Call it before either network runs: PyTorch takes no hooks into what it has compiled without them. For the same
-        reason all that was compiled before, for the hooks of another stage, is forgotten.
+        Call it before either network runs, because PyTorch ignores hooks that are added after compilation. For the same
+        reason, everything compiled earlier, with the hooks of another stage, is discarded.
         """
         torch.compiler.reset()
         self.network.compile(backend=backend, mode=mode, **compile_kwargs)
@@ -264,7 +264,7 @@ class DistillationTask(TrainingTask):
         return self.network
 
     def setup_ema(self, **kwargs: Any) -> nn.Module:
-        """An average of the student alone: what is beside it ends with the training."""
+        """Create a moving average of the student only; the losses' parameters are not needed after training."""
         self.trainable_module_ema = ModelEmaV3(self.network, **kwargs)
         return self.trainable_module_ema
 
@@ -278,12 +278,12 @@ class DistillationTask(TrainingTask):
         return self.network
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """exclude_head: leaves out the student's last two, as timm does."""
+        """Return the parameters to clip; exclude_head omits the student's last two, as timm does."""
         head = {id(p) for p in list(self.network.parameters())[-2:]} if exclude_head else set()
         return [p for p in self.trainable_module.parameters() if id(p) not in head]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The parameters of the loss between layers, if it has any."""
+        """Return the parameters of the loss between layers, if it has any."""
         features = self.trainable.features
         state = {} if ema or features is None else features.state_dict()
         return {"features": state} if state else {}
@@ -302,12 +302,12 @@ class DistillationTask(TrainingTask):
         *,
         teacher_logits: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Returns loss and output (logits, detached), and for logging, detached, each part by its name.
+        """Return the loss, the output (detached logits) and, for logging, each detached part by its name.
 
         Args:
             input: (B, 3, H, W), in the student's normalisation.
             target: (B,) classes or (B, C) mixed labels, as the criterion takes them.
-            teacher_logits: (B, C) known already, instead of running a teacher of which nothing else is needed.
+            teacher_logits: (B, C) cached logits; the teacher does not run if nothing else of it is needed.
         """
         teachers: list[Any] = []
         features = self.trainable.features
@@ -334,14 +334,14 @@ class DistillationTask(TrainingTask):
 
 
 def _training(weight: float) -> AbstractContextManager[object]:
-    """No graph for a part that is reported only."""
+    """Detach a part that is only reported."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0)
 
 
 def renormalisation(student: nn.Module, teacher: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (1, 3, 1, 1): x * scale + shift takes the student's normalisation to the teacher's.
+    """Return (scale, shift), each (1, 3, 1, 1): x * scale + shift is in the teacher's normalisation.
 
-    A model without timm's pretrained_cfg takes what the other takes.
+    A model without timm's pretrained_cfg is assumed to have the other's normalisation.
     """
     own, theirs = (getattr(unwrap_model(model), "pretrained_cfg", None) for model in (student, teacher))
     if own is None or theirs is None:
@@ -355,7 +355,7 @@ def renormalisation(student: nn.Module, teacher: nn.Module | None) -> tuple[Tens
 
 
 def _clocked(clock: LossClock, inputs: list[Any]) -> list[Any]:
-    """The inputs with the clock's views in place of their tensors."""
+    """Return the inputs with their tensors replaced by the clock's views."""
     views = iter(clock.start([x for x in tree_leaves(inputs) if isinstance(x, Tensor)]))
     clocked: list[Any] = tree_map_only(Tensor, lambda _: next(views), inputs)
     return clocked

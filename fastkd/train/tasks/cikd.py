@@ -13,7 +13,7 @@ from fastkd.train.models import input_size, probe
 
 from .base import DistillationTask, FeatureLoss, Layers, Parts
 
-# Width and depth of the teacher -> its block, from 1, that the student's last one imitates, as the code has it.
+# (width, depth) of the teacher -> its block, counted from 1, that the student's last block imitates in the code.
 _LAST = {(384, 12): 11, (768, 12): 8, (1024, 24): 18}
 
 
@@ -53,13 +53,12 @@ class CIKDTask(DistillationTask):
 
         L = Σ_l mean KL( softmax(Q Kᵀ d^-1/2)_teacher ‖ student ) + the same of V Vᵀ,  over images, heads and queries
 
-    All weights are 1 and, as in the official code, labels play no part; so the end of the student's last block, its
-    final norm and its head stay as they are (compiled, they get gradients of 0, on which weight decay acts). Class
-    tokens are compared too.
+    All weights are 1 and, as in the official code, labels are not used. The end of the student's last block, its final
+    norm and its head are therefore not trained (if compiled, they get zero gradients, so weight decay still acts).
+    Class tokens are compared too.
 
-    The code builds the first and the last student block with the teacher's number of heads. Here a network with
-    another number has its q, k, v of these blocks cut anew into that many (our reading, as MiniLMv2 does): the model
-    stays one that timm makes.
+    The code builds the first and the last student block with the teacher's number of heads. Here the q, k, v of these
+    blocks are re-split into that many heads (our reading, as in MiniLMv2), so the student remains a timm model.
 
     Args:
         student_layers: the first and the last block.
@@ -120,7 +119,7 @@ def _check_heads(role: str, name: str, x: QKV, heads: int) -> None:
 
 
 def _split(x: QKV, heads: int) -> QKV:
-    """The same width cut into that many heads, with their own scale d^-1/2; a view."""
+    """Return a view of the same width, re-split into some number of heads, with their scale d^-1/2."""
     if x.q.shape[1] == heads:
         return x
     q, k, v = (y.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2) for y in (x.q, x.k, x.v))

@@ -28,9 +28,9 @@ class DearKDTask(DistillationTask):
 
         L = 0.5 criterion(class logits, target) + 0.5 CE(distillation logits, argmax teacher) + weight * early
 
-    Established are the two stages, early features of a CNN through an aligner, and the CNN's classification as a
-    target. No code was released: the aligner (fastkd.losses.EarlyDistillationLoss), the layers, the weights and the
-    stages' lengths are our reading, the halves DeiT's. The aligner resizes to the CNN's map, whatever its grid.
+    The paper describes the two stages, early features of a CNN that pass through an aligner, and the CNN's
+    classification as a target. No code was released: the aligner (fastkd.losses.EarlyDistillationLoss), the layers, the
+    weights and the lengths of the stages are our reading; the factors 0.5 are DeiT's. The aligner resizes to any grid.
 
     Args:
         student_layers: our reading: as many of the first blocks as there are teacher layers.
@@ -70,7 +70,7 @@ class DearKDTask(DistillationTask):
 
 
 def _early(model: Any) -> list[str]:
-    """The model's blocks, without a stem that halves the image once."""
+    """Return the model's blocks, without a stem that only halves the image."""
     info = getattr(model, "feature_info", None)
     stems = {entry["module"] for entry in info or [] if isinstance(entry, dict) and entry.get("reduction", 4) < 4}
     return [name for name in capture.block_names(model) if name not in stems]

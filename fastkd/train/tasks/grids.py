@@ -9,10 +9,10 @@ from fastkd.train import InputError
 
 
 def check_square(name: str, count: int) -> int:
-    """The side of a square grid of so many tokens.
+    """Return the side of a square grid with a number of tokens.
 
     Raises:
-        InputError: there is none.
+        InputError: the number of tokens is not a square.
     """
     side = math.isqrt(count)
     if side * side != count:

@@ -1,4 +1,4 @@
-"""The losses between logits under one signature, and the tasks that have nothing else."""
+"""Losses between logits under one signature."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ LOGIT_LOSSES: dict[str, Callable[..., nn.Module]] = {
 
 
 class LogitLoss(nn.Module):
-    """loss(student (B, C), teacher (B, C), target) -> scalar. Of a mixed target (B, C) the largest entry counts.
+    """loss(student (B, C), teacher (B, C), target) -> scalar. A mixed target (B, C) counts as its largest entry.
 
     Raises:
         InputError: no such loss, or arguments that it does not take.

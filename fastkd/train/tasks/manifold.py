@@ -31,7 +31,7 @@ class ManifoldTask(DistillationTask):
     """Hao et al. 2022 (arXiv:2107.01378): similarities between patches of an image, between images at a patch, and
     between random tokens, of the first four and the last four blocks.
 
-    Class tokens are left out in both networks (the official code keeps them where both have one).
+    Class tokens are dropped in both networks (the official code keeps them if both have one).
 
     Args:
         intra, inter, random, num_samples: as fastkd.losses.ManifoldLoss.

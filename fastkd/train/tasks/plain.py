@@ -1,4 +1,4 @@
-"""The tasks without layers to compare: classification, alone or with a loss between logits."""
+"""Tasks that compare no layers: classification, alone or with a loss between logits."""
 
 from typing import Any, ClassVar
 
@@ -8,7 +8,7 @@ from .base import DistillationTask
 
 
 class PlainTask(DistillationTask):
-    """Classification with labels alone, or beside a teacher's logits if `logits` says how they are compared."""
+    """Classification by labels, and by a teacher's logits if `logits` names a loss between them."""
 
     defaults: ClassVar[dict[str, Any]] = {}
 

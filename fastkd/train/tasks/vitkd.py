@@ -34,9 +34,9 @@ class _ViTKDFeatures(FeatureLoss):
 class ViTKDTask(DistillationTask):
     """Yang et al. 2022 (arXiv:2209.02432): the first two blocks and the last one after the final norm.
 
-    The projectors, mask token and generator are trained beside the student and not exported. In a network of several
-    stages (Swin, a CNN), which the paper has not, the layers are by default the first two and the last block of the
-    stage whose grid the other network shares.
+    The projectors, mask token and generator are trained with the student and not exported. In a network with stages
+    (Swin, a CNN), which the paper does not cover, the default layers are the first two and the last block of the stage
+    that has the other network's grid.
 
     Args:
         student_layers, teacher_layers: two low layers and a high one, of one grid and width in each network.
@@ -76,7 +76,7 @@ class ViTKDTask(DistillationTask):
 
 
 def _default(role: str, model: nn.Module, blocks: list[Layer], alike: list[Layer], size: int) -> list[Layer]:
-    """The first two blocks and the last, that one after the final norm unless it is of another grid or width."""
+    """Return the first two blocks and the last, taken after the final norm unless that has another grid or width."""
     width = Counter(layer.width for layer in alike).most_common(1)[0][0]
     usable = [layer for layer in alike if layer.width == width]
     if usable == blocks and hasattr(model, "norm"):
