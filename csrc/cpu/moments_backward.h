@@ -1,0 +1,227 @@
+// Gradients of moments, alone or with those of the batch norm that collected them.
+#pragma once
+#include "cpu/moments_blocks.h"
+
+namespace fastkd {
+namespace {
+
+// dx = a + b (x - mean) + alpha dy, and what it is made of; dy may be null.
+template <typename scalar_t, typename acc_t>
+struct Backward {
+  int64_t C, H, W;
+  bool per_image;
+  scalar_t* dx;
+  PlaneStrides d;
+  const scalar_t* x;
+  PlaneStrides s;
+  const scalar_t* dy;
+  PlaneStrides g;
+  const acc_t *a, *b, *mean;  // (C), or (B, C) per image
+  const acc_t* alpha;         // (C)
+};
+
+// Channels [begin, end) of image n.
+template <typename scalar_t, typename acc_t>
+FASTKD_MULTIVERSION void row_backward(const Backward<scalar_t, acc_t> k, int64_t n, int64_t begin, int64_t end) {
+  const bool has_dy = k.dy != nullptr;
+  const bool is_adjacent = k.d.w == 1 && k.s.w == 1 && (!has_dy || k.g.w == 1);
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t stat = k.per_image ? n * k.C + c : c;
+    const acc_t a = k.a[stat], b = k.b[stat], mean = k.mean[stat], alpha = has_dy ? k.alpha[c] : acc_t(0);
+    for (int64_t h = 0; h < k.H; ++h) {
+      scalar_t* dx = k.dx + n * k.d.b + c * k.d.c + h * k.d.h;
+      const scalar_t* x = k.x + n * k.s.b + c * k.s.c + h * k.s.h;
+      const scalar_t* dy = has_dy ? k.dy + n * k.g.b + c * k.g.c + h * k.g.h : nullptr;
+      for (int part = 0; part < 2; ++part) {
+        const auto [from, to] = span_of(k.W, part);
+        if (is_adjacent && has_dy) {
+          for (int64_t w = from; w < to; ++w)
+            dx[w] =
+                static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[w]) - mean) + alpha * static_cast<acc_t>(dy[w]));
+        } else if (is_adjacent) {
+          for (int64_t w = from; w < to; ++w) dx[w] = static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[w]) - mean));
+        } else {
+          for (int64_t w = from; w < to; ++w) {
+            acc_t d = a + b * (static_cast<acc_t>(x[w * k.s.w]) - mean);
+            if (has_dy) d += alpha * static_cast<acc_t>(dy[w * k.g.w]);
+            dx[w * k.d.w] = static_cast<scalar_t>(d);
+          }
+        }
+      }
+    }
+  }
+}
+
+// n adjacent elements, each with its own coefficients.
+template <typename scalar_t, typename acc_t>
+FASTKD_INLINE void element_backward(
+    scalar_t* dx,
+    const scalar_t* x,
+    const scalar_t* dy,
+    const acc_t* a,
+    const acc_t* b,
+    const acc_t* mean,
+    const acc_t* alpha,
+    int64_t n) {
+  for (int part = 0; part < 2; ++part) {
+    const auto [from, to] = span_of(n, part);
+    if (dy != nullptr) {
+      for (int64_t i = from; i < to; ++i)
+        dx[i] = static_cast<scalar_t>(
+            a[i] + b[i] * (static_cast<acc_t>(x[i]) - mean[i]) + alpha[i] * static_cast<acc_t>(dy[i]));
+    } else {
+      for (int64_t i = from; i < to; ++i)
+        dx[i] = static_cast<scalar_t>(a[i] + b[i] * (static_cast<acc_t>(x[i]) - mean[i]));
+    }
+  }
+}
+
+// Positions [begin, end) of all images, whose channels are adjacent.
+template <typename scalar_t, typename acc_t>
+FASTKD_MULTIVERSION void column_backward(const Backward<scalar_t, acc_t> k, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / (k.H * k.W), h = i / k.W % k.H, w = i % k.W, stat = k.per_image ? n * k.C : 0;
+    element_backward<scalar_t, acc_t>(
+        k.dx + n * k.d.b + h * k.d.h + w * k.d.w,
+        k.x + n * k.s.b + h * k.s.h + w * k.s.w,
+        k.dy == nullptr ? nullptr : k.dy + n * k.g.b + h * k.g.h + w * k.g.w,
+        k.a + stat,
+        k.b + stat,
+        k.mean + stat,
+        k.alpha,
+        k.C);
+  }
+}
+
+// Channels [begin, end) of B images, in planes of a few positions that follow each other.
+template <typename scalar_t, typename acc_t>
+FASTKD_MULTIVERSION void small_plane_backward(
+    const Backward<scalar_t, acc_t> k,
+    int64_t B,
+    int64_t begin,
+    int64_t end) {
+  acc_t a[kMostColumns], b[kMostColumns], mean[kMostColumns], alpha[kMostColumns];
+  const int64_t each = block_planes(k.W);
+  for (int64_t c = begin; c < end; c += each) {
+    const int64_t n = std::min(each, end - c);
+    for (int64_t i = 0, to = 0; i < n; ++i)
+      for (int64_t w = 0; w < k.W; ++w, ++to) {
+        a[to] = k.a[c + i];
+        b[to] = k.b[c + i];
+        mean[to] = k.mean[c + i];
+        alpha[to] = k.dy == nullptr ? acc_t(0) : k.alpha[c + i];
+      }
+    for (int64_t image = 0; image < B; ++image)
+      element_backward<scalar_t, acc_t>(
+          k.dx + image * k.d.b + c * k.W,
+          k.x + image * k.s.b + c * k.W,
+          k.dy == nullptr ? nullptr : k.dy + image * k.g.b + c * k.W,
+          a,
+          b,
+          mean,
+          alpha,
+          n * k.W);
+  }
+}
+
+template <typename acc_t>
+FASTKD_MULTIVERSION void scale_row(const acc_t* var, const acc_t* weight, acc_t eps, int64_t C, acc_t* out) {
+  for (int64_t c = 0; c < C; ++c) out[c] = 1 / std::sqrt(var[c] + eps);
+  for (int64_t c = 0; c < C && weight != nullptr; ++c) out[c] *= weight[c];
+}
+
+// weight / sqrt(running_var + eps), for all channels.
+template <typename acc_t>
+std::vector<acc_t> scale_of(const std::optional<at::Tensor>& weight, const at::Tensor& running_var, double eps) {
+  constexpr auto dtype = c10::CppTypeToScalarType<acc_t>::value;
+  const at::Tensor var = running_var.to(dtype).contiguous();
+  const at::Tensor w = weight ? weight->to(dtype).contiguous() : at::Tensor();
+  std::vector<acc_t> scale(var.numel());
+  scale_row<acc_t>(
+      var.const_data_ptr<acc_t>(),
+      w.defined() ? w.const_data_ptr<acc_t>() : nullptr,
+      static_cast<acc_t>(eps),
+      var.numel(),
+      scale.data());
+  return scale;
+}
+
+// What a batch norm adds to the gradient: dy, times a scale made of the others.
+struct Normalised {
+  at::Tensor dy;           // as x
+  at::Tensor running_var;  // (C)
+  std::optional<at::Tensor> weight;
+  double eps;
+};
+
+// dx of one layer.
+at::Tensor layer_backward(
+    const at::Tensor& dmean,  // (Σ C) or (Σ B C), this layer's from `first` on
+    const at::Tensor& dvar,   // as dmean
+    const at::Tensor& x,      // (B, C, ...)
+    const at::Tensor& mean,   // as dmean
+    int64_t first,
+    bool per_image,
+    const Normalised& norm = {}) {
+  auto dx = empty_kept(x);
+  if (x.numel() == 0) return dx;
+  const auto& dy = norm.dy;
+  const bool has_dy = dy.defined();
+  auto folded = fold_planes<3>({x, dx, has_dy ? dy : x});
+  if (!folded) {
+    auto dense = norm;
+    if (has_dy) dense.dy = dy.contiguous();
+    return dx.copy_(layer_backward(dmean, dvar, x.contiguous(), mean, first, per_image, dense));
+  }
+  const int64_t B = folded->B, C = folded->C, H = folded->H, W = folded->W, groups = groups_of(x, per_image);
+  const auto s = folded->strides[0], d = folded->strides[1], g = folded->strides[2];
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "moments_bwd_cpu", [&] {
+    using acc_t = acc_type<scalar_t>;
+    const auto M = static_cast<acc_t>(per_image ? H * W : B * H * W);
+    std::vector<acc_t> a(groups), b(groups);
+    const auto *dm = dmean.const_data_ptr<acc_t>() + first, *dv = dvar.const_data_ptr<acc_t>() + first;
+    for (int64_t i = 0; i < groups; ++i) {
+      a[i] = dm[i] / M;
+      b[i] = dv[i] * (2 / M);
+    }
+    const auto scale = has_dy ? scale_of<acc_t>(norm.weight, norm.running_var, norm.eps) : std::vector<acc_t>();
+    const Backward<scalar_t, acc_t> k{
+        C,
+        H,
+        W,
+        per_image,
+        dx.mutable_data_ptr<scalar_t>(),
+        d,
+        x.const_data_ptr<scalar_t>(),
+        s,
+        has_dy ? dy.const_data_ptr<scalar_t>() : nullptr,
+        g,
+        a.data(),
+        b.data(),
+        mean.const_data_ptr<acc_t>() + first,
+        scale.data()};
+    if (s.c == 1 && d.c == 1 && (!has_dy || g.c == 1) && C > 1)
+      at::parallel_for(0, B * H * W, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
+        column_backward(k, begin, end);
+      });
+    else if (!per_image && H == 1 && is_small(W) && is_dense(s, W) && is_dense(d, W) && (!has_dy || is_dense(g, W)))
+      at::parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * W)), [&](int64_t begin, int64_t end) {
+        small_plane_backward(k, B, begin, end);
+      });
+    else if (!per_image && B * H * W < 2 * kPart)  // as forward cuts it: what a core reads it still has in its cache
+      at::parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * H * W)), [&](int64_t begin, int64_t end) {
+        for (int64_t n = 0; n < B; ++n) row_backward(k, n, begin, end);
+      });
+    else
+      at::parallel_for(0, B * C, std::max<int64_t>(1, kGrain / (H * W)), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin, m; i < end; i += m) {
+          m = std::min(end, (i / C + 1) * C) - i;
+          row_backward(k, i / C, i % C, i % C + m);
+        }
+      });
+  });
+  return dx;
+}
+
+}  // namespace
+}  // namespace fastkd
