@@ -2,7 +2,7 @@
 //
 // Forward sums the differences that end in a pixel, so that each is taken once; backward forms the eight around it. The
 // neighbours of a warp's pixels come from L1. Partial sums add up in double in a fixed order: no atomics.
-#include "../thresholds.h"
+#include "thresholds.h"
 #include "common.cuh"
 
 #include <ATen/Dispatch.h>
