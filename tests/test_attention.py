@@ -365,7 +365,8 @@ def is_allowed(x: dict) -> bool:
 
 def check_options(x: dict, backend: str) -> None:
     x = dict(x)
-    B, H, N_q = 2, 2, 19
+    B, N_q = 2, 19
+    H = 1 if INTERPRETED and x["heads"] == "match" and "h" not in (x["bias"] or "") else 2
     N_k = N_q if x["is_causal"] or x["is_shared"] else 23 if INTERPRETED else 35
     dtype, layout, where, scales = x.pop("dtype"), x.pop("layout"), x.pop("bias"), x.pop("scales")
     for name, n in (("key_mask", N_k), ("query_mask", N_q)):
@@ -434,7 +435,7 @@ def test_absent_keys(backend: str, divergence: str, heads: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_without_keys(backend: str, divergence: str) -> None:
     """It adds 0 and gets gradient 0, whatever its padding holds; the other image is as if alone."""
-    q, k, tq, tk = operands(2, 3, 9, 9, 8, 24)
+    q, k, tq, tk = operands(2, HEADS, 9, 9, 8, 24)
     mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
     mask[1] = False
     q[1], k[1], tk[1] = INF, float("nan"), float("nan")
@@ -569,10 +570,8 @@ def test_eager_chunks(divergence: str, heads: str, chunk: int, monkeypatch: pyte
     check(x, bias, divergence=divergence, heads=heads, key_mask=half_of(3, 7), temperature=2.0, reduction="sum")
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("is_shared", [False, True])
-@pytest.mark.parametrize("divergence", ["kl", "mse"])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "triton"])
+@in_pairs({"divergence": ["kl", "mse"], "is_shared": [False, True], "reduction": ["sum", "none"]})
 def test_strips_of_averages(
     backend: str, divergence: str, is_shared: bool, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -585,7 +584,7 @@ def test_strips_of_averages(
     check(x, bias, heads="mean", divergence=divergence, is_shared=is_shared, reduction=reduction, backend=backend)
 
 
-@pytest.mark.parametrize("most", [1, 3, 7])
+@pytest.mark.parametrize("most", [1, 3])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 0), (0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 0)], ids=str)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "triton"])
 def test_partial_sums_of_a_bias(
@@ -653,7 +652,7 @@ def test_a_student_equal_to_the_teacher(backend: str, dtype: torch.dtype, diverg
 @in_pairs({"is_near": [False, True], "where": ["keys", "bias"], "divergence": SOFTMAX})
 def test_a_common_offset_of_a_row_is_free(backend: str, is_near: bool, where: str, divergence: str) -> None:
     """All scores of a row 3,000 higher: errors of loss and gradients stay what they are without, near a match too."""
-    N = 33 if INTERPRETED else 65
+    N = 19 if INTERPRETED else 65
     q, k, tq, tk = operands(1, 2, N, N, 24, 24)
     if is_near:
         q, k = tq + 0.01 * q, tk + 0.01 * k
@@ -731,8 +730,9 @@ def test_near_a_match(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float16_with_a_grad_scaler(backend: str, reduction: str) -> None:
     """An incoming gradient of 65536 keeps entries that would round to zero without it."""
-    q, k, tq, tk = operands(4, 3, 65, 65, 8, 24, torch.float16)
-    incoming = 65536.0 if reduction == "mean" else 65536.0 / (4 * 3 * 65)
+    B, H, N = (2, 1, 35) if INTERPRETED else (4, 3, 65)
+    q, k, tq, tk = operands(B, H, N, N, 8, 24, torch.float16)
+    incoming = 65536.0 if reduction == "mean" else 65536.0 / (B * H * N)
     _, *oracle = loss_and_gradients(
         lambda a, b: reference.attention_loss(a, b, tq.double(), tk.double()), [q.double(), k.double()], 65536.0
     )
