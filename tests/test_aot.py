@@ -1,6 +1,12 @@
-"""Every Triton configuration compiles for every architecture and fits its shared memory."""
+"""Every Triton configuration compiles for every architecture and fits its shared memory.
+
+Compiling takes the time, and configurations differ in one or two options. `make test` compiles each kernel for each
+architecture, with each of its types and with each value of its options; the other products are exhaustive.
+"""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,7 +20,25 @@ import aot
 from benchmarks import aot as report
 
 
-@pytest.mark.parametrize(("variant", "target"), [(v, target) for v in aot.variants() for target in v.targets], ids=str)
+def _held(variant: aot.Variant, target: str) -> set[tuple[str, str, Any]]:
+    """Return the pairs of a kernel and an option's value that a compilation tests."""
+    options = variant.constants | variant.options | {"types": tuple(variant.signature.values()), "target": target}
+    return {(variant.kernel.fn.__name__, *option) for option in options.items()}
+
+
+def _compilations() -> Iterator[Any]:
+    """Yield every variant for every target: first those that together hold all pairs, then the exhaustive rest."""
+    variants = aot.variants()
+    rest = {(i, target): _held(v, target) for i, v in enumerate(variants) for target in v.targets}
+    missing = set().union(*rest.values())
+    while rest:
+        number, target = chosen = max(rest, key=lambda which: len(rest[which] & missing))
+        marks = () if missing & rest[chosen] else pytest.mark.exhaustive
+        missing -= rest.pop(chosen)
+        yield pytest.param(variants[number], target, marks=marks, id=f"{variants[number]}-{target}")
+
+
+@pytest.mark.parametrize(("variant", "target"), [*_compilations()])
 def test_compiles(variant: aot.Variant, target: str) -> None:
     compiled = variant.compile(target)
     assert compiled.asm["cubin" if target.startswith("sm") else "hsaco"]
