@@ -218,7 +218,7 @@ def inspect(variant: Any, compiled: Any, target: str) -> Kernel:
     types = variant.pointers(r"[a-z](_[st])?_ptr")
     shown = {**variant.constants, **variant.options}
     return Kernel(
-        stem=variant.kernel.fn.__module__.rpartition(".")[2],
+        stem=variant.kernel.fn.__module__.rpartition(".")[2].strip("_").split("_")[0],
         kernel=variant.kernel.fn.__name__.strip("_").removesuffix("_kernel"),
         target=target,
         types="/".join(types) or "fp32",

@@ -137,8 +137,8 @@ struct BatchNormNode : Function<BatchNormNode> {
       dx = bwd.call(dy, grads[1], grads[2], x, mean, running_var, weight, eps);
     }
     if (with_dweight || with_dbias) {
-      // A trained teacher is not what this is for: PyTorch's own sums, in a pass of their own.
-      // Contiguous: it sums some planes of one row or column wrongly where dy lies otherwise than x.
+      // Gradients of weight and bias are rarely wanted, so PyTorch sums them in separate passes.
+      // Contiguous, because PyTorch sums some planes of one row or column wrongly if dy and x differ in layout.
       const auto acc = at::promote_types(x.scalar_type(), at::kFloat);
       const auto wide_weight = weight ? std::optional(weight->to(acc)) : std::nullopt;
       std::tie(std::ignore, dweight, dbias) = at::native_batch_norm_backward(

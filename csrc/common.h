@@ -1,4 +1,4 @@
-// What every C++ operator shares: accumulation types, folding of layouts.
+// Helpers shared by all C++ operators: accumulation types, folding of layouts.
 #pragma once
 
 #include <ATen/ATen.h>

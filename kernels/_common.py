@@ -1,4 +1,4 @@
-"""What every Triton kernel here shares."""
+"""Helpers shared by all Triton kernels."""
 
 from dataclasses import dataclass
 
@@ -46,12 +46,12 @@ def fold_planes(*xs: Tensor) -> Planes | None:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side; 1 under the interpreter."""
+    """Return the number of multiprocessors, 1 under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def architecture(device: torch.device) -> str:
-    """Which row of a table of configurations: "8.x" (and 12.x, alike in shared memory), "9.0", "10.x" or "cdna"."""
+    """Return the key of a configuration table: "8.x" (also 12.x, with equal shared memory), "9.0", "10.x" or "cdna"."""
     if torch.version.hip is not None:
         return "cdna"
     if device.type != "cuda":
@@ -66,16 +66,18 @@ def stored_gradient(x: Tensor) -> torch.dtype:
 
 
 def float32_products() -> str:
-    """Precision of float32 products: full unless PyTorch's own are allowed tf32."""
+    """Return the precision of float32 products: full, unless PyTorch's own may use tf32."""
     allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 
 @triton.jit
 def merge_moments(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
-    """Moments (count, mean, sum of squared deviations) of two sets joined; either may be empty."""
+    """Merge moments (count, mean, sum of squared deviations) of two sets; either may be empty."""
     n = n_a + n_b
     share = n_b / tl.maximum(n, 1.0)
     delta = tl.where(n_a > 0, mean_b - mean_a, 0.0)
-    step = tl.where(tl.abs(delta) < float("inf"), delta * share, mean_b)  # infinities add up, and do not cancel
+    step = tl.where(
+        tl.abs(delta) < float("inf"), delta * share, mean_b
+    )  # the sum keeps infinities, which a difference would turn into NaN
     return n, tl.where(n_a > 0, mean_a + step, mean_b), m2_a + m2_b + delta * delta * n_a * share

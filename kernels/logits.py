@@ -18,14 +18,14 @@ BLOCKS = ((1024, 8), (2048, 16))
 
 @triton.jit
 def _row(ptr, j, C, stride, target):
-    """Columns j in float32; -inf at the target and beyond the last."""
+    """Load columns j in float32; -inf at the target and beyond the last."""
     z = tl.load(ptr + j.to(tl.int64) * stride, mask=j < C, other=-float("inf")).to(tl.float32)
     return tl.where(j == target, -float("inf"), z)
 
 
 @triton.jit
 def _add_exponentials(m, total, z, inv_temperature):
-    """The maximum and Σ e^((z - m)/T) with those of another block; (-inf, 0) before the first."""
+    """Update the maximum and Σ e^((z - m)/T) by another block; (-inf, 0) before the first."""
     new = tl.maximum(m, tl.max(z, 0))
     base = tl.where(new == -float("inf"), 0.0, new)
     return new, total * tl.exp((m - base) * inv_temperature) + tl.sum(tl.exp((z - base) * inv_temperature), 0)
@@ -45,8 +45,8 @@ def _expm1(x):
 
 @triton.jit
 def _moves(m_s, m_t, step):
-    """What to move two rows by before they are subtracted: the one that lies farther out comes to the other, by a
-    multiple of a power of two, so that the difference has the digits that both have."""
+    """Return the shifts of two rows that make their difference exact. The row with the larger offset is moved towards
+    the other by a multiple of a power of two."""
     apart = tl.floor((m_s - m_t) / step + 0.5) * step
     moves_t = tl.abs(m_s) < tl.abs(m_t)
     return tl.where(moves_t, 0.0, apart), tl.where(moves_t, -apart, 0.0)
@@ -75,7 +75,7 @@ def _probability(odds):
 
 @triton.jit
 def _half(odds_p, odds_q):
-    """A term of the KL of two classes."""
+    """Return a term of the KL of two classes."""
     q = _probability(odds_q)
     return tl.where(q == 0, 0.0, q * (_log_probability(odds_q) - _log_probability(odds_p)))
 
@@ -131,7 +131,7 @@ def _softmax_kl_kernel(
     of_p = beta * tl.sum(excess, 0)
     of_target = 0.0
     if HAS_TARGET:
-        # One number a row, in float64: near a match these are small differences.
+        # One number per row, in float64, because near a match it is a small difference.
         at_s, at_t = tl.load(s_ptr + target * stride_sc), tl.load(t_ptr + target * stride_tc)
         odds_p = ((at_s.to(tl.float32) - m_s) * inv_temperature - tl.log(l_s)).to(tl.float64)
         odds_q = ((at_t.to(tl.float32) - m_t) * inv_temperature - tl.log(l_t)).to(tl.float64)

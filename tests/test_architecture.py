@@ -12,7 +12,7 @@ LOW = {"fastkd._precision"}
 OPS = {"fastkd.functional", "fastkd.ops"} | LOW
 # What each part may import of this repository; a name covers what lies below it.
 ALLOWED = {
-    "kernels": {"kernels._common"},
+    "kernels": {"kernels"},
     "fastkd/_precision.py": set(),
     "fastkd/_version.py": set(),
     "fastkd/_extension.py": {"fastkd._built_for", "fastkd._C", "fastkd._version"},
@@ -79,7 +79,7 @@ def test_imports_point_downwards(path: Path, rule: str) -> None:
         assert allowed, f"{path.relative_to(ROOT)}:{line} imports {name}"
 
 
-@pytest.mark.parametrize("folder", ["fastkd/ops", "fastkd/eager", "kernels"])
+@pytest.mark.parametrize("folder", ["fastkd/ops", "fastkd/eager"])
 def test_stems_do_not_import_each_other(folder: str) -> None:
     for path in (ROOT / folder).glob("[a-z]*.py"):
         for line, name in imports(path):
@@ -87,6 +87,42 @@ def test_stems_do_not_import_each_other(folder: str) -> None:
             sideways = last != path.stem and not last.startswith("_") and (ROOT / folder / f"{last}.py").exists()
             own_layer = name.startswith(f"{folder.replace('/', '.')}.")
             assert not (own_layer and sideways), f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+def stem_of(name: str) -> str:
+    """Return the stem that a file of kernels/ or csrc/ belongs to: `_attention_rows.py` is a part of attention."""
+    return name.strip("_").split(".")[0].split("_")[0]
+
+
+def test_kernels_import_the_parts_of_their_own_stem_alone() -> None:
+    """A stem's file may be split into parts, `_<stem>_<part>.py`, of which `<stem>.py` is the only entrance."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        for line, name in imports(path):
+            module = name.removeprefix("kernels.")
+            own_part = stem_of(module) == stem_of(path.stem) and module.startswith("_")
+            assert module == "_common" or own_part, f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+def test_sources_include_the_parts_of_their_own_stem_alone() -> None:
+    stems = {
+        path.stem
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".cpp", ".cu") and path.parent.stem != "csrc"
+    }
+    for path in (ROOT / "csrc").rglob("*.*"):
+        for included in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
+            part = Path(included).name
+            if stem_of(part) in stems:
+                assert stem_of(part) == stem_of(path.name), f"{path.relative_to(ROOT)} includes {included}"
+
+
+def test_files_stay_short() -> None:
+    """A file of the library that passes 450 lines is split into parts."""
+    paths = [*(ROOT / "fastkd").rglob("*.py"), *(ROOT / "kernels").glob("*.py"), *(ROOT / "csrc").rglob("*.*")]
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths if path.suffix != ".so"
+    }
+    assert not {path: length for path, length in lengths.items() if length > 450}
 
 
 def test_every_source_has_a_rule() -> None:

@@ -42,7 +42,7 @@ class Blocks final : public c10::Allocator {
 
   static bool holds(size_t bytes) { return bytes >= static_cast<size_t>(kSmallest); }
 
-  // Never destroyed: tensors may outlive every static object.
+  // This object is never destroyed, because tensors may outlive static objects.
   static Blocks& instance() {
     static auto* const blocks = new Blocks;
     return *blocks;
@@ -69,7 +69,7 @@ class Blocks final : public c10::Allocator {
   Blocks() {
     const char* setting = std::getenv("FASTKD_KEEP_BLOCKS");
     is_on_ = setting == nullptr || std::string_view(setting) != "0";
-    // A child that is forked while another thread holds the lock would wait for it forever.
+    // A child forked while another thread holds the lock would wait for it forever.
     pthread_atfork([] { instance().mutex_.lock(); }, unlock, unlock);
   }
 
@@ -132,7 +132,7 @@ class Blocks final : public c10::Allocator {
     unmap(surplus);
   }
 
-  // Takes out the blocks freed first until no more than `most` bytes lie free.
+  // Unmaps the blocks freed first until at most `most` bytes are free.
   std::vector<Block> remove_beyond(size_t most) {
     auto last = free_.begin();
     for (; kept_ > most; ++last) kept_ -= last->bytes;

@@ -39,8 +39,8 @@ struct Pair {
   T s, t;  // of the student, of the teacher
 };
 
-// What to move two rows of maxima m by before they are subtracted: the one that lies farther out comes to the other, by
-// a multiple of a power of two, so that the difference has the digits that both have.
+// Shifts of two rows with maxima m that make their difference exact: the row with the larger offset is moved towards
+// the other by a multiple of a power of two.
 template <typename T>
 Pair<T> moves(Pair<T> m, T step) {
   const T apart = std::rint((m.s - m.t) / step) * step;

@@ -18,7 +18,7 @@
 namespace fastkd {
 namespace {
 
-// Joins the pieces of n groups, `stride` apart, in order into the first of them.
+// Merges the pieces of n groups, `stride` apart, in order into the first one.
 template <typename acc_t>
 FASTKD_MULTIVERSION void join_pieces(
     double* mean_of,
@@ -109,7 +109,7 @@ void layer_moments(
   if (pieces > 1) at::parallel_for(0, groups, std::max<int64_t>(1, kGrain / pieces), finish);
 }
 
-// The means that an infinity among the inputs spoilt: differences turn it into NaN, their sum does not.
+// Corrects the means of inputs with an infinity, which differences turn into NaN; the sum does not.
 template <typename scalar_t, typename acc_t>
 void mend_means(
     const scalar_t* x,
@@ -193,7 +193,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cpu(
     double eps) {
   auto x = x_in;
   const auto dtype = accumulator(x);
-  // What a convolution freed last, PyTorch's allocator gives out first, and it is still in the cache.
+  // PyTorch's allocator reuses the block that a convolution freed last, and that block is still in cache.
   const auto y = static_cast<int64_t>(x.nbytes()) < kHot ? at::empty_like(x) : empty_kept(x);
   auto mean = at::empty({x.size(1)}, x.options().dtype(dtype)), var = at::empty_like(mean);
   if (x.numel() == 0) return {y, mean, var};

@@ -146,7 +146,7 @@ std::vector<acc_t> scale_of(const std::optional<at::Tensor>& weight, const at::T
   return scale;
 }
 
-// What a batch norm adds to the gradient: dy, times a scale made of the others.
+// The batch norm's part of the gradient: dy times a scale that follows from the other arguments.
 struct Normalised {
   at::Tensor dy;           // as x
   at::Tensor running_var;  // (C)

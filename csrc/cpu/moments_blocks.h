@@ -66,13 +66,13 @@ struct Moments {
   }
 };
 
-// The sums of equal elements that their pivot is an ulp off can leave less than nothing. NaN stays.
+// With equal elements and a pivot one ulp off, m2 can come out negative; clamp it to 0. NaN passes through.
 template <typename acc_t>
 FASTKD_INLINE acc_t variance(double v) {
   return static_cast<acc_t>(v < 0 ? 0 : v);
 }
 
-// Asks for n elements from p on, so that they come from memory while others are computed with.
+// Prefetches n elements from p on, so that they arrive while other elements are processed.
 template <typename scalar_t>
 FASTKD_INLINE void prefetch(const scalar_t* p, int64_t n) {
 #if defined(__GNUC__)

@@ -25,7 +25,7 @@ FASTKD_INLINE void column_sums(
   for (int64_t i = 0, n; i < rows; i += n) {
     n = std::min(kLead, rows - i);
     const scalar_t* p = x + i * stride;
-    // Rows that are read side by side are no stream to the processor.
+    // The processor does not prefetch rows that are read side by side.
     for (int64_t r = 2 * kLead; r < 3 * kLead && i + r < left; ++r) prefetch(p + r * stride, C);
     if (n == kLead) {  // one load and store of the sums for all of them
       const scalar_t *x0 = p, *x1 = x0 + stride, *x2 = x1 + stride, *x3 = x2 + stride;

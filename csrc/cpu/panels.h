@@ -39,7 +39,7 @@ struct RowMap {
   int64_t ldo;
 };
 
-// Memory that is soon to be read or written, fetched into L2 while a core multiplies: loads that miss would hold it up.
+// Memory that is prefetched into L2 while a core multiplies, because cache misses would stall the core.
 class Ahead {
  public:
   void clear() { pieces_ = at_ = total_ = pace_ = 0; }
@@ -134,7 +134,7 @@ FASTKD_AVX512 void tile(
     }
 }
 
-// Vectors of the next tile, of those that are left: the sums of a single one wait for each other.
+// Vectors of the next tile, out of those left; a tile of a single vector would wait for its own sums.
 inline int64_t tile_width(int64_t left) {
   return left == kTileVectors + 1 ? 2 : std::min(left, kTileVectors);
 }

@@ -10,7 +10,7 @@
 #include <memory>
 #include <new>
 
-// What versioned functions are made of must be inlined into them: on its own it would be the baseline's.
+// Helpers of versioned functions must be inlined; otherwise they are compiled for the baseline only.
 #if defined(__GNUC__)
 #define FASTKD_INLINE inline __attribute__((always_inline))
 #else
@@ -25,14 +25,14 @@ inline int64_t padded(int64_t n) {
   return (n + kLanes - 1) / kLanes * kLanes;
 }
 
-// Uninitialised memory on a cache line: where a row lies must not decide how a library orders its sums.
+// Uninitialised memory aligned to a cache line, since a library may order its sums by the alignment of a row.
 template <typename T>
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size) { resize(size); }
 
-  // Keeps what it has if that suffices; otherwise the contents are lost.
+  // Keeps the memory if it is large enough; otherwise the contents are lost.
   void resize(int64_t size) {
     if (size <= size_) return;
     data_.reset(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64))));

@@ -1,4 +1,4 @@
-// What every CUDA operator shares.
+// Helpers shared by all CUDA operators.
 #pragma once
 
 #include "../common.h"

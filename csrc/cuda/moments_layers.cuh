@@ -34,7 +34,7 @@ struct Moments {
     if (other.count == 0) return;
     if (count == 0) return void(*this = other);
     const acc_t total = count + other.count, delta = other.mean - mean, share = other.count / total;
-    mean = isfinite(delta) ? mean + delta * share : mean + other.mean;  // infinities add up, and do not cancel
+    mean = isfinite(delta) ? mean + delta * share : mean + other.mean;  // keeps infinities; differences give NaN
     m2 += other.m2 + delta * delta * count * share;
     count = total;
   }
@@ -75,7 +75,7 @@ __device__ int64_t group_offset(const Layer& l, const PlaneStrides& s, bool per_
   return per_image ? group / l.C * s.b + group % l.C * s.c : group * s.c;
 }
 
-// Where a thread's items lie: a division for the first of them, none on the way.
+// Position of a thread's items: only the first one takes a division.
 struct Cursor {
   int64_t n, position;
 
@@ -133,7 +133,7 @@ int64_t groups_of(const at::Tensor& x, bool per_image) {
   return per_image ? x.size(0) * x.size(1) : x.size(1);
 }
 
-// Whether V elements of p may be read at once, at each step of V along the dimension whose stride is 1.
+// Returns whether V elements of p can be read at once, at each step of V along the dimension with stride 1.
 bool is_aligned(const void* p, const PlaneStrides& s, int64_t V, int64_t size, bool is_columns) {
   const bool rest = s.b % V == 0 && s.h % V == 0 && (is_columns ? s.w % V == 0 : s.c % V == 0);
   return rest && (is_columns ? s.c : s.w) == 1 && reinterpret_cast<uintptr_t>(p) % (V * size) == 0;

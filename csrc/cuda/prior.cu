@@ -21,7 +21,7 @@ constexpr int kDirections = 4;
 Threshold kWaves{"prior.cuda_waves", 16};     // blocks for each multiprocessor, where there are so many rows
 Threshold kBands{"prior.cuda_bands", 65535};  // of a plane at the most: CUDA's limit of a grid's second dimension
 
-// Where a difference of direction k that ends in (h, w) begins: (h - kUp[k], w - kLeft[k]).
+// A difference of direction k that ends in (h, w) begins in (h - kUp[k], w - kLeft[k]).
 __device__ constexpr int kUp[kDirections] = {0, 1, 1, 1}, kLeft[kDirections] = {1, 0, 1, -1};
 
 // A (B, C, H, W) tensor by its strides.

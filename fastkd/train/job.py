@@ -208,7 +208,7 @@ def describe(setup: Setup) -> dict[str, Any]:
 
 
 def cache_key(setup: Setup) -> str:
-    """Return what the teacher's logits depend on besides its weights. Names and sizes alone do not tell data sets apart."""
+    """Return what cached logits depend on besides the weights; names and sizes do not tell datasets apart."""
     settings, transform = setup.settings, setup.students[-1].loaders[0].images.transform
     source = settings.data, settings.data_root, settings.train_split, fingerprint(setup.data), repr(transform)
     return json.dumps(source)

@@ -1,0 +1,56 @@
+// One relation loss under way: its groups, its sums, and where its gradient goes.
+#pragma once
+#include "cpu/relation_rows.h"
+
+namespace fastkd {
+namespace {
+
+// One term: the maps of a scope, and what they add to U.
+template <typename acc_t>
+struct Term {
+  Groups s, t;
+  Rectify rectify = Rectify::kNone;
+  acc_t c = 0;         // factor of the gradient
+  acc_t* u = nullptr;  // (B, N, Ds), in ds's layout; null where a strip finishes by itself or no gradient is wanted
+  bool add = false;    // u holds earlier terms
+  at::Tensor dstudent = {};  // (B, N, Ds) contiguous: takes the finished gradient, where defined
+  bool normalize = true;
+  double eps = 0;
+
+  bool with_grad() const { return u || dstudent.defined(); }
+
+  // U of rows [begin, end) of group g, complete for this term, to where it belongs; inverse: their inverse norms, null
+  // where this term's rows are projected already.
+  void store(int64_t g, int64_t begin, int64_t end, acc_t* rows, int64_t ld, const acc_t* inverse) const {
+    for (int64_t i = begin; u && i < end; ++i) {
+      acc_t *sum = u + s.token(g, i) * s.D, *own = rows + (i - begin) * ld;
+      if (own == sum) break;  // added up where it belongs
+      if (add) add_row<acc_t>(own, sum, s.D);
+      if (!dstudent.defined()) std::copy_n(own, s.D, sum);
+    }
+    if (dstudent.defined()) finish(g, begin, end, rows, ld, inverse);
+  }
+
+  // dstudent of rows [begin, end) of group g from their U (leading dimension ld).
+  void finish(int64_t g, int64_t begin, int64_t end, const acc_t* rows, int64_t ld, const acc_t* inverse) const {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, s.x.scalar_type(), "finish", [&] {
+      using stored_t = std::conditional_t<std::is_same_v<scalar_t, at::Half>, float, scalar_t>;
+      const auto* s_ptr = s.x.const_data_ptr<scalar_t>();
+      auto* d_ptr = static_cast<stored_t*>(dstudent.data_ptr());
+      const bool project = normalize && inverse != nullptr;
+      for (int64_t i = begin; i < end; ++i)
+        finish_row<scalar_t, acc_t, stored_t>(
+            rows + (i - begin) * ld,
+            s_ptr + s.offset(g, i),
+            s.x.stride(2),
+            s.D,
+            project ? inverse[i - begin] : acc_t(1),
+            acc_t(1),
+            project,
+            d_ptr + s.token(g, i) * s.D);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace fastkd
