@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLACES = ("benchmarks", "docs", "examples", "fastkd", "setup.py", "tests/test_english.py")
+PLACES = ("benchmarks", "docs", "examples", "fastkd", "kernels", "setup.py", "tests/test_english.py")
 DOCSTRING = ("Of ", "Less ", "As ", "What ", "Where ", "With ", "Or ", "Its ")
 HELP = ("of ", "its ", "where ", "as ", "with ", "or ")
 
