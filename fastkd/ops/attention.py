@@ -1,7 +1,7 @@
 """Attention-map losses from queries and keys, without the maps."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,54 +15,105 @@ Divergence = Literal["kl", "reverse_kl", "js", "ce", "mse", "score_mse"]
 Heads = Literal["match", "mean"]
 Reduction = Literal["mean", "sum", "none"]
 
-N_INPUTS = 7  # q, k of the student, of the teacher; their biases; key_mask
+class Maps(NamedTuple):
+    """What the operators are told about the maps of one call, in the order of their schemas.
+
+    Temperature is folded into the scales; query row i stands at position row_start + i row_step.
+    """
+
+    divergence: Divergence
+    heads: Heads
+    scale_student: float
+    scale_teacher: float
+    bias_scale: float
+    is_causal: bool
+    row_start: int
+    row_step: int
+
+
+class Wanted(NamedTuple):
+    """Which gradients a call forms, in the order of the operators' schemas."""
+
+    dq: bool
+    dk: bool
+    dbias: bool
+
+
+NO_GRADIENTS = Wanted(dq=False, dk=False, dbias=False)
 
 
 class _Attention(torch.autograd.Function):
-    """A scalar loss. Forward computes the student's gradients while the strips are in cache; backward scales them."""
+    """A scalar: forward forms the student's gradients while the strips are at hand; backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        inputs, (row_weight, impl, reduction, algorithm, wanted, *options) = args[:N_INPUTS], args[N_INPUTS:]
-        loss, *stored = call(impl, "attention_fwd", *inputs, row_weight, reduction, algorithm, *options, *wanted)
+    def forward(
+        ctx: Any,
+        q_s: Tensor,
+        k_s: Tensor | None,
+        q_t: Tensor,
+        k_t: Tensor,
+        bias_s: Tensor | None,
+        bias_t: Tensor | None,
+        key_mask: Tensor | None,
+        row_weight: Tensor | None,
+        impl: Backend,
+        reduction: Reduction,
+        algorithm: str,
+        maps: Maps,
+        wanted: Wanted,
+    ) -> Tensor:
+        inputs = q_s, k_s, q_t, k_t, bias_s, bias_t, key_mask
+        loss, *stored = call(impl, "attention_fwd", *inputs, row_weight, reduction, algorithm, *maps, *wanted)
         ctx.save_for_backward(*stored)
         ctx.wanted = wanted
-        ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[4])]
-        ctx.n_args = len(args)
+        ctx.dtypes = [None if x is None else x.dtype for x in (q_s, k_s, bias_s)]
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("attention_loss")
         dq, dk, dbias = (
-            scaled(x, dloss, dtype) if wanted else None
-            for x, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+            scaled(x, dloss, dtype) if want else None
+            for x, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
         )
-        return dq, dk, None, None, dbias, *(None,) * (ctx.n_args - 5)
+        return dq, dk, None, None, dbias, None, None, None, None, None, None, None, None
 
 
 class _AttentionRows(torch.autograd.Function):
-    """One loss per row. The incoming gradient has a weight per row, so backward recomputes the strips."""
+    """One loss per row, whose gradients come with weights of their own: backward forms the strips again."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        inputs, (row_weight, impl, *options) = args[:N_INPUTS], args[N_INPUTS:]
-        nothing = (False, False, False)
-        loss, *_ = call(impl, "attention_fwd", *inputs, row_weight, "none", "tile", *options, *nothing)
+    def forward(
+        ctx: Any,
+        q_s: Tensor,
+        k_s: Tensor | None,
+        q_t: Tensor,
+        k_t: Tensor,
+        bias_s: Tensor | None,
+        bias_t: Tensor | None,
+        key_mask: Tensor | None,
+        row_weight: Tensor | None,
+        impl: Backend,
+        maps: Maps,
+    ) -> Tensor:
+        inputs = q_s, k_s, q_t, k_t, bias_s, bias_t, key_mask
+        loss, *_ = call(impl, "attention_fwd", *inputs, row_weight, "none", "tile", *maps, *NO_GRADIENTS)
         ctx.save_for_backward(*inputs, row_weight)
-        ctx.impl, ctx.options = impl, options
+        ctx.impl, ctx.maps = impl, maps
         return loss
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("attention_loss")
-        *inputs, row_weight = ctx.saved_tensors
+        q_s, k_s, q_t, k_t, bias_s, bias_t, key_mask, row_weight = ctx.saved_tensors
         if row_weight is not None:
             drows = torch.where(row_weight[:, None] == 0, 0, drows)
-        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-        gradients = call(ctx.impl, "attention_bwd", drows, *inputs, *ctx.options, *wanted)
+        needs_q, needs_k, _, _, needs_bias, *_ = ctx.needs_input_grad
+        wanted = Wanted(dq=needs_q, dk=needs_k, dbias=needs_bias)
+        inputs = q_s, k_s, q_t, k_t, bias_s, bias_t, key_mask
+        gradients = call(ctx.impl, "attention_bwd", drows, *inputs, *ctx.maps, *wanted)
         dq, dk, dbias = (x if want else None for x, want in zip(gradients, wanted, strict=True))
-        return dq, dk, None, None, dbias, *(None,) * (len(ctx.options) + N_INPUTS - 3)
+        return dq, dk, None, None, dbias, None, None, None, None, None
 
 
 def pick_algorithm(N_q: int, N_k: int, d_s: int, d_t: int, device: torch.device, gain: int = 1) -> str:
@@ -271,8 +322,16 @@ def attention_loss(
             row_weight = row_weight / row_weight.sum(1, keepdim=True).clamp_min(1)
     scale_student = d_s**-0.5 if scale_student is None else scale_student
     scale_teacher = d_t**-0.5 if scale_teacher is None else scale_teacher
-    scales = (scale_student / temperature, scale_teacher / temperature, 1 / temperature)
-    options = (divergence, heads, *scales, bool(is_causal), rows.start, rows.step)
+    maps = Maps(
+        divergence=divergence,
+        heads=heads,
+        scale_student=scale_student / temperature,
+        scale_teacher=scale_teacher / temperature,
+        bias_scale=1 / temperature,
+        is_causal=bool(is_causal),
+        row_start=rows.start,
+        row_step=rows.step,
+    )
     impl = resolve(backend, "attention_fwd", q_student, k_student, q_teacher, k_teacher, bias_s, bias_t)
     algorithm = "tile"
     if divergence == "score_mse" and reduction != "none" and bias_s is None and bias_t is None and not is_causal:
@@ -283,13 +342,13 @@ def attention_loss(
         q_student, None if is_shared else k_student, q_teacher, k_teacher, bias_s, bias_t, key_mask, row_weight
     )
     if reduction == "none":
-        return _AttentionRows.apply(*inputs, impl, *options)
-    wanted = (
-        wants_grad(q_student),
-        not is_shared and wants_grad(k_student),
-        bias_s is not None and wants_grad(bias_s),
+        return _AttentionRows.apply(*inputs, impl, maps)
+    wanted = Wanted(
+        dq=wants_grad(q_student),
+        dk=not is_shared and wants_grad(k_student),
+        dbias=bias_s is not None and wants_grad(bias_s),
     )
-    return _Attention.apply(*inputs, impl, reduction, algorithm, wanted, *options)
+    return _Attention.apply(*inputs, impl, reduction, algorithm, maps, wanted)
 
 
 def _check_relations(relations: Sequence[str], weights: Sequence[float] | None) -> Sequence[float]:
