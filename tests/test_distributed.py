@@ -289,20 +289,20 @@ def sizes_by_which_ranks_decide(rank: Rank) -> None:
     s, t, _ = rank.batch()
     own = s[rank.own], t[rank.own]
     chosen = []
-    pick, most = distributed.pick_algorithm, max(rank.sizes)
+    pick, most = distributed.relation.pick_algorithm, max(rank.sizes)
     for limit in range(1, 2 * most + 1):
         # Each number of images in turn is where "auto" changes from features to Grams.
         def turning(n: int, *args: object, limit: int = limit) -> str:
             chosen.append(n)
             return "gram" if n > limit else "tile"
 
-        with mock.patch.object(distributed, "pick_algorithm", turning):
+        with mock.patch.object(distributed.relation, "pick_algorithm", turning):
             actual = distributed.relation_loss(*own, scope="inter", group=rank.group)
         assert relative_difference(actual, fastkd.relation_loss(s, t, scope="inter")) <= 1e-5
-    assert set(chosen) == {2 * most} and pick is distributed.pick_algorithm
+    assert set(chosen) == {2 * most} and pick is distributed.relation.pick_algorithm
     of_image = N * 4 * (WIDTH + DT) + 32  # and what fills up to 16 bytes
     for images in range(1, rank.world * most + 1):
-        with mock.patch.object(distributed, "SMALL", images * of_image):
+        with mock.patch.object(distributed._ranks, "SMALL", images * of_image):
             actual = distributed.manifold_loss(*own, index=INDEX, group=rank.group)
         assert relative_difference(actual, fastkd.manifold_loss(s, t, index=INDEX)) <= 1e-5
 
@@ -316,7 +316,7 @@ def generators(rank: Rank) -> None:
     options = {"intra": 0, "inter": 0, "random": 1.0, "num_samples": 3}
     rank.value = []
     for small in (distributed.SMALL, 0, distributed.SMALL):
-        with mock.patch.object(distributed, "SMALL", small):
+        with mock.patch.object(distributed._ranks, "SMALL", small):
             actual = distributed.manifold_loss(*own, generator=generator, group=rank.group, **options)
         expected = fastkd.manifold_loss(s, t, generator=alone, **options)
         assert relative_difference(actual, expected) <= 1e-5
@@ -335,7 +335,7 @@ def rows_of_the_first_rank(rank: Rank) -> None:
     students, teachers = ([pair[i] for pair in layers] for i in (0, 1))
     expected = ManifoldLoss()(students, teachers, indices=firsts, return_terms=True)
     for small in (distributed.SMALL, 0):
-        with mock.patch.object(distributed, "SMALL", small):
+        with mock.patch.object(distributed._ranks, "SMALL", small):
             actual = ManifoldLoss(process_group=rank.group)(
                 *([x[rank.own] for x in each] for each in (students, teachers)), indices=owns, return_terms=True
             )

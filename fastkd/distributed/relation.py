@@ -15,11 +15,11 @@ from fastkd.distributed._ranks import About, Agreed, Own, Ranks, layout
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
-from fastkd.ops.relation import Algorithm, Rectify, Scope, check_relation
+from fastkd.ops.relation import Algorithm, Maps, Rectify, Scope, check_relation
 from fastkd.ops.relation import pick_algorithm as pick_local
 
 
-def pick_algorithm(n: int, student: Tensor, teacher: Tensor, rectify: str, fast_float64: bool) -> str:
+def pick_algorithm(n: int, student: Tensor, teacher: Tensor, rectify: str, fast_float64: bool) -> Algorithm:
     """Choose the algorithm that sends fewer bytes per group: Grams, or the features of the n rows.
 
     gram: 2 (Ds² + Ds Dt + Dt²) float64 (an all-reduce sends twice).   tile: n (Ds + Dt) elements in their own dtype.
@@ -186,10 +186,10 @@ class _Inter(torch.autograd.Function):
         sizes: list[int],
         impl: Backend,
         with_grad: bool,
-        options: list[tuple[Any, ...]],
+        maps: list[Maps],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        n_layers, own, world = len(options), sizes[ranks.rank], ranks.world
+        n_layers, own, world = len(maps), sizes[ranks.rank], ranks.world
         students = tensors[:n_layers]
         shares = [-(-x.shape[1] // world) for x in tensors]
 
@@ -201,8 +201,8 @@ class _Inter(torch.autograd.Function):
         images = [torch.cat(parts) for parts in zip(*received, strict=True)]
         losses, gradients = [], []
         with torch.autocast(tensors[0].device.type, enabled=False):
-            for s, t, option in zip(images[:n_layers], images[n_layers:], options, strict=True):
-                loss, ds = call(impl, "relation_fwd", s, t, "inter", *option, with_grad)
+            for s, t, of_layer in zip(images[:n_layers], images[n_layers:], maps, strict=True):
+                loss, ds = call(impl, "relation_fwd", s, t, *of_layer, with_grad)
                 losses.append(loss)
                 gradients.append(ds)
         ctx.scales = [share / s.shape[1] for share, s in zip(shares, students, strict=False)]
@@ -236,11 +236,11 @@ def spanning(
     ranks: Ranks,
     agreed: Agreed,
     *,
-    scope: str,
+    scope: Scope,
     normalize: bool = True,
-    rectify: str = "none",
+    rectify: Rectify = "none",
     eps: float = 1e-12,
-    algorithm: str = "auto",
+    algorithm: Algorithm = "auto",
     backend: Backend = "auto",
 ) -> list[Tensor]:
     """Return scope "inter" or "batch" over all ranks for each layer; features for "inter" are sent in one message."""
@@ -266,8 +266,10 @@ def spanning(
             else pick_local(sum(sizes), s.shape[-1], t.shape[-1], rectify, device, matrix_gain(device, s, t))
             for s, t in zip(own, theirs, strict=True)
         ]
-        options = [(normalize, rectify, float(eps), each) for each in local]
-        found = _Inter.apply(ranks, sizes, impl, agreed.with_grad, options, *own, *theirs)
+        maps = [
+            Maps(scope="inter", normalize=normalize, rectify=rectify, eps=float(eps), algorithm=each) for each in local
+        ]
+        found = _Inter.apply(ranks, sizes, impl, agreed.with_grad, maps, *own, *theirs)
         for i, loss in zip(layers, found, strict=True):
             losses[i] = loss
     return [Averaged.apply(loss, ranks.world) for loss in losses]

@@ -15,6 +15,7 @@ Divergence = Literal["kl", "reverse_kl", "js", "ce", "mse", "score_mse"]
 Heads = Literal["match", "mean"]
 Reduction = Literal["mean", "sum", "none"]
 
+
 class Maps(NamedTuple):
     """What the operators are told about the maps of one call, in the order of their schemas.
 

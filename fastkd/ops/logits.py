@@ -56,19 +56,29 @@ def _at_target(target: Tensor, C: int) -> Tensor:
 
 
 class _KL(torch.autograd.Function):
-    """(B,) divergences of the rows; `about` is what the operator takes behind student and teacher, a constant."""
+    """(B,) divergences of the rows."""
 
     @staticmethod
-    def forward(ctx: Any, impl: Backend, student: Tensor, teacher: Tensor, *about: Any) -> Tensor:
-        kl, dstudent = call(impl, "softmax_kl", student, teacher, *about)
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        impl: Backend,
+        alpha: float,
+        beta: float,
+        temperature: float,
+        with_grad: bool,
+    ) -> Tensor:
+        kl, dstudent = call(impl, "softmax_kl", student, teacher, target, alpha, beta, temperature, with_grad)
         ctx.save_for_backward(dstudent)
-        ctx.dtype, ctx.n_about = student.dtype, len(about)
+        ctx.dtype = student.dtype
         return cast(Tensor, kl)
 
     @staticmethod
     def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor | None, ...]:
         (dstudent,) = ctx.saved_tensors
-        return None, scaled(dstudent, dkl[:, None], ctx.dtype), *(None,) * (1 + ctx.n_about)
+        return scaled(dstudent, dkl[:, None], ctx.dtype), None, None, None, None, None, None, None
 
 
 def _kl(
@@ -81,8 +91,7 @@ def _kl(
     beta: float = 1.0,
 ) -> Tensor:
     impl = resolve(backend, "softmax_kl", student, teacher)
-    about = target, alpha, beta, temperature, wants_grad(student)
-    return cast(Tensor, _KL.apply(impl, student, teacher, *about))
+    return cast(Tensor, _KL.apply(student, teacher, target, impl, alpha, beta, temperature, wants_grad(student)))
 
 
 def soft_target_loss(

@@ -1,7 +1,7 @@
 """Relation losses: mean squared differences of Gram maps, without the maps."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,21 +17,31 @@ Algorithm = Literal["tile", "gram", "auto"]
 ReturnTerms = bool | Literal["detached"]
 
 
+class Maps(NamedTuple):
+    """What the operator is told about the maps of one call, in the order of its schema."""
+
+    scope: Scope
+    normalize: bool
+    rectify: Rectify
+    eps: float
+    algorithm: Algorithm
+
+
 class _Relation(torch.autograd.Function):
-    """Relation loss. Forward computes the student's gradient while the maps' tiles are in cache; backward scales it."""
+    """Forward forms the student's gradient while the maps' tiles are at hand; backward scales it."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, impl: Backend, with_grad: bool, *options: Any) -> Tensor:
-        loss, dstudent = call(impl, "relation_fwd", student, teacher, *options, with_grad)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, impl: Backend, maps: Maps, with_grad: bool) -> Tensor:
+        loss, dstudent = call(impl, "relation_fwd", student, teacher, *maps, with_grad)
         ctx.save_for_backward(dstudent)
-        ctx.dtype, ctx.n_options = student.dtype, len(options)
+        ctx.dtype = student.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("relation_loss")
         (dstudent,) = ctx.saved_tensors
-        return scaled(dstudent, dloss, ctx.dtype), *(None,) * (3 + ctx.n_options)
+        return scaled(dstudent, dloss, ctx.dtype), None, None, None, None
 
 
 class _Manifold(torch.autograd.Function):
@@ -187,9 +197,8 @@ def relation_loss(
         gain = matrix_gain(student.device, student, teacher)
         algorithm = pick_algorithm(n, Ds, teacher.shape[-1], rectify, student.device, gain)
     impl = resolve(backend, "relation_fwd", student, teacher)
-    return _Relation.apply(
-        student, teacher, impl, wants_grad(student), scope, normalize, rectify, float(eps), algorithm
-    )
+    maps = Maps(scope=scope, normalize=normalize, rectify=rectify, eps=float(eps), algorithm=algorithm)
+    return _Relation.apply(student, teacher, impl, maps, wants_grad(student))
 
 
 def manifold_loss(

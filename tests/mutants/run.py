@@ -84,6 +84,19 @@ def mutants() -> list[Mutant]:
     return found
 
 
+def pytest(folder: Path, mutant: Mutant, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Run tests of a tree as `make test` would for the mutant's kind of file, up to the first that fails."""
+    env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-W", "ignore", *tests]
+    if mutant.is_interpreted:
+        env["TRITON_INTERPRET"] = "1"
+        command += ["-m", "triton and not exhaustive"]
+    else:
+        command += ["-m", "not exhaustive"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT)
+
+
 class Copy:
     """A scratch copy of the tree, with an extension of its own."""
 
@@ -107,29 +120,25 @@ class Copy:
         env = os.environ | {"FASTKD_BUILD_EXT": "1", "FORCE_ONLY_CPU": "1"}
         return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, check=False).returncode == 0
 
-    def caught_by(self, mutant: Mutant, *, limit: float = LIMIT) -> str:
-        """The first test that fails; "" if all pass."""
-        env = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        command += ["-W", "ignore", *mutant.tests]
-        if mutant.is_interpreted:
-            env["TRITON_INTERPRET"] = "1"
-            command += ["-m", "triton and not exhaustive"]
-        else:
-            command += ["-m", "not exhaustive"]
+    def caught_by(self, mutant: Mutant) -> str:
+        """The first test that fails with the fault and passes without it; "" if all pass."""
         try:
-            run = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=limit)
+            run = pytest(self.folder, mutant, mutant.tests)
         except subprocess.TimeoutExpired:
-            return f"a test that ran longer than {limit:.0f} s"
+            return f"a test that ran longer than {LIMIT} s"
         if run.returncode == 0:
             return ""
         if found := re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", run.stdout, re.MULTILINE):
-            return found[1]
-        if run.returncode < 0 and (lines := re.findall(r"^(tests/\S+)", run.stdout, re.MULTILINE)):
-            return f"{lines[-1]}, killed by signal {-run.returncode}"
-        raise RuntimeError(
-            f"{mutant.name}: pytest ended with {run.returncode}\n{run.stdout[-3000:]}{run.stderr[-3000:]}"
-        )
+            test, how = found[1], ""
+        elif run.returncode < 0 and (lines := re.findall(r"^(tests/\S+)", run.stdout, re.MULTILINE)):
+            test, how = lines[-1], f", killed by signal {-run.returncode}"
+        else:
+            raise RuntimeError(
+                f"{mutant.name}: pytest ended with {run.returncode}\n{run.stdout[-3000:]}{run.stderr[-3000:]}"
+            )
+        if pytest(ROOT, mutant, (test,)).returncode != 0:
+            raise RuntimeError(f"{mutant.name}: {test} fails without the fault too")
+        return test + how
 
     def plant(self, mutant: Mutant) -> str:
         """The test that catches the mutant; "" if it survives."""
