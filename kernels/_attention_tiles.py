@@ -51,7 +51,7 @@ _CDNA = {
     128: Config(Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
 }  # fmt: skip
 _FLOAT32 = {
-    64: Config(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+    64: Config(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     128: Config(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
 # By architecture, bytes of the widest input (all are taken as wide) and the widest head taken. Heads are padded to a
