@@ -77,7 +77,7 @@ _CDNA = {
     128: Config(Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
 }  # fmt: skip
 _FLOAT32 = {
-    64: Config(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+    64: Config(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     128: Config(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
 # By architecture, bytes of the widest input (all are taken as wide) and the widest head taken. Heads are padded to a
@@ -85,7 +85,7 @@ _FLOAT32 = {
 CONFIGS: dict[tuple[str, int], dict[int, Config]] = {
     ("8.x", 2): _SMALL,
     ("9.0", 2): _LARGE,
-    ("10.x", 2): _LARGE | {64: replace(_LARGE[64], bias=Tile(64, 32, 8, 2))},
+    ("10.x", 2): _LARGE | {64: replace(_LARGE[64], keys=Tile(32, 64, 8, 2), bias=Tile(64, 32, 8, 2))},
     ("cdna", 2): _CDNA,
     ("8.x", 4): _FLOAT32,
     ("9.0", 4): _FLOAT32,
