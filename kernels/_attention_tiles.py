@@ -59,7 +59,7 @@ _FLOAT32 = {
 CONFIGS: dict[tuple[str, int], dict[int, Config]] = {
     ("8.x", 2): _SMALL,
     ("9.0", 2): _LARGE,
-    ("10.x", 2): _LARGE | {64: replace(_LARGE[64], bias=Tile(64, 32, 8, 2))},
+    ("10.x", 2): _LARGE | {64: replace(_LARGE[64], keys=Tile(32, 64, 8, 2), bias=Tile(64, 32, 8, 2))},
     ("cdna", 2): _CDNA,
     ("8.x", 4): _FLOAT32,
     ("9.0", 4): _FLOAT32,
