@@ -17,7 +17,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class Maps(NamedTuple):
-    """What the operators are told about the maps of one call, in the order of their schemas.
+    """Options of the maps of one call, in the order of the operators' schemas.
 
     Temperature is folded into the scales; query row i stands at position row_start + i row_step.
     """

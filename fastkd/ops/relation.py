@@ -18,7 +18,7 @@ ReturnTerms = bool | Literal["detached"]
 
 
 class Maps(NamedTuple):
-    """What the operator is told about the maps of one call, in the order of its schema."""
+    """Options of the maps of one call, in the order of the operator's schema."""
 
     scope: Scope
     normalize: bool
