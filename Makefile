@@ -92,7 +92,7 @@ gpu-build:
 	@FASTKD_BUILD_EXT=1 $(GPU_PIP) -v -e . && $(GPU_PYTHON) -m fastkd.info $(verdict)
 
 gpu-test:
-	@mkdir -p $(GPU_OUT) && OMP_NUM_THREADS=1 $(GPU_LIMIT) $(GPU_PYTHON) -m pytest -m 'not install' $(GPU_WORKERS) \
+	@mkdir -p $(GPU_OUT) && OMP_NUM_THREADS=1 $(GPU_LIMIT) $(GPU_PYTHON) -m pytest -m 'not install and not exhaustive' $(GPU_WORKERS) \
 	  --ignore tests/test_aot.py --junitxml $(GPU_OUT)/tests.xml $(verdict)
 
 gpu-sanitize:

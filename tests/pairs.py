@@ -1,10 +1,10 @@
 """Options tested together: every pair of values in some call, in as few calls as that takes."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from allpairspy import AllPairs
 
 
 def pairs(
@@ -15,8 +15,36 @@ def pairs(
     `allowed` is asked of calls of which some options may still be missing.
     """
     names = list(options)
-    rows = AllPairs(list(options.values()), filter_func=lambda row: allowed(dict(zip(names, row, strict=False))))
-    return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def is_allowed(row: Sequence[Any]) -> bool:
+        return allowed(dict(zip(names, row, strict=False)))
+
+    values = [list(each) for each in options.values()]
+    return [dict(zip(names, row, strict=True)) for row in greedy(values, is_allowed)]
+
+
+def greedy(values: list[list[Any]], is_allowed: Callable[[Sequence[Any]], bool]) -> Iterator[list[Any]]:
+    """Yield rows that hold all allowed pairs: for each pair left the first allowed row, greedy in the other options."""
+    places = [range(len(each)) for each in values]
+    left = {
+        (i, a, j, b) for i, j in itertools.combinations(range(len(places)), 2) for a in places[i] for b in places[j]
+    }
+
+    def complete(fixed: dict[int, int], row: tuple[int, ...] = ()) -> tuple[int, ...] | None:
+        """The first allowed row with those positions, values with most pairs left tried first."""
+        if not is_allowed([values[i][a] for i, a in enumerate(row)]):
+            return None
+        at = len(row)
+        if at == len(places):
+            return row
+        choices = [fixed[at]] if at in fixed else list(places[at])
+        choices.sort(key=lambda b: -sum((i, a, at, b) in left for i, a in enumerate(row)))
+        return next((found for b in choices if (found := complete(fixed, (*row, b)))), None)
+
+    for i, a, j, b in sorted(left):
+        if (i, a, j, b) in left and (row := complete({i: a, j: b})):
+            left -= {(m, row[m], n, row[n]) for m, n in itertools.combinations(range(len(row)), 2)}
+            yield [values[m][c] for m, c in enumerate(row)]
 
 
 def in_pairs(

@@ -101,6 +101,7 @@ def test_detached_terms_cost_nothing() -> None:
         assert_matches_oracle(actual, e, o, STUDENT[0] * STUDENT[1] * STUDENT[2], "term")
 
 
-def test_an_unknown_form_of_terms_is_refused() -> None:
-    with pytest.raises(ValueError, match="return_terms must be one of False, True, 'detached', got 'all'"):
-        fastkd.manifold_loss(*tokens(), return_terms="all")
+@pytest.mark.parametrize("form", ["all", 1, 0, None])
+def test_an_unknown_form_of_terms_is_refused(form: object) -> None:
+    with pytest.raises(ValueError, match=f"return_terms must be True, False or 'detached', got {form!r}"):
+        fastkd.manifold_loss(*tokens(), return_terms=form)

@@ -38,7 +38,7 @@ def manifold_layers(
     def arguments() -> Own:
         about: About = {"function": "manifold_loss", "layers": len(students), "num_samples": num_samples}
         weights = {"intra": intra, "inter": inter, "random": random}
-        check_manifold(students, teachers, indices, weights, num_samples)
+        check_manifold(students, teachers, indices, weights, num_samples, return_terms)
         about |= weights
         for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
             index = None if indices is None else indices[i]

@@ -42,7 +42,7 @@ def constant(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} is a constant here but requires a gradient: detach it (or use fastkd.reference)")
 
 
-def one_of(name: str, value: object, choices: Sequence[object]) -> None:
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 

@@ -61,6 +61,7 @@ class _Manifold(torch.autograd.Function):
         ctx.dtypes = [s.dtype for s in students]
         means = [mean.clone() for mean in terms.mean(0).unbind()]
         ctx.mark_non_differentiable(*means)
+        ctx.set_materialize_grads(False)
         return (sum(w * mean for w, mean in zip(weights, means, strict=True)), *means)
 
     @staticmethod
@@ -258,11 +259,14 @@ def check_manifold(
     indices: Sequence[Tensor] | None,
     weights: dict[str, float],
     num_samples: int,
+    return_terms: ReturnTerms,
 ) -> None:
     """Check the arguments of manifold_loss for one or several layers."""
     for name, weight in weights.items():
         check.number(name, weight, low=0)
     check.positive_int("num_samples", num_samples)
+    if return_terms != "detached" and not isinstance(return_terms, bool):
+        raise ValueError(f"return_terms must be True, False or 'detached', got {return_terms!r}")
     if len(students) != len(teachers) or len(students) == 0:
         raise ValueError(
             f"students and teachers must match layer by layer, got {len(students)} and {len(teachers)} layers"
@@ -291,9 +295,8 @@ def manifold_layers(
     Return (loss, terms); the terms are meant to be read only if return_terms asks for them. Those to be differentiated
     have a gradient each, formed in forward: whichever of them a caller uses, nothing is computed twice.
     """
-    check.one_of("return_terms", return_terms, (False, True, "detached"))
     weights = {"intra": intra, "inter": inter, "random": random}
-    check_manifold(students, teachers, indices, weights, num_samples)
+    check_manifold(students, teachers, indices, weights, num_samples, return_terms)
     refuse_transforms("manifold_loss")
     if indices is None:
         indices = [draw_rows(s, num_samples, generator) for s in students]
