@@ -16,9 +16,7 @@ inline std::vector<Threshold*>& thresholds() {
 // A named size of namespace scope: reads as an integer. It is only written between calls of operators, so reading it
 // takes no lock. What bounds an array on the stack stays constexpr; its threshold is clamped to it where it is read.
 struct Threshold {
-  Threshold(const char* name, int64_t value) : name(name), value(value) {
-    thresholds().push_back(this);
-  }
+  Threshold(const char* name, int64_t value) : name(name), value(value) { thresholds().push_back(this); }
   Threshold(const Threshold&) = delete;
   Threshold& operator=(const Threshold&) = delete;
   operator int64_t() const { return value; }
