@@ -368,79 +368,35 @@ def attention_fwd(
     algorithm: str,
     divergence: str,
     heads: str,
-    scale_student: float,
-    scale_teacher: float,
-    bias_scale: float,
+    scales: list[float],
     is_causal: bool,
-    row_start: int,
-    row_step: int,
-    with_dq: bool,
-    with_dk: bool,
-    with_dbias: bool,
+    rows: list[int],
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k = q_student if k_student is None else k_student
+    scale_student, scale_teacher, bias_scale = scales
     has_softmax = divergence != "score_mse"
     student = _Network(q_student, k, bias_student, scale_student, has_softmax)
     teacher = _Network(q_teacher, k_teacher, bias_teacher, scale_teacher, has_softmax)
     B, H, N_q = q_student.shape[:3]
     H_out = 1 if heads == "mean" else H
     bias = q_student if bias_student is None else bias_student
-    dq, dk, dbias = (
-        x.new_empty(x.shape if wanted else (0,), dtype=stored_gradient(x))
-        for x, wanted in ((q_student, with_dq), (k, with_dk), (bias, with_dbias))
-    )
+    gradients = [
+        x.new_empty(x.shape if want else (0,), dtype=stored_gradient(x))
+        for x, want in zip((q_student, k, bias), wanted, strict=True)
+    ]
     if bias_student is None:
-        dbias = dbias.float()
+        gradients[2] = gradients[2].float()
     factor = 1.0
     if reduction == "mean":
         factor = 1 / (B * H_out) if row_weight is not None else 1 / (B * H_out * N_q)
-    wanted = [x if want else None for x, want in ((dq, with_dq), (dk, with_dk), (dbias, with_dbias))]
+    outputs = [x if want else None for x, want in zip(gradients, wanted, strict=True)]
     if algorithm == "gram":
-        w = q_student.new_full((1, 1), factor, dtype=torch.float32) if row_weight is None else row_weight * factor
-        w = w.expand(B, N_q)[:, None, :, None]
+        w = q_student.new_full((1, 1, 1), factor, dtype=torch.float32) if row_weight is None else row_weight * factor
+        w = w.expand(B, 1, N_q)[..., None]
         with torch.autocast(q_student.device.type, enabled=False):
-            return _gram(student, teacher, key_mask, w, *wanted[:2]).float(), dq, dk, dbias
-    rows = q_student.new_empty((B, H_out, N_q), dtype=torch.float32)
-    weight = None if row_weight is None else row_weight[:, None]
-    problem = _Problem(
-        student, teacher, key_mask, weight, factor, divergence, bias_scale, is_causal, row_start, row_step
-    )
-    (_mean if heads == "mean" else _match)(problem, rows, *wanted, shared=k_student is None)
-    return rows if reduction == "none" else rows.sum(dtype=torch.float64).float(), dq, dk, dbias
-
-
-def attention_bwd(
-    drows: Tensor,
-    q_student: Tensor,
-    k_student: Tensor | None,
-    q_teacher: Tensor,
-    k_teacher: Tensor,
-    bias_student: Tensor | None,
-    bias_teacher: Tensor | None,
-    key_mask: Tensor | None,
-    divergence: str,
-    heads: str,
-    scale_student: float,
-    scale_teacher: float,
-    bias_scale: float,
-    is_causal: bool,
-    row_start: int,
-    row_step: int,
-    with_dq: bool,
-    with_dk: bool,
-    with_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of reduction "none", drows (B, H | 1, N_q): the same tiles again, weighted by what comes in."""
-    k = q_student if k_student is None else k_student
-    has_softmax = divergence != "score_mse"
-    student = _Network(q_student, k, bias_student, scale_student, has_softmax)
-    teacher = _Network(q_teacher, k_teacher, bias_teacher, scale_teacher, has_softmax)
-    bias = drows if bias_student is None else bias_student
-    dq, dk, dbias = (
-        x.new_empty(x.shape if wanted else (0,))
-        for x, wanted in ((q_student, with_dq), (k, with_dk), (bias, with_dbias))
-    )
-    wanted = [x if want else None for x, want in ((dq, with_dq), (dk, with_dk), (dbias, with_dbias))]
-    problem = _Problem(student, teacher, key_mask, drows, 1.0, divergence, bias_scale, is_causal, row_start, row_step)
-    (_mean if heads == "mean" else _match)(problem, torch.empty_like(drows), *wanted, shared=k_student is None)
-    return dq, dk, dbias
+            return _gram(student, teacher, key_mask, w, *outputs[:2]).float(), *gradients
+    losses = q_student.new_empty((B, H_out, N_q), dtype=torch.float32)
+    problem = _Problem(student, teacher, key_mask, row_weight, factor, divergence, bias_scale, is_causal, *rows)
+    (_mean if heads == "mean" else _match)(problem, losses, *outputs, shared=k_student is None)
+    return losses if reduction == "none" else losses.sum(dtype=torch.float64).float(), *gradients

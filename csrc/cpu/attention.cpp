@@ -33,41 +33,11 @@ at::ScalarType stored(const at::Tensor& x) {
 }
 
 // An uninitialised gradient of x, or nothing.
-at::Tensor gradient_of(const at::Tensor& x, bool wanted, at::ScalarType dtype) {
-  return at::empty(wanted ? x.sizes() : at::IntArrayRef{0}, x.options().dtype(dtype));
+at::Tensor gradient_of(const at::Tensor& x, bool wanted) {
+  return at::empty(wanted ? x.sizes() : at::IntArrayRef{0}, x.options().dtype(stored(x)));
 }
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-Problem problem_of(
-    const at::Tensor& q_student,
-    const OptionalTensor& k_student,
-    const at::Tensor& q_teacher,
-    const at::Tensor& k_teacher,
-    const OptionalTensor& bias_student,
-    const OptionalTensor& bias_teacher,
-    const OptionalTensor& key_mask,
-    const std::string& divergence,
-    const std::string& heads,
-    double scale_student,
-    double scale_teacher,
-    double bias_scale,
-    bool is_causal,
-    int64_t row_start,
-    int64_t row_step) {
-  Problem p{};
-  p.s = {q_student, k_student ? *k_student : q_student, bias_student, scale_student};
-  p.t = {q_teacher, k_teacher, bias_teacher, scale_teacher};
-  p.divergence = divergence_of(divergence);
-  p.mean_heads = heads == "mean";
-  p.causal = is_causal;
-  p.shared = !k_student;
-  p.row_start = row_start;
-  p.row_step = row_step;
-  p.bias_scale = bias_scale;
-  if (key_mask) p.key_mask = key_mask->contiguous();
-  return p;
-}
 
 at::ScalarType accumulator_of(const Problem& p) {
   auto acc = at::kFloat;
@@ -78,13 +48,6 @@ at::ScalarType accumulator_of(const Problem& p) {
   return acc;
 }
 
-// Allocates the gradients that are wanted.
-void set_gradients(Problem& p, const at::Tensor& dq, const at::Tensor& dk, bool with_dbias, at::ScalarType acc) {
-  if (dq.dim() == 4) p.dq = dq;
-  if (dk.dim() == 4) p.dk = dk;
-  if (with_dbias && p.s.bias) p.dbias = at::zeros(p.s.bias->sizes(), p.s.bias->options().dtype(acc));
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_fwd_cpu(
     const at::Tensor& q_student,         // (B, H, N_q, d)
     const OptionalTensor& k_student,     // (B, H, N_k, d)
@@ -93,44 +56,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_fwd_cpu(
     const OptionalTensor& bias_student,  // (B | 1, H | 1, N_q | 1, N_k | 1)
     const OptionalTensor& bias_teacher,  // (B | 1, H' | 1, N_q | 1, N_k | 1)
     const OptionalTensor& key_mask,      // (B, N_k)
-    const OptionalTensor& row_weight,    // (B, N_q)
+    const OptionalTensor& row_weight,    // (B, 1 | H, N_q)
     std::string reduction,
     std::string algorithm,
     std::string divergence,
     std::string heads,
-    double scale_student,
-    double scale_teacher,
-    double bias_scale,
+    at::ArrayRef<double> scales,  // of student, teacher and bias
     bool is_causal,
-    int64_t row_start,
-    int64_t row_step,
-    bool with_dq,
-    bool with_dk,
-    bool with_dbias) {
-  auto p = problem_of(
-      q_student,
-      k_student,
-      q_teacher,
-      k_teacher,
-      bias_student,
-      bias_teacher,
-      key_mask,
-      divergence,
-      heads,
-      scale_student,
-      scale_teacher,
-      bias_scale,
-      is_causal,
-      row_start,
-      row_step);
+    at::IntArrayRef rows,  // start, step
+    std::array<bool, 3> wanted) {  // dq, dk, dbias
+  Problem p{};
+  p.s = {q_student, k_student ? *k_student : q_student, bias_student, scales[0]};
+  p.t = {q_teacher, k_teacher, bias_teacher, scales[1]};
+  p.divergence = divergence_of(divergence);
+  p.mean_heads = heads == "mean";
+  p.causal = is_causal;
+  p.shared = !k_student;
+  p.row_start = rows[0];
+  p.row_step = rows[1];
+  p.bias_scale = scales[2];
+  if (key_mask) p.key_mask = key_mask->contiguous();
   const auto acc = accumulator_of(p);
   const auto options = q_student.options().dtype(acc);
-  auto dq = gradient_of(p.s.q, with_dq, stored(p.s.q)), dk = gradient_of(p.s.k, with_dk, stored(p.s.k));
-  set_gradients(p, dq, dk, with_dbias, acc);
+  auto dq = gradient_of(p.s.q, wanted[0]), dk = gradient_of(p.s.k, wanted[1]);
+  if (wanted[0]) p.dq = dq;
+  if (wanted[1]) p.dk = dk;
+  if (wanted[2] && p.s.bias) p.dbias = at::zeros(p.s.bias->sizes(), p.s.bias->options().dtype(acc));
   const bool is_mean = reduction == "mean";
   p.factor = is_mean ? 1.0 / static_cast<double>(p.B() * p.H_out()) : 1.0;
   if (row_weight) {
-    p.weight = row_weight->to(acc).contiguous().view({p.B(), 1, p.N_q(), 1});
+    p.weight = row_weight->to(acc).contiguous().unsqueeze(-1);
   } else {
     p.weight = at::full({1, 1, 1, 1}, is_mean ? 1.0 / static_cast<double>(p.N_q()) : 1.0, options);
   }
@@ -141,58 +96,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_fwd_cpu(
   return {p.rows.defined() ? p.rows : at::full({}, sum, options), dq, dk, dbias};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_bwd_cpu(
-    const at::Tensor& drows,             // (B, H | 1, N_q)
-    const at::Tensor& q_student,         // (B, H, N_q, d)
-    const OptionalTensor& k_student,     // (B, H, N_k, d)
-    const at::Tensor& q_teacher,         // (B, H', N_q, d')
-    const at::Tensor& k_teacher,         // (B, H', N_k, d')
-    const OptionalTensor& bias_student,  // (B | 1, H | 1, N_q | 1, N_k | 1)
-    const OptionalTensor& bias_teacher,  // (B | 1, H' | 1, N_q | 1, N_k | 1)
-    const OptionalTensor& key_mask,      // (B, N_k)
-    std::string divergence,
-    std::string heads,
-    double scale_student,
-    double scale_teacher,
-    double bias_scale,
-    bool is_causal,
-    int64_t row_start,
-    int64_t row_step,
-    bool with_dq,
-    bool with_dk,
-    bool with_dbias) {
-  auto p = problem_of(
-      q_student,
-      k_student,
-      q_teacher,
-      k_teacher,
-      bias_student,
-      bias_teacher,
-      key_mask,
-      divergence,
-      heads,
-      scale_student,
-      scale_teacher,
-      bias_scale,
-      is_causal,
-      row_start,
-      row_step);
-  const auto acc = accumulator_of(p);
-  auto dq = gradient_of(p.s.q, with_dq, p.s.q.scalar_type()), dk = gradient_of(p.s.k, with_dk, p.s.k.scalar_type());
-  set_gradients(p, dq, dk, with_dbias, acc);
-  p.factor = 1;
-  p.weight = drows.to(acc).contiguous().unsqueeze(-1);
-  run(p, "tile", acc);
-  const auto dtype = bias_student ? bias_student->scalar_type() : acc;
-  auto dbias = p.dbias.defined() ? p.dbias.to(dtype) : at::empty({0}, q_student.options().dtype(dtype));
-  return {dq, dk, dbias};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("attention_fwd", &attention_fwd_cpu);
-  m.impl("attention_bwd", &attention_bwd_cpu);
 }
 
 }  // namespace fastkd

@@ -313,22 +313,19 @@ def attention_fwd(
     algorithm: str,
     divergence: str,
     heads: str,
-    scale_student: float,
-    scale_teacher: float,
-    bias_scale: float,
+    scales: list[float],
     is_causal: bool,
-    row_start: int,
-    row_step: int,
-    with_dq: bool,
-    with_dk: bool,
-    with_dbias: bool,
+    rows: list[int],
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k = q_student if k_student is None else k_student
+    scale_student, scale_teacher, bias_scale = scales
     student = _Network(q_student, k, bias_student, scale_student)
     teacher = _Network(q_teacher, k_teacher, bias_teacher, scale_teacher)
     acc = accumulator(*(x for x in (*student, *teacher) if isinstance(x, Tensor)))
     B, H, N_q = q_student.shape[:3]
     H_out = 1 if heads == "mean" else H
+    with_dq, with_dk, with_dbias = wanted
     dq = q_student.new_empty(q_student.shape if with_dq else (0,), dtype=stored_gradient(q_student))
     dk = k.new_empty(k.shape if with_dk else (0,), dtype=stored_gradient(k))
     # Sums over strips wait in the accumulation dtype.
@@ -336,48 +333,14 @@ def attention_fwd(
     grads = _gradients(dq, dk, dbias, k_student is None)
 
     if row_weight is None:
-        row_weight = q_student.new_full((1, 1), 1 / N_q if reduction == "mean" else 1.0, dtype=acc).expand(B, N_q)
-    w = row_weight[:, None] * (1 / (B * H_out) if reduction == "mean" else 1.0)
+        row_weight = q_student.new_full((1, 1, 1), 1 / N_q if reduction == "mean" else 1.0, dtype=acc)
+        row_weight = row_weight.expand(B, 1, N_q)
+    w = row_weight * (1 / (B * H_out) if reduction == "mean" else 1.0)
     if algorithm == "gram":
         loss = _gram(student, teacher, key_mask, w, grads).to(acc)
     else:
         loss = q_student.new_empty((B, H_out, N_q), dtype=acc)
-        mask = _Mask(key_mask, is_causal, row_start, row_step)
+        mask = _Mask(key_mask, is_causal, *rows)
         _sweep(student, teacher, mask, w, divergence, heads, bias_scale, loss, grads)
         loss = loss if reduction == "none" else loss.sum()
     return loss, dq, dk, dbias if bias_student is None else dbias.to(stored_gradient(bias_student))
-
-
-def attention_bwd(
-    drows: Tensor,
-    q_student: Tensor,
-    k_student: Tensor | None,
-    q_teacher: Tensor,
-    k_teacher: Tensor,
-    bias_student: Tensor | None,
-    bias_teacher: Tensor | None,
-    key_mask: Tensor | None,
-    divergence: str,
-    heads: str,
-    scale_student: float,
-    scale_teacher: float,
-    bias_scale: float,
-    is_causal: bool,
-    row_start: int,
-    row_step: int,
-    with_dq: bool,
-    with_dk: bool,
-    with_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of reduction "none" for incoming drows (B, H | 1, N_q), by the same sweep."""
-    k = q_student if k_student is None else k_student
-    student = _Network(q_student, k, bias_student, scale_student)
-    teacher = _Network(q_teacher, k_teacher, bias_teacher, scale_teacher)
-    dq = q_student.new_empty(q_student.shape if with_dq else (0,))
-    dk = k.new_empty(k.shape if with_dk else (0,))
-    shape = bias_student.shape if bias_student is not None and with_dbias else (0,)
-    dbias = q_student.new_zeros(shape, dtype=drows.dtype)
-    grads = _gradients(dq, dk, dbias, k_student is None)
-    mask = _Mask(key_mask, is_causal, row_start, row_step)
-    _sweep(student, teacher, mask, drows, divergence, heads, bias_scale, torch.empty_like(drows), grads)
-    return dq, dk, dbias if bias_student is None else dbias.to(bias_student.dtype)

@@ -201,80 +201,37 @@ def _attention_fwd(
     algorithm: str,
     divergence: str,
     heads: str,
-    scale_student: float,
-    scale_teacher: float,
-    bias_scale: float,
+    scales: list[float],
     is_causal: bool,
-    row_start: int,
-    row_step: int,
-    with_dq: bool,
-    with_dk: bool,
-    with_dbias: bool,
+    rows: list[int],
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (q_student, k_student, q_teacher, k_teacher, bias_student, bias_teacher)
     acc = accumulator(*(x for x in tensors if x is not None))
     B, H, N_q = q_student.shape[:3]
     loss = q_student.new_empty((B, 1 if heads == "mean" else H, N_q) if reduction == "none" else (), dtype=acc)
-    dq = q_student.new_empty(q_student.shape if with_dq else (0,), dtype=stored_gradient(q_student))
     k = q_student if k_student is None else k_student
-    dk = k.new_empty(k.shape if with_dk else (0,), dtype=stored_gradient(k))
-    bias = q_student if bias_student is None else bias_student
-    dtype = acc if bias_student is None else stored_gradient(bias_student)
-    return loss, dq, dk, bias.new_empty(bias.shape if with_dbias else (0,), dtype=dtype)
+    bias = loss if bias_student is None else bias_student
+    dq, dk, dbias = (
+        x.new_empty(x.shape if want else (0,), dtype=stored_gradient(x))
+        for x, want in zip((q_student, k, bias), wanted, strict=True)
+    )
+    return loss, dq, dk, dbias
 
 
-def _attention_bwd(
-    drows: Tensor,
-    q_student: Tensor,
-    k_student: Tensor | None,
-    q_teacher: Tensor,
-    k_teacher: Tensor,
-    bias_student: Tensor | None,
-    bias_teacher: Tensor | None,
-    key_mask: Tensor | None,
-    divergence: str,
-    heads: str,
-    scale_student: float,
-    scale_teacher: float,
-    bias_scale: float,
-    is_causal: bool,
-    row_start: int,
-    row_step: int,
-    with_dq: bool,
-    with_dk: bool,
-    with_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq = q_student.new_empty(q_student.shape if with_dq else (0,))
-    k = q_student if k_student is None else k_student
-    dk = k.new_empty(k.shape if with_dk else (0,))
-    bias = drows if bias_student is None else bias_student
-    return dq, dk, bias.new_empty(bias.shape if with_dbias else (0,))
-
-
-# Temperature is folded into the scales: z = q kᵀ scale + bias bias_scale. Biases have 4 dimensions, each 1 or whole.
-# row_weight (B, N_q) multiplies the rows; in the mean it stands in place of 1/N_q. Query row i is at position
-# row_start + i row_step, which is_causal compares with the key's. No k_student: keys are the queries, and dq is the
-# whole gradient, (G + Gᵀ) Q. Gradients not wanted are empty (0,). "gram" comes with k_student and without bias.
-_ATTENTION_INPUTS = (
-    "Tensor q_student, Tensor? k_student, Tensor q_teacher, Tensor k_teacher, "
-    "Tensor? bias_student, Tensor? bias_teacher, Tensor? key_mask"
-)
-_ATTENTION_OPTIONS = (
-    "str divergence, str heads, float scale_student, float scale_teacher, float bias_scale, "
-    "bool is_causal, SymInt row_start, SymInt row_step, bool with_dq, bool with_dk, bool with_dbias"
-)
+# scales: those of student, teacher and bias, with the temperature folded in: z = q kᵀ scale + bias bias_scale. Biases
+# have 4 dimensions, each 1 or whole. row_weight (B, 1 | H, N_q) multiplies the rows; in the mean it stands in place of
+# 1/N_q. rows: start and step; query row i is at position start + i step, which is_causal compares with the key's.
+# Without k_student the keys are the queries, and dq is the whole gradient, (G + Gᵀ) Q. wanted: dq, dk, dbias; the
+# others are empty (0,). "gram" comes with k_student and without bias.
 _register(
     "attention",
     "attention_fwd",
-    f"({_ATTENTION_INPUTS}, Tensor? row_weight, str reduction, str algorithm, {_ATTENTION_OPTIONS})"
+    "(Tensor q_student, Tensor? k_student, Tensor q_teacher, Tensor k_teacher, Tensor? bias_student,"
+    " Tensor? bias_teacher, Tensor? key_mask, Tensor? row_weight, str reduction, str algorithm, str divergence,"
+    " str heads, float[3] scales, bool is_causal, SymInt[2] rows, bool[3] wanted)"
     " -> (Tensor loss, Tensor dq, Tensor dk, Tensor dbias)",
     _attention_fwd,
-)
-_register(
-    "attention",
-    "attention_bwd",
-    f"(Tensor drows, {_ATTENTION_INPUTS}, {_ATTENTION_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dbias)",
-    _attention_bwd,
 )
 
 

@@ -16,31 +16,41 @@ Heads = Literal["match", "mean"]
 Reduction = Literal["mean", "sum", "none"]
 
 
-class Maps(NamedTuple):
-    """Options of the maps of one call, in the order of the operators' schemas.
+class Inputs(NamedTuple):
+    """Tensors of one call, in the order of the operator's schema."""
 
-    Temperature is folded into the scales; query row i stands at position row_start + i row_step.
-    """
+    q_student: Tensor
+    k_student: Tensor | None  # None: the queries
+    q_teacher: Tensor
+    k_teacher: Tensor
+    bias_student: Tensor | None
+    bias_teacher: Tensor | None
+    key_mask: Tensor | None
+    row_weight: Tensor | None
+
+
+class Maps(NamedTuple):
+    """Options of the maps of one call, in the order of the operator's schema."""
 
     divergence: Divergence
     heads: Heads
-    scale_student: float
-    scale_teacher: float
-    bias_scale: float
+    scales: tuple[float, float, float]  # of student, teacher and bias, with the temperature folded in
     is_causal: bool
-    row_start: int
-    row_step: int
+    rows: tuple[int, int]  # query row i stands at position start + i step
 
 
 class Wanted(NamedTuple):
-    """Which gradients a call forms, in the order of the operators' schemas."""
+    """Which gradients a call forms, in the order of the operator's schema."""
 
     dq: bool
     dk: bool
     dbias: bool
 
 
-NO_GRADIENTS = Wanted(dq=False, dk=False, dbias=False)
+def _to_inputs(wanted: Wanted, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return the gradients by the tensors of Inputs, None for those not wanted."""
+    dq, dk, dbias = (g if want else None for g, want in zip(gradients, wanted, strict=True))
+    return tuple(Inputs(dq, dk, None, None, dbias, None, None, None))  # type: ignore[arg-type]
 
 
 class _Attention(torch.autograd.Function):
@@ -48,73 +58,49 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q_s: Tensor,
-        k_s: Tensor | None,
-        q_t: Tensor,
-        k_t: Tensor,
-        bias_s: Tensor | None,
-        bias_t: Tensor | None,
-        key_mask: Tensor | None,
-        row_weight: Tensor | None,
-        impl: Backend,
-        reduction: Reduction,
-        algorithm: str,
-        maps: Maps,
-        wanted: Wanted,
+        ctx: Any, impl: Backend, reduction: Reduction, algorithm: str, maps: Maps, wanted: Wanted, *inputs: Tensor
     ) -> Tensor:
-        inputs = q_s, k_s, q_t, k_t, bias_s, bias_t, key_mask
-        loss, *stored = call(impl, "attention_fwd", *inputs, row_weight, reduction, algorithm, *maps, *wanted)
+        loss, *stored = call(impl, "attention_fwd", *inputs, reduction, algorithm, *maps, wanted)
         ctx.save_for_backward(*stored)
         ctx.wanted = wanted
-        ctx.dtypes = [None if x is None else x.dtype for x in (q_s, k_s, bias_s)]
+        x = Inputs(*inputs)
+        ctx.dtypes = [None if x is None else x.dtype for x in (x.q_student, x.k_student, x.bias_student)]
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("attention_loss")
-        dq, dk, dbias = (
+        gradients = (
             scaled(x, dloss, dtype) if want else None
             for x, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
         )
-        return dq, dk, None, None, dbias, None, None, None, None, None, None, None, None
+        return None, None, None, None, None, *_to_inputs(ctx.wanted, list(gradients))
 
 
 class _AttentionRows(torch.autograd.Function):
     """One loss per row, whose gradients come with weights of their own: backward forms the strips again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q_s: Tensor,
-        k_s: Tensor | None,
-        q_t: Tensor,
-        k_t: Tensor,
-        bias_s: Tensor | None,
-        bias_t: Tensor | None,
-        key_mask: Tensor | None,
-        row_weight: Tensor | None,
-        impl: Backend,
-        maps: Maps,
-    ) -> Tensor:
-        inputs = q_s, k_s, q_t, k_t, bias_s, bias_t, key_mask
-        loss, *_ = call(impl, "attention_fwd", *inputs, row_weight, "none", "tile", *maps, *NO_GRADIENTS)
-        ctx.save_for_backward(*inputs, row_weight)
+    def forward(ctx: Any, impl: Backend, maps: Maps, *inputs: Tensor) -> Tensor:
+        loss, *_ = call(impl, "attention_fwd", *inputs, "none", "tile", *maps, Wanted(False, False, False))
+        ctx.save_for_backward(*inputs)
         ctx.impl, ctx.maps = impl, maps
         return loss
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("attention_loss")
-        q_s, k_s, q_t, k_t, bias_s, bias_t, key_mask, row_weight = ctx.saved_tensors
-        if row_weight is not None:
-            drows = torch.where(row_weight[:, None] == 0, 0, drows)
-        needs_q, needs_k, _, _, needs_bias, *_ = ctx.needs_input_grad
-        wanted = Wanted(dq=needs_q, dk=needs_k, dbias=needs_bias)
-        inputs = q_s, k_s, q_t, k_t, bias_s, bias_t, key_mask
-        gradients = call(ctx.impl, "attention_bwd", drows, *inputs, *ctx.maps, *wanted)
-        dq, dk, dbias = (x if want else None for x, want in zip(gradients, wanted, strict=True))
-        return dq, dk, None, None, dbias, None, None, None, None, None
+        inputs = Inputs(*ctx.saved_tensors)
+        if inputs.row_weight is not None:
+            drows = torch.where(inputs.row_weight == 0, 0, drows)
+        needs = Inputs(*ctx.needs_input_grad[2:])
+        wanted = Wanted(dq=needs.q_student, dk=needs.k_student, dbias=needs.bias_student)
+        weighted = inputs._replace(row_weight=drows)
+        _, *gradients = call(ctx.impl, "attention_fwd", *weighted, "none", "tile", *ctx.maps, wanted)
+        # Stored gradients of float16 are float32; here the incoming gradient is in them already.
+        students = inputs.q_student, inputs.k_student, inputs.bias_student
+        gradients = [g if x is None else g.to(x.dtype) for g, x in zip(gradients, students, strict=True)]
+        return None, None, *_to_inputs(wanted, gradients)
 
 
 def pick_algorithm(N_q: int, N_k: int, d_s: int, d_t: int, device: torch.device, gain: int = 1) -> str:
@@ -321,17 +307,15 @@ def attention_loss(
         row_weight = query_mask.to(accumulator(*(x for x in operands if x is not None)))
         if reduction == "mean":
             row_weight = row_weight / row_weight.sum(1, keepdim=True).clamp_min(1)
+        row_weight = row_weight[:, None]
     scale_student = d_s**-0.5 if scale_student is None else scale_student
     scale_teacher = d_t**-0.5 if scale_teacher is None else scale_teacher
     maps = Maps(
         divergence=divergence,
         heads=heads,
-        scale_student=scale_student / temperature,
-        scale_teacher=scale_teacher / temperature,
-        bias_scale=1 / temperature,
+        scales=(scale_student / temperature, scale_teacher / temperature, 1 / temperature),
         is_causal=bool(is_causal),
-        row_start=rows.start,
-        row_step=rows.step,
+        rows=(rows.start, rows.step),
     )
     impl = resolve(backend, "attention_fwd", q_student, k_student, q_teacher, k_teacher, bias_s, bias_t)
     algorithm = "tile"
@@ -343,13 +327,13 @@ def attention_loss(
         q_student, None if is_shared else k_student, q_teacher, k_teacher, bias_s, bias_t, key_mask, row_weight
     )
     if reduction == "none":
-        return _AttentionRows.apply(*inputs, impl, maps)
+        return _AttentionRows.apply(impl, maps, *inputs)
     wanted = Wanted(
         dq=wants_grad(q_student),
         dk=not is_shared and wants_grad(k_student),
         dbias=bias_s is not None and wants_grad(bias_s),
     )
-    return _Attention.apply(*inputs, impl, reduction, algorithm, maps, wanted)
+    return _Attention.apply(impl, reduction, algorithm, maps, wanted, *inputs)
 
 
 def _check_relations(relations: Sequence[str], weights: Sequence[float] | None) -> Sequence[float]:
