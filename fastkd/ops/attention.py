@@ -1,7 +1,7 @@
 """Attention-map losses from queries and keys, without the maps."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -14,19 +14,8 @@ from fastkd.ops._dispatch import Backend, call, resolve
 Divergence = Literal["kl", "reverse_kl", "js", "ce", "mse", "score_mse"]
 Heads = Literal["match", "mean"]
 Reduction = Literal["mean", "sum", "none"]
-
-
-class Inputs(NamedTuple):
-    """Tensors of one call, in the order of the operator's schema."""
-
-    q_student: Tensor
-    k_student: Tensor | None  # None: the queries
-    q_teacher: Tensor
-    k_teacher: Tensor
-    bias_student: Tensor | None
-    bias_teacher: Tensor | None
-    key_mask: Tensor | None
-    row_weight: Tensor | None
+DIVERGENCES, HEADS, REDUCTIONS = get_args(Divergence), get_args(Heads), get_args(Reduction)
+Wanted = tuple[bool, bool, bool]  # which of dq, dk, dbias a call forms
 
 
 class Maps(NamedTuple):
@@ -39,20 +28,6 @@ class Maps(NamedTuple):
     rows: tuple[int, int]  # query row i stands at position start + i step
 
 
-class Wanted(NamedTuple):
-    """Which gradients a call forms, in the order of the operator's schema."""
-
-    dq: bool
-    dk: bool
-    dbias: bool
-
-
-def _to_inputs(wanted: Wanted, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Return the gradients by the tensors of Inputs, None for those not wanted."""
-    dq, dk, dbias = (g if want else None for g, want in zip(gradients, wanted, strict=True))
-    return tuple(Inputs(dq, dk, None, None, dbias, None, None, None))  # type: ignore[arg-type]
-
-
 class _Attention(torch.autograd.Function):
     """A scalar: forward forms the student's gradients while the strips are at hand; backward scales them."""
 
@@ -60,21 +35,20 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, impl: Backend, reduction: Reduction, algorithm: str, maps: Maps, wanted: Wanted, *inputs: Tensor
     ) -> Tensor:
-        loss, *stored = call(impl, "attention_fwd", *inputs, reduction, algorithm, *maps, wanted)
-        ctx.save_for_backward(*stored)
-        ctx.wanted = wanted
-        x = Inputs(*inputs)
-        ctx.dtypes = [None if x is None else x.dtype for x in (x.q_student, x.k_student, x.bias_student)]
-        return loss
+        loss, dq, dk, dbias = call(impl, "attention_fwd", *inputs, reduction, algorithm, *maps, wanted)
+        ctx.save_for_backward(dq, dk, dbias)
+        ctx.wanted, (q, k, _, _, bias, *_) = wanted, inputs
+        ctx.dtypes = [None if x is None else x.dtype for x in (q, k, bias)]
+        return cast(Tensor, loss)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("attention_loss")
-        gradients = (
+        dq, dk, dbias = (
             scaled(x, dloss, dtype) if want else None
             for x, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
         )
-        return None, None, None, None, None, *_to_inputs(ctx.wanted, list(gradients))
+        return None, None, None, None, None, dq, dk, None, None, dbias, None, None, None
 
 
 class _AttentionRows(torch.autograd.Function):
@@ -82,25 +56,23 @@ class _AttentionRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, impl: Backend, maps: Maps, *inputs: Tensor) -> Tensor:
-        loss, *_ = call(impl, "attention_fwd", *inputs, "none", "tile", *maps, Wanted(False, False, False))
+        loss, *_ = call(impl, "attention_fwd", *inputs, "none", "tile", *maps, (False, False, False))
         ctx.save_for_backward(*inputs)
         ctx.impl, ctx.maps = impl, maps
-        return loss
+        return cast(Tensor, loss)
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("attention_loss")
-        inputs = Inputs(*ctx.saved_tensors)
-        if inputs.row_weight is not None:
-            drows = torch.where(inputs.row_weight == 0, 0, drows)
-        needs = Inputs(*ctx.needs_input_grad[2:])
-        wanted = Wanted(dq=needs.q_student, dk=needs.k_student, dbias=needs.bias_student)
-        weighted = inputs._replace(row_weight=drows)
-        _, *gradients = call(ctx.impl, "attention_fwd", *weighted, "none", "tile", *ctx.maps, wanted)
-        # Stored gradients of float16 are float32; here the incoming gradient is in them already.
-        students = inputs.q_student, inputs.k_student, inputs.bias_student
-        gradients = [g if x is None else g.to(x.dtype) for g, x in zip(gradients, students, strict=True)]
-        return None, None, *_to_inputs(wanted, gradients)
+        *inputs, row_weight = ctx.saved_tensors
+        if row_weight is not None:
+            drows = torch.where(row_weight == 0, 0, drows)
+        _, _, with_dq, with_dk, _, _, with_dbias, *_ = ctx.needs_input_grad
+        wanted = with_dq, with_dk, with_dbias
+        _, dq, dk, dbias = call(ctx.impl, "attention_fwd", *inputs, drows, "none", "tile", *ctx.maps, wanted)
+        dq, dk, dbias = (x if want else None for x, want in zip((dq, dk, dbias), wanted, strict=True))
+        # Stored gradients of float16 are float32: autograd casts them to the dtypes of the inputs.
+        return None, None, dq, dk, None, None, dbias, None, None, None
 
 
 def pick_algorithm(N_q: int, N_k: int, d_s: int, d_t: int, device: torch.device, gain: int = 1) -> str:
@@ -121,9 +93,9 @@ def _check_options(
     scale_teacher: float | None,
     temperature: float,
 ) -> None:
-    check.one_of("divergence", divergence, get_args(Divergence))
-    check.one_of("heads", heads, get_args(Heads))
-    check.one_of("reduction", reduction, get_args(Reduction))
+    check.one_of("divergence", divergence, DIVERGENCES)
+    check.one_of("heads", heads, HEADS)
+    check.one_of("reduction", reduction, REDUCTIONS)
     if heads == "mean" and divergence == "score_mse":
         raise ValueError("heads='mean' averages probabilities, which divergence='score_mse' has none of; use 'mse'")
     for name, scale in (("scale_student", scale_student), ("scale_teacher", scale_teacher)):
@@ -328,11 +300,8 @@ def attention_loss(
     )
     if reduction == "none":
         return _AttentionRows.apply(impl, maps, *inputs)
-    wanted = Wanted(
-        dq=wants_grad(q_student),
-        dk=not is_shared and wants_grad(k_student),
-        dbias=bias_s is not None and wants_grad(bias_s),
-    )
+    with_dbias = bias_s is not None and wants_grad(bias_s)
+    wanted = wants_grad(q_student), not is_shared and wants_grad(k_student), with_dbias
     return _Attention.apply(impl, reduction, algorithm, maps, wanted, *inputs)
 
 
