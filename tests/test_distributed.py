@@ -428,7 +428,7 @@ def options_must_agree(rank: Rank) -> None:
                 "return_terms": (False, True),
             },
         ),
-        distributed.batch_moments: ((s.mT,), {}),
+        distributed.batch_moments: ((s.mT,), {"dims": ("batch", "image")}),
         distributed.bn_stat_loss: (
             ([s.mT], zeros, zeros),
             {"distance": ("l2", "mse"), "layer_weights": ([1.0], [2.0]), "momentum": (0.25, 0.5)},
@@ -681,7 +681,15 @@ def test_every_rank(tmp_path: Path) -> None:
                 assert notes[a][name][0] == notes[b][name][0], f"{name} on ranks {a} and {b}"
 
 
+def test_functions_that_take_a_group_are_here_with_the_default_one() -> None:
+    named = [
+        name for name in fastkd.functional.__all__ if "group" in inspect.signature(getattr(fastkd, name)).parameters
+    ]
+    assert named == distributed.__all__
+    for name in named:
+        assert inspect.signature(getattr(distributed, name)) == inspect.signature(getattr(fastkd, name))
+
+
 def test_without_processes() -> None:
     with pytest.raises(RuntimeError, match="init_process_group"):
         distributed.relation_loss(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
-    assert not distributed.spans_ranks(None)

@@ -1,4 +1,5 @@
-"""Losses that relate images, over the global batch of a process group; the only module that knows ranks.
+"""Losses that relate images, over the global batch of a process group: the functions of fastkd that take a group, which
+is the default one here where none is given.
 
 Every rank gets the loss of one process on the concatenated batch (images in the order of the ranks, which may hold
 different numbers of them). Gradients are that loss's times the number of ranks: DistributedDataParallel averages over
@@ -11,15 +12,39 @@ one rank refuses, or on which ranks disagree, are an error on every rank. Hence 
 in torch.compile.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from fastkd import functional
 from fastkd.distributed._messages import Group as Group
 from fastkd.distributed._messages import start_gather as start_gather
 from fastkd.distributed._ranks import SMALL as SMALL
-from fastkd.distributed._ranks import spans_ranks as spans_ranks
-from fastkd.distributed.diversity import intra_divergence_loss
-from fastkd.distributed.manifold import manifold_layers as manifold_layers
-from fastkd.distributed.manifold import manifold_loss
-from fastkd.distributed.moments import batch_moments, bn_stat_loss
-from fastkd.distributed.moments import bn_stat_loss_and_global_moments as bn_stat_loss_and_global_moments
-from fastkd.distributed.relation import relation_loss
+from fastkd.distributed._ranks import Ranks
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _over_ranks(function: Callable[P, R]) -> Callable[P, R]:
+    """Return the function with the default group in place of None."""
+
+    @torch.compiler.disable
+    @functools.wraps(function)
+    def over_ranks(*args: P.args, **options: P.kwargs) -> R:
+        named: dict[str, Any] = {**options, "group": Ranks(options.get("group")).group}
+        return function(*args, **named)
+
+    over_ranks.__module__ = __name__
+    return over_ranks
+
+
+batch_moments = _over_ranks(functional.batch_moments)
+bn_stat_loss = _over_ranks(functional.bn_stat_loss)
+intra_divergence_loss = _over_ranks(functional.intra_divergence_loss)
+manifold_loss = _over_ranks(functional.manifold_loss)
+relation_loss = _over_ranks(functional.relation_loss)
 
 __all__ = ["batch_moments", "bn_stat_loss", "intra_divergence_loss", "manifold_loss", "relation_loss"]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd.distributed._messages import Group, Shapes, image_bytes, offsets, pack, start_gather, views
+from fastkd.distributed._messages import Shapes, image_bytes, offsets, pack, start_gather, views
 
 # Below this number of bytes of all ranks, each rank receives all and computes alone; more messages would cost more.
 SMALL = 1 << 22
@@ -166,11 +166,6 @@ class Ranks:
 def is_small(features: Sequence[Tensor], sizes: list[int]) -> bool:
     """Return whether the features are small enough for every rank to receive all of them."""
     return sum(sizes) * image_bytes(features) <= SMALL and len({x.device for x in features}) == 1
-
-
-def spans_ranks(group: Group) -> bool:
-    """Return whether a module's process_group has more than this process."""
-    return group is not None and dist.get_world_size(group) > 1
 
 
 def _disagreement(told: list[Any]) -> str:

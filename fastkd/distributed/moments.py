@@ -5,13 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd import functional as F
 from fastkd.distributed._autograd import Averaged, Gather, mean_over_ranks
 from fastkd.distributed._messages import Group
 from fastkd.distributed._ranks import About, Own, Ranks, kind
-from fastkd.ops._autograd import refuse_transforms
 from fastkd.ops._dispatch import Backend, resolve
-from fastkd.ops.moments import Distance, Moments, bn_stat_loss_and_moments, check_bn_stat
+from fastkd.ops.moments import BnStatCall, Dims, Moments, check_bn_stat, checked_batch_moments, run_bn_stat
 
 
 def _merged(moments: Moments, channels: Sequence[int], counts: Sequence[int], ranks: Ranks) -> Moments:
@@ -32,70 +30,44 @@ def _merged(moments: Moments, channels: Sequence[int], counts: Sequence[int], ra
 
 
 @torch.compiler.disable
-def batch_moments(x: Tensor, *, backend: Backend = "auto", group: Group = None) -> tuple[Tensor, Tensor]:
-    """fastkd.batch_moments of the batch of all ranks, merged from (count, mean, M2): Chan et al. 1979.
-
-        mean_c = 1/M Σ x,  var_c = 1/M Σ (x - mean_c)²,  over all images and positions of all ranks
-
-    Per-image moments (dims="image") span no ranks: fastkd.batch_moments.
-
-    Args:
-        x: (B, C, ...), this rank's, float64 | float32 | bfloat16 | float16, any strides; all but C may differ between
-            ranks. Differentiable: what the caller makes of the moments must be the same on every rank.
-        backend: "auto", "eager", "native" or "triton".
-        group: a torch.distributed process group that this rank is in; None: the default one.
-
-    Returns:
-        (mean, biased var), each (C,), the same on every rank, float32 (float64 for float64 input).
-
-    Raises:
-        ValueError: ranks that disagree on channels or dtype, on every rank; as in fastkd.batch_moments, and then on the
-            other ranks too.
-        TypeError, RuntimeError: as in fastkd.batch_moments; no process group.
-    """
+def batch_moments_over_ranks(x: Tensor, dims: Dims, backend: Backend, group: Group) -> Moments:
+    """Return batch_moments of the batch of all ranks; those of images span no ranks."""
     ranks = Ranks(group)
     local: list[Moments] = []
 
     def arguments() -> Own:
-        local.append(F.batch_moments(x, backend=backend))
-        return Own({"function": "batch_moments", "x": f"{x.shape[1]} channels {kind(x)}"})
+        local.append(checked_batch_moments(x, dims, backend))
+        return Own({"function": "batch_moments", "x": f"{x.shape[1]} channels {kind(x)}", "dims": dims})
 
     if ranks.world == 1:
-        return F.batch_moments(x, backend=backend)
+        return checked_batch_moments(x, dims, backend)
     ranks.agree(arguments)
+    if dims == "image":
+        return local[0]
     mean, var = _merged(local[0], [x.shape[1]], [x[:, 0].numel()], ranks)
     return Averaged.apply(mean, ranks.world), Averaged.apply(var, ranks.world)
 
 
 @torch.compiler.disable
-def bn_stat_loss_and_global_moments(
-    inputs: Sequence[Tensor],
-    running_means: Sequence[Tensor],
-    running_vars: Sequence[Tensor],
-    distance: Distance,
-    layer_weights: Sequence[float] | None,
-    momentum: float | None,
-    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
-    moments: Sequence[Moments] | None,
-    backend: Backend,
-    group: Group,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return bn_stat_loss and the compared means and variances of all layers end to end (this rank's for "image")."""
+def bn_stat_over_ranks(call: BnStatCall, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Return bn_stat_loss of the batch of all ranks, and the compared means and variances of all layers end to end
+    (this rank's for "image")."""
     ranks = Ranks(group)
-    options = (distance, layer_weights, momentum, ema, moments)
     if ranks.world == 1:
-        return bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, backend)
+        check_bn_stat(call)
+        return run_bn_stat(call)
+    inputs, distance, layer_weights = call.inputs, call.distance, call.layer_weights
 
     def arguments() -> Own:
-        check_bn_stat(inputs, running_means, running_vars, *options, spans_ranks=True)
-        about: About = {"function": "bn_stat_loss", "layers": len(inputs), "distance": distance, "momentum": momentum}
+        check_bn_stat(call, spans_ranks=True)
+        about: About = {"function": "bn_stat_loss", "layers": len(inputs), "distance": distance}
+        about["momentum"] = call.momentum
         about["layer_weights"] = None if layer_weights is None else list(layer_weights)
         for i, x in enumerate(inputs):
-            resolve(backend, "moments_fwd", x)
+            resolve(call.backend, "moments_fwd", x)
             about[f"inputs[{i}]"] = f"{x.shape[1]} channels {kind(x)}"
             if distance == "image" and len(x) != len(inputs[0]):
                 raise ValueError(f"inputs must hold the same images, got {len(inputs[0])} and {len(x)}")
-        refuse_transforms("bn_stat_loss")
         return Own(about, len(inputs[0]))
 
     def merge(own: Moments) -> Moments:
@@ -104,46 +76,7 @@ def bn_stat_loss_and_global_moments(
         return _merged(own, [x.shape[1] for x in inputs], [x[:, 0].numel() for x in inputs], ranks)
 
     sizes = ranks.agree(arguments).sizes
-    loss, mean, var = bn_stat_loss_and_moments(inputs, running_means, running_vars, *options, backend, merge)
+    loss, mean, var = run_bn_stat(call, merge)
     if distance == "image":
         return mean_over_ranks([loss], ranks, sizes)[0], mean, var
     return Averaged.apply(loss, ranks.world), mean, var
-
-
-def bn_stat_loss(
-    inputs: Sequence[Tensor],
-    running_means: Sequence[Tensor],
-    running_vars: Sequence[Tensor],
-    *,
-    distance: Distance = "l2",
-    layer_weights: Sequence[float] | None = None,
-    momentum: float | None = None,
-    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
-    moments: Sequence[Moments] | None = None,
-    backend: Backend = "auto",
-    group: Group = None,
-) -> Tensor:
-    """fastkd.bn_stat_loss with the statistics of the batch of all ranks (DeepInversion, arXiv:1912.08795; GDFQ,
-    arXiv:2003.03603; ZeroQ, arXiv:2001.00281). One message carries the moments of all layers.
-
-    Args:
-        inputs: per layer this rank's BatchNorm input (B, C, ...); all but C may differ between ranks. Differentiable.
-        running_means, running_vars, ema: per layer (C,), the same on every rank. Constants.
-        distance, layer_weights, momentum: as in fastkd.bn_stat_loss; "image" is the mean over all ranks' images. One
-            element per channel on a rank is enough, except for "image".
-        moments: per layer (mean, biased var) of this rank's input, as in fastkd.bn_stat_loss. Differentiable.
-        backend: "auto", "eager", "native" or "triton".
-        group: a torch.distributed process group that this rank is in; None: the default one.
-
-    Returns:
-        Scalar, the same on every rank, float32 (float64 for float64 input).
-
-    Raises:
-        ValueError: ranks that disagree on layers, channels, dtypes or options, on every rank; as in
-            fastkd.bn_stat_loss, and then on the other ranks too.
-        TypeError, RuntimeError: as in fastkd.bn_stat_loss; no process group.
-    """
-    loss, _, _ = bn_stat_loss_and_global_moments(
-        inputs, running_means, running_vars, distance, layer_weights, momentum, ema, moments, backend, group
-    )
-    return loss

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import functional as F
 from fastkd._precision import accumulator, has_fast_float64, matrix_gain, stored_gradient
 from fastkd.distributed import _messages
 from fastkd.distributed._autograd import Averaged, Sum, mean_over_ranks
 from fastkd.distributed._messages import Group, Shapes, length, slices
 from fastkd.distributed._ranks import About, Agreed, Own, Ranks, layout
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
-from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
-from fastkd.ops.relation import Algorithm, Maps, Rectify, Scope, check_relation
+from fastkd.ops._autograd import refuse_double_backward, scaled, wants_grad
+from fastkd.ops._dispatch import Backend, resolve, resolve_plain
+from fastkd.ops._dispatch import call as run
+from fastkd.ops.relation import Algorithm, Maps, RelationCall, check_relation, run_relation
 from fastkd.ops.relation import pick_algorithm as pick_local
 
 
@@ -202,7 +202,7 @@ class _Inter(torch.autograd.Function):
         losses, gradients = [], []
         with torch.autocast(tensors[0].device.type, enabled=False):
             for s, t, of_layer in zip(images[:n_layers], images[n_layers:], maps, strict=True):
-                loss, ds = call(impl, "relation_fwd", s, t, *of_layer, with_grad)
+                loss, ds = run(impl, "relation_fwd", s, t, *of_layer, with_grad)
                 losses.append(loss)
                 gradients.append(ds)
         ctx.scales = [share / s.shape[1] for share, s in zip(shares, students, strict=False)]
@@ -230,26 +230,17 @@ class _Inter(torch.autograd.Function):
         return *(None,) * 5, *gradients, *(None,) * len(gradients)
 
 
-def spanning(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    ranks: Ranks,
-    agreed: Agreed,
-    *,
-    scope: Scope,
-    normalize: bool = True,
-    rectify: Rectify = "none",
-    eps: float = 1e-12,
-    algorithm: Algorithm = "auto",
-    backend: Backend = "auto",
-) -> list[Tensor]:
-    """Return scope "inter" or "batch" over all ranks for each layer; features for "inter" are sent in one message."""
+def spanning(calls: Sequence[RelationCall], ranks: Ranks, agreed: Agreed) -> list[Tensor]:
+    """Return the losses of calls of one scope, "inter" or "batch", over all ranks.
+
+    Features for "inter" are sent in one message.
+    """
     sizes = agreed.sizes
-    losses: list[Tensor | None] = [None] * len(students)
+    losses: list[Tensor | None] = [None] * len(calls)
     together: dict[tuple[torch.device, Backend], list[int]] = {}
-    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        chosen = algorithm
-        if algorithm == "auto":
+    for i, call in enumerate(calls):
+        s, t, scope, _, normalize, rectify, eps, chosen, backend = call
+        if chosen == "auto":
             # "inter" sends a rank's features and returns the gradient; "batch" receives the features of all ranks.
             n = 2 * max(sizes) if scope == "inter" else sum(sizes) * s.shape[1]
             chosen = pick_algorithm(n, s, t, rectify, agreed.fast_float64)
@@ -259,16 +250,14 @@ def spanning(
             rows = _Rows(normalize, eps, accumulator(s, t))
             losses[i] = _Relation.apply(s, t, ranks, sizes, scope, rectify, chosen, rows, wants_grad(s))
     for (device, impl), layers in together.items():
-        own, theirs = [students[i] for i in layers], [teachers[i] for i in layers]
-        local = [
-            algorithm
-            if algorithm != "auto"
-            else pick_local(sum(sizes), s.shape[-1], t.shape[-1], rectify, device, matrix_gain(device, s, t))
-            for s, t in zip(own, theirs, strict=True)
-        ]
-        maps = [
-            Maps(scope="inter", normalize=normalize, rectify=rectify, eps=float(eps), algorithm=each) for each in local
-        ]
+        own, theirs = [calls[i].student for i in layers], [calls[i].teacher for i in layers]
+        maps = []
+        for call in (calls[i] for i in layers):
+            s, t, local = call.student, call.teacher, call.algorithm
+            if local == "auto":
+                gain = matrix_gain(device, s, t)
+                local = pick_local(sum(sizes), s.shape[-1], t.shape[-1], call.rectify, device, gain)
+            maps.append(call.maps(local))
         found = _Inter.apply(ranks, sizes, impl, agreed.with_grad, maps, *own, *theirs)
         for i, loss in zip(layers, found, strict=True):
             losses[i] = loss
@@ -282,18 +271,10 @@ def _own_rows(x: Tensor, index: Tensor, start: int) -> Tensor:
     return x[local // N, local % N].masked_fill((index - start != local)[:, None], 0)
 
 
-def sampled(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    ranks: Ranks,
-    sizes: list[int],
-    **options: Any,
-) -> list[Tensor]:
+def sampled(calls: Sequence[RelationCall], indices: Sequence[Tensor], ranks: Ranks, sizes: list[int]) -> list[Tensor]:
     """Return the loss of the K x K map of sampled rows on every rank; gradients go to the rank that has the row."""
-    pairs = list(zip(students, teachers, strict=True))
     rows = []
-    for (s, t), index in zip(pairs, indices, strict=True):
+    for (s, t, *_), index in zip(calls, indices, strict=True):
         total, start = sum(sizes) * s.shape[1], sum(sizes[: ranks.rank]) * s.shape[1]
         check.rows("index", index, total)
         dtype = torch.promote_types(s.dtype, t.dtype)
@@ -305,63 +286,30 @@ def sampled(
     else:
         rows = [Sum.apply(x, ranks) for x in rows]
     losses = []
-    for (s, t), both in zip(pairs, rows, strict=True):
-        Ds = s.shape[-1]
-        own, theirs = both[:, :Ds].to(s.dtype), both[:, Ds:].detach().to(t.dtype)
-        losses.append(Averaged.apply(F.relation_loss(own[None], theirs[None], **options), ranks.world))
+    for call, both in zip(calls, rows, strict=True):
+        Ds = call.student.shape[-1]
+        own, theirs = both[:, :Ds].to(call.student.dtype), both[:, Ds:].detach().to(call.teacher.dtype)
+        of_rows = call._replace(student=own[None], teacher=theirs[None], scope="intra", rows=None)
+        losses.append(Averaged.apply(run_relation(of_rows), ranks.world))
     return losses
 
 
 @torch.compiler.disable
-def relation_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    scope: Scope = "intra",
-    index: Tensor | None = None,
-    normalize: bool = True,
-    rectify: Rectify = "none",
-    eps: float = 1e-12,
-    algorithm: Algorithm = "auto",
-    backend: Backend = "auto",
-    group: Group = None,
-) -> Tensor:
-    """fastkd.relation_loss of the batch of all ranks: Hao et al. 2022 (arXiv:2107.01378), DINOv3 (arXiv:2508.10104).
-
-        L = 1/(G n²) Σ_g || f(S_g S_gᵀ) - f(T_g T_gᵀ) ||²,  rows of S_g and T_g of unit length, from every rank
+def relation_over_ranks(call: RelationCall, group: Group) -> Tensor:
+    """Return relation_loss of the batch of all ranks.
 
     "intra" sends a scalar. "inter" and "batch" send D x D Grams or features (pick_algorithm). For "inter" a rank gets
     its share of the tokens of all images; for "batch" features are received in pieces: at any time a rank holds at most
     one local batch's worth of other ranks' features. `index` sends those rows.
-
-    Args:
-        student: (B, N, Ds), this rank's; B may differ between ranks, all else may not. Differentiable.
-        teacher: (B, N, Dt). A constant.
-        scope: "intra", "inter" (N maps of all images) or "batch" (one map of all tokens of all images, exact).
-        index: (K,) int64 rows of the flattened (ΣB*N, D) tokens of all ranks, in their order, for scope "batch". The
-            first rank's counts.
-        normalize, rectify, eps: as in fastkd.relation_loss.
-        algorithm: "tile" sends features, "gram" Grams (no rectification), "auto" what is less; in "intra" and with
-            `index`, as in one process.
-        backend: of "intra", `index` and "inter" by features; all else is PyTorch operations ("auto" or "eager").
-        group: a torch.distributed process group that this rank is in; None: the default one.
-
-    Returns:
-        Scalar, the same on every rank, float32 (float64 if an input is).
-
-    Raises:
-        ValueError: ranks that disagree on widths, tokens, dtypes or options, on every rank; as in fastkd.relation_loss,
-            and then on the other ranks too.
-        TypeError, RuntimeError: as in fastkd.relation_loss; no process group.
     """
     ranks = Ranks(group)
-    options: dict[str, Any] = {"normalize": normalize, "rectify": rectify, "eps": eps, "algorithm": algorithm}
     if ranks.world == 1:
-        return F.relation_loss(student, teacher, scope=scope, index=index, backend=backend, **options)
+        check_relation(call)
+        return run_relation(call)
+    student, teacher, scope, index, normalize, rectify, eps, algorithm, backend = call
 
     def arguments() -> Own:
-        check_relation(student, teacher, scope, index, rectify, eps, algorithm)
-        refuse_transforms("relation_loss")
+        check_relation(call)
         if scope == "batch" and index is None:
             resolve_plain(backend, "relation_loss of scope 'batch' over a process group")
         elif scope == "inter" and algorithm == "gram":
@@ -369,15 +317,14 @@ def relation_loss(
         else:
             resolve(backend, "relation_fwd", student, teacher)
         about: About = {"function": "relation_loss", "student": layout(student), "teacher": layout(teacher)}
-        about["scope"] = scope
-        about["index"] = None if index is None else tuple(index.shape)
-        return Own(about | options, len(student), has_fast_float64(student.device), wants_grad(student))
+        about |= {"scope": scope, "index": None if index is None else tuple(index.shape)}
+        about |= {"normalize": normalize, "rectify": rectify, "eps": eps, "algorithm": algorithm}
+        return Own(about, len(student), has_fast_float64(student.device), wants_grad(student))
 
     agreed = ranks.agree(arguments)
-    sizes = agreed.sizes
     if index is not None:
         index = ranks.share(index.to(student.device, non_blocking=True), index.shape, 0)
-        return sampled([student], [teacher], [index], ranks, sizes, backend=backend, **options)[0]
+        return sampled([call], [index], ranks, agreed.sizes)[0]
     if scope == "intra":
-        return mean_over_ranks([F.relation_loss(student, teacher, backend=backend, **options)], ranks, sizes)[0]
-    return spanning([student], [teacher], ranks, agreed, scope=scope, backend=backend, **options)[0]
+        return mean_over_ranks([run_relation(call)], ranks, agreed.sizes)[0]
+    return spanning([call], ranks, agreed)[0]

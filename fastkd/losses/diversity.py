@@ -1,11 +1,9 @@
 """The module that spreads the features of a class."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from fastkd import distributed
 from fastkd import functional as F
+from fastkd.distributed import Group
 from fastkd.ops import _checks as check
 
 
@@ -20,9 +18,7 @@ class IntraDivergenceLoss(nn.Module):
         process_group: compare the images of all its ranks (fastkd.distributed); None, those of this process.
     """
 
-    def __init__(
-        self, *, spread_margin: float, boundary_margin: float, process_group: distributed.Group = None
-    ) -> None:
+    def __init__(self, *, spread_margin: float, boundary_margin: float, process_group: Group = None) -> None:
         super().__init__()
         check.number("spread_margin", spread_margin, low=0)
         check.number("boundary_margin", boundary_margin, low=0)
@@ -33,7 +29,10 @@ class IntraDivergenceLoss(nn.Module):
         return f"spread_margin={self.spread_margin}, boundary_margin={self.boundary_margin}"
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        margins: dict[str, Any] = {"spread_margin": self.spread_margin, "boundary_margin": self.boundary_margin}
-        if self.process_group is not None:
-            return distributed.intra_divergence_loss(features, labels, group=self.process_group, **margins)
-        return F.intra_divergence_loss(features, labels, **margins)
+        return F.intra_divergence_loss(
+            features,
+            labels,
+            spread_margin=self.spread_margin,
+            boundary_margin=self.boundary_margin,
+            group=self.process_group,
+        )

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import distributed
+from fastkd.distributed import Group
+from fastkd.functional.moments import bn_stat_loss_and_moments
 from fastkd.ops import _checks as check
 from fastkd.ops._dispatch import Backend
-from fastkd.ops.moments import Distance, Moments, bn_stat_loss_and_moments
+from fastkd.ops.moments import BnStatCall, Distance, Moments
 
 
 class BatchNormStatLoss(nn.Module):
@@ -40,7 +41,7 @@ class BatchNormStatLoss(nn.Module):
         layer_weights: Sequence[float] | None = None,
         momentum: float | None = None,
         backend: Backend = "auto",
-        process_group: distributed.Group = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__()
         check.one_of("distance", distance, ("l2", "mse", "image"))
@@ -92,12 +93,18 @@ class BatchNormStatLoss(nn.Module):
             average = (self.ema_mean, self.ema_var)
             mean_ema, var_ema = (x.split(channels) if fits else (x,) for x in average)
             momentum, ema = self.momentum, (mean_ema, var_ema)
-        options = (self.distance, self.layer_weights, momentum, ema, moments, self.backend)
-        compared = (inputs, running_means, running_vars, *options)
-        if self.process_group is None:
-            loss, mean, var = bn_stat_loss_and_moments(*compared)
-        else:
-            loss, mean, var = distributed.bn_stat_loss_and_global_moments(*compared, self.process_group)
+        call = BnStatCall(
+            inputs,
+            running_means,
+            running_vars,
+            distance=self.distance,
+            layer_weights=self.layer_weights,
+            momentum=momentum,
+            ema=ema,
+            moments=moments,
+            backend=self.backend,
+        )
+        loss, mean, var = bn_stat_loss_and_moments(call, self.process_group)
         if self.momentum and update:
             with torch.no_grad():
                 if self.ema_mean is None or self.ema_var is None:

@@ -1,16 +1,16 @@
 """Modules over relation maps."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd import distributed
 from fastkd import functional as F
+from fastkd.distributed import Group
+from fastkd.functional.relation import Terms, manifold_layers
 from fastkd.ops import _checks as check
 from fastkd.ops._dispatch import Backend
-from fastkd.ops.relation import Algorithm, Rectify, ReturnTerms, Scope, manifold_layers
+from fastkd.ops.relation import Algorithm, ManifoldCall, Rectify, ReturnTerms, Scope
 
 
 class RelationLoss(nn.Module):
@@ -28,7 +28,7 @@ class RelationLoss(nn.Module):
         eps: float = 1e-12,
         algorithm: Algorithm = "auto",
         backend: Backend = "auto",
-        process_group: distributed.Group = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__()
         self.scope, self.normalize, self.rectify, self.eps = scope, normalize, rectify, eps
@@ -38,18 +38,18 @@ class RelationLoss(nn.Module):
         return f"scope={self.scope!r}, normalize={self.normalize}, rectify={self.rectify!r}"
 
     def forward(self, student: Tensor, teacher: Tensor, *, index: Tensor | None = None) -> Tensor:
-        options: dict[str, Any] = {
-            "scope": self.scope,
-            "index": index,
-            "normalize": self.normalize,
-            "rectify": self.rectify,
-            "eps": self.eps,
-            "algorithm": self.algorithm,
-            "backend": self.backend,
-        }
-        if self.process_group is not None:
-            return distributed.relation_loss(student, teacher, group=self.process_group, **options)
-        return F.relation_loss(student, teacher, **options)
+        return F.relation_loss(
+            student,
+            teacher,
+            scope=self.scope,
+            index=index,
+            normalize=self.normalize,
+            rectify=self.rectify,
+            eps=self.eps,
+            algorithm=self.algorithm,
+            backend=self.backend,
+            group=self.process_group,
+        )
 
 
 class ManifoldLoss(nn.Module):
@@ -76,7 +76,7 @@ class ManifoldLoss(nn.Module):
         random: float = 0.2,
         num_samples: int = 192,
         backend: Backend = "auto",
-        process_group: distributed.Group = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__()
         for name, weight in (("intra", intra), ("inter", inter), ("random", random)):
@@ -96,7 +96,7 @@ class ManifoldLoss(nn.Module):
         indices: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
         return_terms: ReturnTerms = False,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    ) -> Tensor | tuple[Tensor, Terms]:
         """Mean of fastkd.manifold_loss over layers.
 
         Args:
@@ -113,17 +113,16 @@ class ManifoldLoss(nn.Module):
         """
         students = [students] if isinstance(students, Tensor) else list(students)
         teachers = [teachers] if isinstance(teachers, Tensor) else list(teachers)
-        options: dict[str, Any] = {
-            "intra": self.intra,
-            "inter": self.inter,
-            "random": self.random,
-            "num_samples": self.num_samples,
-            "generator": generator,
-            "indices": indices,
-            "return_terms": return_terms,
-            "backend": self.backend,
-        }
-        if distributed.spans_ranks(self.process_group):
-            return distributed.manifold_layers(students, teachers, group=self.process_group, **options)
-        loss, terms = manifold_layers(students, teachers, **options)
-        return (loss, terms) if return_terms else loss
+        call = ManifoldCall(
+            students,
+            teachers,
+            intra=self.intra,
+            inter=self.inter,
+            random=self.random,
+            num_samples=self.num_samples,
+            generator=generator,
+            indices=indices,
+            return_terms=return_terms,
+            backend=self.backend,
+        )
+        return manifold_layers(call, self.process_group)

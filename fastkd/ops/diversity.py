@@ -1,5 +1,7 @@
 """Diversity of synthetic images within a class, in PyTorch operations without a kernel."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,19 @@ from fastkd.ops._dispatch import Backend, resolve_plain
 EPS = 1e-12  # a feature whose norm is at most this counts as 0 and gets gradient 0
 
 
-def check_intra_divergence(features: Tensor, labels: Tensor, spread_margin: float, boundary_margin: float) -> None:
+class DivergenceCall(NamedTuple):
+    """One call of intra_divergence_loss: its arguments, checked by check_intra_divergence."""
+
+    features: Tensor  # (B, D)
+    labels: Tensor  # (B,)
+    spread_margin: float
+    boundary_margin: float
+    backend: Backend
+
+
+def check_intra_divergence(call: DivergenceCall) -> None:
     """Check the arguments of intra_divergence_loss."""
+    features, labels, spread_margin, boundary_margin, backend = call
     check.tensor("features", features, 2, "(B, D)")
     check.not_empty("features", features)
     check.integers("labels", labels)
@@ -20,46 +33,13 @@ def check_intra_divergence(features: Tensor, labels: Tensor, spread_margin: floa
         raise ValueError(f"labels must have shape ({len(features)},), got {tuple(labels.shape)}")
     check.number("spread_margin", spread_margin, low=0)
     check.number("boundary_margin", boundary_margin, low=0)
-
-
-def intra_divergence_loss(
-    features: Tensor,
-    labels: Tensor,
-    *,
-    spread_margin: float,
-    boundary_margin: float,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Boundary-preserving intra-divergence of a synthetic batch: our formulation of the idea of DearKD's data-free
-    variant (Chen et al. 2022, arXiv:2204.12997); the paper's own formula is not established and no code was released.
-
-        L = 1/|A| Σ_{a∈A} ( -min(‖z_a - z_e‖, m₁) + max(0, ‖z_a - sg z_h‖ - sg ‖z_a - z_n‖ + m₂) )
-
-    z: features of unit length; A: images with another one of their class; e, h: nearest and farthest other image of
-    a's class; n: nearest image of another class; sg: no gradient. The first part spreads a class, up to m₁; the second
-    keeps its radius inside the distance to the nearest other class, less m₂, and is 0 in a batch of one class. Without
-    any pair of a class the loss and its gradient are 0. Distances are B x B and exact; nothing is B x B x D.
-
-    Args:
-        features: (B, D), e.g. the teacher's penultimate features, float64 | float32 | bfloat16 | float16.
-            Differentiable.
-        labels: (B,) integer classes. On the device of features, or moved there.
-        spread_margin: m₁ >= 0, in units of distance on the unit sphere (0 to 2).
-        boundary_margin: m₂ >= 0.
-        backend: "auto" or "eager": PyTorch operations alone.
-
-    Returns:
-        Scalar, float32 (float64 for float64 input).
-
-    Raises:
-        TypeError: features not a floating-point tensor, labels not integers.
-        ValueError: shapes that do not fit or are empty, a margin < 0.
-        RuntimeError: a backend that this loss has not; differentiated twice; under vmap or torch.func.
-    """
-    check_intra_divergence(features, labels, spread_margin, boundary_margin)
     resolve_plain(backend, "intra_divergence_loss")
     refuse_transforms("intra_divergence_loss")
 
+
+def run_intra_divergence(call: DivergenceCall) -> Tensor:
+    """Return intra_divergence_loss of checked arguments."""
+    features, labels, spread_margin, boundary_margin, _ = call
     x = features.to(accumulator(features))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     z = x * torch.where(norm > EPS, norm, torch.inf).reciprocal()

@@ -1,7 +1,7 @@
 """Batch moments in one read, and the batch-norm statistic losses made of them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ Dims = Literal["batch", "image"]
 Distance = Literal["l2", "mse", "image"]
 Moments = tuple[Tensor, Tensor]  # mean and variance; of several layers, end to end
 Merge = Callable[[Moments], Moments]
+
+
+class BnStatCall(NamedTuple):
+    """One call of bn_stat_loss: its arguments, checked by check_bn_stat, and read by everything after."""
+
+    inputs: Sequence[Tensor]  # per layer (B, C, ...)
+    running_means: Sequence[Tensor]  # per layer (C,)
+    running_vars: Sequence[Tensor]  # per layer (C,)
+    distance: Distance
+    layer_weights: Sequence[float] | None
+    momentum: float | None
+    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None  # means and variances, each per layer (C,)
+    moments: Sequence[Moments] | None
+    backend: Backend
 
 
 class _Moments(torch.autograd.Function):
@@ -106,26 +120,8 @@ def _moments(backend: Backend, per_image: bool, function: str, inputs: Sequence[
     return _Moments.apply(resolve(backend, "moments_fwd", inputs[0]), per_image, function, *inputs)
 
 
-def batch_moments(x: Tensor, *, dims: Dims = "batch", backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel in one read: the statistic of DeepInversion (Yin et al. 2020,
-    arXiv:1912.08795) and of ZeroQ per image (Cai et al. 2020, arXiv:2001.00281).
-
-        mean_c = 1/M Σ x,  var_c = 1/M Σ (x - mean_c)²,  dx = dmean_c/M + 2 dvar_c (x - mean_c)/M
-
-    Args:
-        x: (B, C, ...), float64 | float32 | bfloat16 | float16, any strides (tokens: pass x.transpose(1, 2)).
-            Differentiable.
-        dims: "batch" over images and positions (M = B h w), "image" over the positions of each image (M = h w).
-        backend: "auto", "eager", "native" or "triton".
-
-    Returns:
-        (mean, var), each (C,) or, per image, (B, C); float32 (float64 for float64 input).
-
-    Raises:
-        TypeError: x is not a floating-point tensor.
-        ValueError: fewer than 2 dimensions, an empty tensor, or unknown dims.
-        RuntimeError: the named backend cannot run here; differentiated twice; under vmap or torch.func.
-    """
+def checked_batch_moments(x: Tensor, dims: Dims, backend: Backend) -> Moments:
+    """Return batch_moments of this process's images."""
     check.tensor("x", x, range(2, 16), "(B, C, ...)")
     check.not_empty("x", x)
     check.one_of("dims", dims, ("batch", "image"))
@@ -249,18 +245,9 @@ def _check_inputs(inputs: Sequence[Tensor], distance: Distance, spans_ranks: boo
             )
 
 
-def check_bn_stat(
-    inputs: Sequence[Tensor],
-    running_means: Sequence[Tensor],
-    running_vars: Sequence[Tensor],
-    distance: Distance,
-    layer_weights: Sequence[float] | None,
-    momentum: float | None,
-    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
-    moments: Sequence[Moments] | None,
-    spans_ranks: bool,
-) -> None:
+def check_bn_stat(call: BnStatCall, spans_ranks: bool = False) -> None:
     """Check the arguments of bn_stat_loss."""
+    inputs, running_means, running_vars, distance, layer_weights, momentum, ema, moments, _ = call
     check.one_of("distance", distance, ("l2", "mse", "image"))
     _check_inputs(inputs, distance, spans_ranks)
     _check_layers("running_means", running_means, inputs)
@@ -277,6 +264,7 @@ def check_bn_stat(
         _check_moments(moments, inputs, distance)
     if layer_weights is not None:
         _check_weights(layer_weights, len(inputs))
+    refuse_transforms("bn_stat_loss")
 
 
 def _moments_of(inputs: Sequence[Tensor], per_image: bool, backend: Backend) -> Moments:
@@ -297,34 +285,12 @@ def _moments_of(inputs: Sequence[Tensor], per_image: bool, backend: Backend) -> 
     return mean, var
 
 
-def bn_stat_loss_and_moments(
-    inputs: Sequence[Tensor],
-    running_means: Sequence[Tensor],
-    running_vars: Sequence[Tensor],
-    distance: Distance,
-    layer_weights: Sequence[float] | None,
-    momentum: float | None,
-    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
-    moments: Sequence[Moments] | None,
-    backend: Backend,
-    merge: Merge | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return bn_stat_loss and the compared means and variances of all layers end to end.
+def run_bn_stat(call: BnStatCall, merge: Merge | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return bn_stat_loss of checked arguments, and the compared means and variances of all layers end to end.
 
     merge turns the moments of this rank's images into those of all ranks' images.
     """
-    check_bn_stat(
-        inputs,
-        running_means,
-        running_vars,
-        distance,
-        layer_weights,
-        momentum,
-        ema,
-        moments,
-        spans_ranks=merge is not None,
-    )
-    refuse_transforms("bn_stat_loss")
+    inputs, running_means, running_vars, distance, layer_weights, momentum, ema, moments, backend = call
     per_image = distance == "image"
     rows = [x.shape[0] if per_image else 1 for x in inputs]
     as_they_are = moments is not None and merge is None and momentum is None
@@ -354,51 +320,3 @@ def bn_stat_loss_and_moments(
     about = (channels, rows, counts, weights, distance)
     loss = _Distance.apply(impl, about, mean.detach(), var.detach(), M, V, *compared)
     return loss, mean, var
-
-
-def bn_stat_loss(
-    inputs: Sequence[Tensor],
-    running_means: Sequence[Tensor],
-    running_vars: Sequence[Tensor],
-    *,
-    distance: Distance = "l2",
-    layer_weights: Sequence[float] | None = None,
-    momentum: float | None = None,
-    ema: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
-    moments: Sequence[Moments] | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Distance of the batch statistics of BatchNorm inputs to the running ones, over all layers of a network.
-
-        "l2"     Σ_l w_l ( ||V_l - var_l|| + ||M_l - mean_l|| )             DeepInversion, arXiv:1912.08795
-        "mse"    1/L Σ_l w_l ( mean_c (V_l - var_l)² + mean_c (M_l - mean_l)² )       GDFQ, arXiv:2003.03603
-        "image"  1/B Σ_l w_l Σ_bc ( (M_l - mean_bl)² + (√(V_l + 1e-6) - √(var_bl + 1e-6))² )  ZeroQ, arXiv:2001.00281
-
-    with M, V running and mean, var batch statistics (var unbiased and per image in "image", biased elsewhere).
-    With momentum m and averages ema, (1 - m) batch + m ema is compared (Fast-Datafree, arXiv:2112.06253). A zero
-    distance has gradient 0.
-
-    Args:
-        inputs: per layer the BatchNorm input (B, C, ...), float64 | float32 | bfloat16 | float16. Differentiable.
-        running_means, running_vars: per layer (C,). Constants.
-        distance: "l2", "mse" or "image".
-        layer_weights: per layer a weight; None is 1 each (DeepInversion's first-layer multiplier: [10, 1, 1, ...]).
-        momentum: m in [0, 1), together with ema.
-        ema: (means, vars), each per layer (C,). Constants.
-        moments: per layer (mean, biased var) of its input, where they are known (capture.bn_inputs(model, fused=True));
-            inputs then give shapes alone. Differentiable.
-        backend: "auto", "eager", "native" or "triton".
-
-    Returns:
-        Scalar, float32 (float64 for float64 input).
-
-    Raises:
-        TypeError: inputs or statistics that are not floating-point tensors.
-        ValueError: no layer, lists of unequal length, channels or devices that differ, unknown distance, one element
-            per channel (the variance of "image" has no value there), momentum without ema or outside [0, 1), a
-            statistic that requires a gradient, moments with "image".
-    """
-    loss, _, _ = bn_stat_loss_and_moments(
-        inputs, running_means, running_vars, distance, layer_weights, momentum, ema, moments, backend
-    )
-    return loss

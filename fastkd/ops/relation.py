@@ -27,6 +27,49 @@ class Maps(NamedTuple):
     algorithm: Algorithm
 
 
+class RelationCall(NamedTuple):
+    """One call of relation_loss: its arguments, checked by check_relation, and read by everything after."""
+
+    student: Tensor  # (B, N, Ds)
+    teacher: Tensor  # (B, N, Dt)
+    scope: Scope = "intra"
+    rows: Tensor | None = None  # (K,), the index of relation_loss
+    normalize: bool = True
+    rectify: Rectify = "none"
+    eps: float = 1e-12
+    algorithm: Algorithm = "auto"
+    backend: Backend = "auto"
+
+    def maps(self, algorithm: Algorithm) -> Maps:
+        """Return the operator's options, with the algorithm that was chosen."""
+        return Maps(self.scope, self.normalize, self.rectify, float(self.eps), algorithm)
+
+
+class ManifoldCall(NamedTuple):
+    """One call of manifold_loss for matched layers: its arguments, checked by check_manifold."""
+
+    students: Sequence[Tensor]  # per layer (B, N, Ds)
+    teachers: Sequence[Tensor]  # per layer (B, N, Dt)
+    intra: float
+    inter: float
+    random: float
+    num_samples: int
+    generator: torch.Generator | None
+    indices: Sequence[Tensor] | None  # per layer (K,)
+    return_terms: ReturnTerms
+    backend: Backend
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return the weights of the terms by name."""
+        return {"intra": self.intra, "inter": self.inter, "random": self.random}
+
+    @property
+    def pairs(self) -> list[RelationCall]:
+        """Return the layers, each as a call of relation_loss with the options of the manifold loss."""
+        return [RelationCall(s, t, backend=self.backend) for s, t in zip(self.students, self.teachers, strict=True)]
+
+
 class _Relation(torch.autograd.Function):
     """Forward forms the student's gradient while the maps' tiles are at hand; backward scales it."""
 
@@ -93,16 +136,14 @@ def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x[index // N, index % N].unsqueeze(0)
 
 
-def check_relation(
-    student: Tensor,
-    teacher: Tensor,
-    scope: str,
-    index: Tensor | None,
-    rectify: str,
-    eps: float,
-    algorithm: str,
-) -> None:
+def check_relation(call: RelationCall) -> None:
     """Check the arguments of relation_loss."""
+    _check_relation(call)
+    refuse_transforms("relation_loss")
+
+
+def _check_relation(call: RelationCall) -> None:
+    student, teacher, scope, index, _, rectify, eps, algorithm, _ = call
     check.tensor("student", student, 3, "(B, N, Ds)")
     check.tensor("teacher", teacher, 3, "(B, N, Dt)")
     check.not_empty("student", student)
@@ -145,161 +186,51 @@ def draw_rows(student: Tensor, num_samples: int, generator: torch.Generator | No
     return torch.randperm(total, generator=generator, device=generator.device)[:num_samples]
 
 
-def relation_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    scope: Scope = "intra",
-    index: Tensor | None = None,
-    normalize: bool = True,
-    rectify: Rectify = "none",
-    eps: float = 1e-12,
-    algorithm: Algorithm = "auto",
-    backend: Backend = "auto",
-) -> Tensor:
-    """Mean squared difference of relation maps: Hao et al. 2022 (arXiv:2107.01378, L_intra and L_inter; the code's
-    element mean) and the Gram loss of DINOv3 (arXiv:2508.10104, L_Gram).
-
-        L = 1/(G n²) Σ_g || f(S_g S_gᵀ) - f(T_g T_gᵀ) ||²,  rows of S_g and T_g of unit length
-
-    Args:
-        student: (B, N, Ds), float64 | float32 | bfloat16 | float16, any strides. Differentiable.
-        teacher: (B, N, Dt), its dtype and width may differ. A constant.
-        scope: what is related: "intra", the N tokens of an image (B maps N x N); "inter", a token across images
-            (N maps B x B); "batch", all tokens of the batch (one map B*N x B*N, exact).
-        index: (K,) int64 rows of the flattened (B*N, D) tokens, for scope "batch": the K x K map of those rows.
-            Repeated rows are allowed. On the device of student, or moved there.
-        normalize: relate unit vectors (cosines) rather than raw ones.
-        rectify: clamp negative similarities to 0 in no map, "both" or the "teacher"'s alone.
-        eps: a row whose norm is at most eps relates as 0 and gets gradient 0.
-        algorithm: "tile" visits the maps, O(n² D); "gram" needs D x D matrices only, O(n D²), and no rectification;
-            "auto" takes the cheaper (pick_algorithm).
-        backend: "auto", "eager", "native" or "triton".
-
-    Returns:
-        Scalar, float32 (float64 if an input is).
-
-    Raises:
-        TypeError: not floating-point tensors, or index not int64.
-        ValueError: shapes that do not fit or are empty, devices that differ, an unknown option, eps < 0, index
-            without scope "batch", algorithm "gram" with rectification, or a teacher that requires a gradient.
-        RuntimeError: the named backend cannot run here; a row index out of range; differentiated twice; under vmap
-            or torch.func.
-    """
-    check_relation(student, teacher, scope, index, rectify, eps, algorithm)
-    refuse_transforms("relation_loss")
-
-    if index is not None:
-        index = _checked_index(index, student)
-        student, teacher, scope = _take_rows(student, index), _take_rows(teacher, index), "intra"
+def run_relation(call: RelationCall) -> Tensor:
+    """Return relation_loss of checked arguments."""
+    if call.rows is not None:
+        index = _checked_index(call.rows, call.student)
+        student, teacher = _take_rows(call.student, index), _take_rows(call.teacher, index)
+        call = call._replace(student=student, teacher=teacher, scope="intra", rows=None)
+    student, teacher, scope, _, _, rectify, _, algorithm, backend = call
     B, N, Ds = student.shape
     if algorithm == "auto":
         n = {"intra": N, "inter": B, "batch": B * N}[scope]
         gain = matrix_gain(student.device, student, teacher)
         algorithm = pick_algorithm(n, Ds, teacher.shape[-1], rectify, student.device, gain)
     impl = resolve(backend, "relation_fwd", student, teacher)
-    maps = Maps(scope=scope, normalize=normalize, rectify=rectify, eps=float(eps), algorithm=algorithm)
-    return _Relation.apply(student, teacher, impl, maps, wants_grad(student))
+    return _Relation.apply(student, teacher, impl, call.maps(algorithm), wants_grad(student))
 
 
-def manifold_loss(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    intra: float = 4.0,
-    inter: float = 0.1,
-    random: float = 0.2,
-    num_samples: int = 192,
-    generator: torch.Generator | None = None,
-    index: Tensor | None = None,
-    return_terms: ReturnTerms = False,
-    backend: Backend = "auto",
-) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Fine-grained manifold distillation of one layer: Hao et al. 2022 (arXiv:2107.01378), weights of its code.
-
-        L = intra L_intra + inter L_inter + random L_random
-
-    with L_intra, L_inter the relation_loss of those scopes and L_random that of K rows drawn from all B*N tokens.
-
-    Args:
-        student: (B, N, Ds), float64 | float32 | bfloat16 | float16, any strides. Differentiable.
-        teacher: (B, N, Dt). A constant.
-        intra, inter, random: weights >= 0; a term of weight 0 is not computed unless return_terms.
-        num_samples: K distinct rows of the random term; all of them where K > B*N.
-        generator: source of the draw (not under torch.compile); torch's default generator if None.
-        index: (K,) int64 rows to take instead of drawing them.
-        return_terms: also give the unweighted (intra, inter, random), each differentiable by itself; "detached" gives
-            them as values to log, at no cost.
-        backend: "auto", "eager", "native" or "triton".
-
-    Returns:
-        Scalar, float32 (float64 if an input is), or (scalar, (intra, inter, random)).
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as relation_loss; a weight < 0, num_samples < 1.
-    """
-    loss, terms = manifold_layers(
-        [student],
-        [teacher],
-        intra=intra,
-        inter=inter,
-        random=random,
-        num_samples=num_samples,
-        generator=generator,
-        indices=None if index is None else [index],
-        return_terms=return_terms,
-        backend=backend,
-    )
-    return (loss, terms) if return_terms else loss
-
-
-def check_manifold(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    indices: Sequence[Tensor] | None,
-    weights: dict[str, float],
-    num_samples: int,
-    return_terms: ReturnTerms,
-) -> None:
+def check_manifold(call: ManifoldCall) -> None:
     """Check the arguments of manifold_loss for one or several layers."""
-    for name, weight in weights.items():
+    students, teachers, indices = call.students, call.teachers, call.indices
+    for name, weight in call.weights.items():
         check.number(name, weight, low=0)
-    check.positive_int("num_samples", num_samples)
-    if return_terms != "detached" and not isinstance(return_terms, bool):
-        raise ValueError(f"return_terms must be True, False or 'detached', got {return_terms!r}")
+    check.positive_int("num_samples", call.num_samples)
+    if call.return_terms != "detached" and not isinstance(call.return_terms, bool):
+        raise ValueError(f"return_terms must be True, False or 'detached', got {call.return_terms!r}")
     if len(students) != len(teachers) or len(students) == 0:
         raise ValueError(
             f"students and teachers must match layer by layer, got {len(students)} and {len(teachers)} layers"
         )
     if indices is not None and len(indices) != len(students):
         raise ValueError(f"indices must have one tensor per layer, got {len(indices)} for {len(students)} layers")
-    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        check_relation(s, t, "batch", None if indices is None else indices[i], "none", 0.0, "auto")
+    for i, pair in enumerate(call.pairs):
+        _check_relation(pair._replace(scope="batch", rows=None if indices is None else indices[i]))
+    refuse_transforms("manifold_loss")
 
 
-def manifold_layers(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    *,
-    intra: float,
-    inter: float,
-    random: float,
-    num_samples: int,
-    generator: torch.Generator | None,
-    indices: Sequence[Tensor] | None,
-    return_terms: ReturnTerms,
-    backend: Backend,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Mean of manifold_loss over matched layers, in one operator call where no term is cheaper by Grams.
+def run_manifold(call: ManifoldCall) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return the mean of manifold_loss over matched layers, with one operator call where no term is cheaper by Grams.
 
     Return (loss, terms); the terms are meant to be read only if return_terms asks for them. Those to be differentiated
     have a gradient each, formed in forward: whichever of them a caller uses, nothing is computed twice.
     """
-    weights = {"intra": intra, "inter": inter, "random": random}
-    check_manifold(students, teachers, indices, weights, num_samples, return_terms)
-    refuse_transforms("manifold_loss")
+    students, teachers, weights, return_terms = call.students, call.teachers, call.weights, call.return_terms
+    indices = call.indices
     if indices is None:
-        indices = [draw_rows(s, num_samples, generator) for s in students]
+        indices = [draw_rows(s, call.num_samples, call.generator) for s in students]
 
     # Terms to be differentiated by themselves, Grams, and a sum that lacks a term each need calls of their own.
     separate = return_terms is True or (not return_terms and 0 in weights.values())
@@ -310,23 +241,24 @@ def manifold_layers(
         separate |= any(pick_algorithm(n, Ds, t.shape[-1], "none", s.device, gain) == "gram" for n in (N, B))
     if not separate:
         indices = [_checked_index(index, s) for index, s in zip(indices, students, strict=True)]
-        impl = resolve(backend, "manifold_fwd", *students, *teachers)
+        impl = resolve(call.backend, "manifold_fwd", *students, *teachers)
         loss, *terms = _Manifold.apply(
-            impl, (intra, inter, random), len(students), wants_grad(*students), *students, *teachers, *indices
+            impl, tuple(weights.values()), len(students), wants_grad(*students), *students, *teachers, *indices
         )
         return loss, tuple(terms)
 
-    def term(name: str, **options: Any) -> Tensor:
+    def term(name: str, calls: list[RelationCall]) -> Tensor:
         if weights[name] == 0 and not return_terms:
             return students[0].new_zeros((), dtype=accumulator(*students, *teachers))
-        losses = [
-            relation_loss(s, t, backend=backend, **{k: v[i] if k == "index" else v for k, v in options.items()})
-            for i, (s, t) in enumerate(zip(students, teachers, strict=True))
-        ]
-        return torch.stack(losses).mean()
+        return torch.stack([run_relation(each) for each in calls]).mean()
 
-    terms = (term("intra", scope="intra"), term("inter", scope="inter"), term("random", scope="batch", index=indices))
-    loss = intra * terms[0] + inter * terms[1] + random * terms[2]
+    pairs = call.pairs
+    terms = (
+        term("intra", pairs),
+        term("inter", [pair._replace(scope="inter") for pair in pairs]),
+        term("random", [pair._replace(scope="batch", rows=k) for pair, k in zip(pairs, indices, strict=True)]),
+    )
+    loss = call.intra * terms[0] + call.inter * terms[1] + call.random * terms[2]
     if return_terms == "detached":
         terms = (terms[0].detach(), terms[1].detach(), terms[2].detach())
     return loss, terms
