@@ -169,7 +169,7 @@ def extension(build: Build) -> Extension:
     # at::parallel_for is inlined here and runs in this library's threads.
     if compiles("#include <omp.h>\n", "-fopenmp"):
         cxx, link = [*cxx, "-fopenmp"], ["-fopenmp"]
-    sources = ["csrc/bindings.cpp", "csrc/autograd.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    sources = ["csrc/bindings.cpp", "csrc/moments_autograd.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     if build.has_cuda:
         sources += sorted(glob("csrc/cuda/*.cu"))
         cxx += [f"-DFASTKD_CUDA_VERSION={build.cuda_version}", f"-DFASTKD_CUDA_ARCHS={','.join(build.cuda_archs)}"]

@@ -13,8 +13,16 @@ namespace fastkd {
 template <typename scalar_t>
 using acc_type = at::opmath_type<scalar_t>;
 
-inline at::ScalarType accumulator(const at::Tensor& x) {
-  return at::promote_types(x.scalar_type(), at::kFloat);
+template <typename... Tensors>
+at::ScalarType accumulator(const at::Tensor& x, const Tensors&... others) {
+  auto acc = at::promote_types(x.scalar_type(), at::kFloat);
+  ((acc = at::promote_types(acc, others.scalar_type())), ...);
+  return acc;
+}
+
+// float16 gradients wait in float32, since GradScaler's scale must precede the rounding.
+inline at::ScalarType stored_gradient(const at::Tensor& x) {
+  return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
 }
 
 // Strides of a (B, C, ...) tensor whose positions are folded to (H, W).

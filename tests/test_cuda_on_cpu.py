@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-SOURCES = [*KERNELS, ROOT / "csrc/bindings.cpp", ROOT / "csrc/autograd.cpp"]
+SOURCES = [*KERNELS, ROOT / "csrc/bindings.cpp", ROOT / "csrc/moments_autograd.cpp"]
 HEADERS = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), ROOT / "tests/cuda_on_cpu.h"])
 # Objects are named by a digest of what they are made of, so all workers and later runs share them.
 BUILT = ROOT / "build/cuda_on_cpu"

@@ -16,7 +16,7 @@ from fastkd import _extension
 
 ROOT = Path(__file__).parents[1]
 BUILD_TOOLS = ("setuptools", "_distutils_hack", "ninja", "pkg_resources")
-# In place of csrc/autograd.cpp, whose headers take longest: finds torch's headers and libraries as it does.
+# In place of csrc/moments_autograd.cpp, whose headers take longest: finds torch's headers and libraries as it does.
 PROBE = """#include <c10/core/DeviceType.h>
 
 std::string fastkd_probe() { return c10::DeviceTypeName(c10::DeviceType::CPU); }
@@ -67,7 +67,7 @@ def source(tmp_path):
     built = shutil.ignore_patterns("*.so", "_built_for.py", "__pycache__", "cpu", "cuda")
     for name in ("csrc", "fastkd", "kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=built)
-    (folder / "csrc" / "autograd.cpp").write_text(PROBE)
+    (folder / "csrc" / "moments_autograd.cpp").write_text(PROBE)
     return folder
 
 

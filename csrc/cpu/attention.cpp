@@ -28,23 +28,17 @@ double run(const Problem& problem, const std::string& algorithm, at::ScalarType 
   return fits_bf16(problem) ? sweep<ProductsBf16>(problem) : sweep<Products<float>>(problem);
 }
 
-at::ScalarType stored(const at::Tensor& x) {
-  return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
-}
-
 // An uninitialised gradient of x, or nothing.
 at::Tensor gradient_of(const at::Tensor& x, bool wanted) {
-  return at::empty(wanted ? x.sizes() : at::IntArrayRef{0}, x.options().dtype(stored(x)));
+  return at::empty(wanted ? x.sizes() : at::IntArrayRef{0}, x.options().dtype(stored_gradient(x)));
 }
 
 using OptionalTensor = std::optional<at::Tensor>;
 
 at::ScalarType accumulator_of(const Problem& p) {
-  auto acc = at::kFloat;
-  for (const Network* x : {&p.s, &p.t}) {
-    acc = at::promote_types(at::promote_types(acc, x->q.scalar_type()), x->k.scalar_type());
+  auto acc = accumulator(p.s.q, p.s.k, p.t.q, p.t.k);
+  for (const Network* x : {&p.s, &p.t})
     if (x->bias) acc = at::promote_types(acc, x->bias->scalar_type());
-  }
   return acc;
 }
 
@@ -63,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_fwd_cpu(
     std::string heads,
     at::ArrayRef<double> scales,  // of student, teacher and bias
     bool is_causal,
-    at::IntArrayRef rows,  // start, step
+    at::IntArrayRef rows,          // start, step
     std::array<bool, 3> wanted) {  // dq, dk, dbias
   Problem p{};
   p.s = {q_student, k_student ? *k_student : q_student, bias_student, scales[0]};
@@ -91,8 +85,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_fwd_cpu(
   }
   if (reduction == "none") p.rows = at::empty({p.B(), p.H_out(), p.N_q()}, options);
   const double sum = run(p, algorithm, acc);
-  auto dbias = p.dbias.defined() ? p.dbias.to(stored(*bias_student))
-                                 : at::empty({0}, options.dtype(bias_student ? stored(*bias_student) : acc));
+  auto dbias = p.dbias.defined() ? p.dbias.to(stored_gradient(*bias_student))
+                                 : at::empty({0}, options.dtype(bias_student ? stored_gradient(*bias_student) : acc));
   return {p.rows.defined() ? p.rows : at::full({}, sum, options), dq, dk, dbias};
 }
 

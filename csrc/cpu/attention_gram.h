@@ -93,7 +93,7 @@ double gram(const Problem& problem) {
       gradient(false, problem.dk, a, N_k);
     }
   });
-  return std::max(std::accumulate(sums.begin(), sums.end(), 0.0), 0.0);  // rounding alone can take a zero below 0
+  return not_negative(std::accumulate(sums.begin(), sums.end(), 0.0));
 }
 
 }  // namespace

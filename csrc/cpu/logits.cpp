@@ -172,7 +172,7 @@ std::tuple<at::Tensor, at::Tensor> softmax_kl_cpu(
     double temperature,
     bool with_grad) {
   const int64_t B = student.size(0), C = student.size(1), n = padded(C);
-  const auto options = student.options().dtype(at::promote_types(accumulator(student), accumulator(teacher)));
+  const auto options = student.options().dtype(accumulator(student, teacher));
   auto kl = at::empty({B}, options);
   auto dstudent = with_grad ? empty_kept({B, C}, options) : at::empty({0}, options);
   if (student.numel() == 0) return {kl.zero_(), dstudent};

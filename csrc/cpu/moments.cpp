@@ -41,26 +41,23 @@ FASTKD_MULTIVERSION void join_pieces(
     count = total;
   }
   for (int64_t i = 0; i < n; ++i) mean[i] = static_cast<acc_t>(mean_of[i]);
-  for (int64_t i = 0; i < n; ++i) var[i] = variance<acc_t>(m2_of[i] / count);
+  for (int64_t i = 0; i < n; ++i) var[i] = static_cast<acc_t>(not_negative(m2_of[i] / count));
 }
 
-// The moments of a layer whose positions fold; y too if out has one, whose layout is planes.strides[1].
+// The moments of a layer; y too if out has one, whose layout is planes.strides[1].
 template <typename scalar_t, typename acc_t>
 void layer_moments(
-    const scalar_t* x,
-    int64_t B,
-    int64_t C,
-    int64_t H,
-    int64_t W,
-    const PlaneStrides s,
+    const Elements<scalar_t> in,
     bool per_image,
     const Output<scalar_t, acc_t> out,
     acc_t* mean,   // (C) or (B, C)
     acc_t* var) {  // as mean
+  const int64_t B = in.B, C = in.C, H = in.H, W = in.W;
+  const auto s = in.s;
   const bool columns = s.c == 1 && C > 1 && (out.y == nullptr || out.s.c == 1);
   if (!columns && !per_image && C > 1 && H == 1 && is_small(W) && is_dense(s, W) &&
       (out.y == nullptr || is_dense(out.s, W)))
-    return small_plane_moments(x, B, C, W, s.b, out, mean, var);
+    return small_plane_moments(in, out, mean, var);
 
   // A unit is one channel (or block of channels) of some images or of a part of a row. Their number depends on the
   // shape alone, and is small: each costs a merge.
@@ -97,12 +94,10 @@ void layer_moments(
             here.alpha += c;
             here.beta += c;
           }
-          const scalar_t* p = x + b0 * s.b + c * s.c + w0 * s.w;
+          const Elements<scalar_t> block{in.x + b0 * s.b + c * s.c + w0 * s.w, b1 - b0, n, H, w1 - w0, s};
           const int64_t piece = unit / tiles, first = piece * C + c;
-          if (columns)
-            column_moments<scalar_t, acc_t>(p, s, b1 - b0, H, w1 - w0, n, here, &means[first], &m2s[first]);
-          else
-            row_moments<scalar_t, acc_t>(p, s, b1 - b0, H, w1 - w0, n, here, &means[first], &m2s[first]);
+          const auto moments = columns ? column_moments<scalar_t, acc_t> : row_moments<scalar_t, acc_t>;
+          moments(block, here, &means[first], &m2s[first]);
           if (pieces == 1) finish(first, first + n);
         }
       });
@@ -112,14 +107,10 @@ void layer_moments(
 // Corrects the means of inputs with an infinity, which differences turn into NaN; the sum does not.
 template <typename scalar_t, typename acc_t>
 void mend_means(
-    const scalar_t* x,
-    int64_t B,
-    int64_t C,
-    int64_t H,
-    int64_t W,
-    const PlaneStrides s,
+    const Elements<scalar_t> in,
     bool per_image,
     acc_t* mean) {  // (C) or (B, C)
+  const auto [x, B, C, H, W, s] = in;
   const int64_t groups = per_image ? B * C : C, images = per_image ? 1 : B;
   for (int64_t i = 0; i < groups; ++i) {
     if (std::isfinite(mean[i])) continue;
@@ -135,13 +126,11 @@ void mend_means(
 std::tuple<at::Tensor, at::Tensor> moments_fwd_cpu(
     const at::TensorList inputs,  // per layer (B, C, ...), of one dtype
     bool per_image) {
-  int64_t groups = 0;
-  for (const auto& x : inputs) groups += groups_of(x, per_image);
-  auto mean = at::empty({groups}, inputs[0].options().dtype(accumulator(inputs[0]))), var = at::empty_like(mean);
+  const auto moments = empty_moments(inputs, per_image);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs[0].scalar_type(), "moments_fwd_cpu", [&] {
     using acc_t = acc_type<scalar_t>;
-    auto* mean_ptr = mean.mutable_data_ptr<acc_t>();
-    auto* var_ptr = var.mutable_data_ptr<acc_t>();
+    auto *mean_ptr = std::get<0>(moments).mutable_data_ptr<acc_t>(),
+         *var_ptr = std::get<1>(moments).mutable_data_ptr<acc_t>();
     for (auto x : inputs) {
       const int64_t n = groups_of(x, per_image);
       if (x.numel() > 0) {
@@ -156,15 +145,15 @@ std::tuple<at::Tensor, at::Tensor> moments_fwd_cpu(
           s.w = W == 1 ? s.b : s.w;
           W *= std::exchange(B, 1);
         }
-        const auto* p = x.const_data_ptr<scalar_t>();
-        layer_moments<scalar_t, acc_t>(p, B, folded->C, folded->H, W, s, per_image, {}, mean_ptr, var_ptr);
-        mend_means<scalar_t, acc_t>(p, B, folded->C, folded->H, W, s, per_image, mean_ptr);
+        const Elements<scalar_t> layer{x.const_data_ptr<scalar_t>(), B, folded->C, folded->H, W, s};
+        layer_moments<scalar_t, acc_t>(layer, per_image, {}, mean_ptr, var_ptr);
+        mend_means<scalar_t, acc_t>(layer, per_image, mean_ptr);
       }
       mean_ptr += n;
       var_ptr += n;
     }
   });
-  return {mean, var};
+  return moments;
 }
 
 std::vector<at::Tensor> moments_bwd_cpu(
@@ -216,11 +205,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cpu(
     for (size_t c = 0; c < beta.size() && added != nullptr; ++c) beta[c] += added[c];
     const Output<scalar_t, acc_t> output{
         out.mutable_data_ptr<scalar_t>(), folded->strides[1], alpha.data(), beta.data()};
-    const auto* p = x.const_data_ptr<scalar_t>();
-    auto *mean_ptr = mean.mutable_data_ptr<acc_t>(), *var_ptr = var.mutable_data_ptr<acc_t>();
     const auto [B, C, H, W, strides] = *folded;
-    layer_moments<scalar_t, acc_t>(p, B, C, H, W, strides[0], false, output, mean_ptr, var_ptr);
-    mend_means<scalar_t, acc_t>(p, B, C, H, W, strides[0], false, mean_ptr);
+    const Elements<scalar_t> layer{x.const_data_ptr<scalar_t>(), B, C, H, W, strides[0]};
+    layer_moments<scalar_t, acc_t>(layer, false, output, mean.mutable_data_ptr<acc_t>(), var.mutable_data_ptr<acc_t>());
+    mend_means<scalar_t, acc_t>(layer, false, mean.mutable_data_ptr<acc_t>());
   });
   if (!out.is_same(y)) y.copy_(out);
   return {y, mean, var};

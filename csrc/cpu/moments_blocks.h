@@ -2,6 +2,7 @@
 #pragma once
 #include "blocks.h"
 #include "common.h"
+#include "moments.h"
 #include "thresholds.h"
 #include "vector.h"
 
@@ -65,12 +66,6 @@ struct Moments {
     count = total;
   }
 };
-
-// With equal elements and a pivot one ulp off, m2 can come out negative; clamp it to 0. NaN passes through.
-template <typename acc_t>
-FASTKD_INLINE acc_t variance(double v) {
-  return static_cast<acc_t>(v < 0 ? 0 : v);
-}
 
 // Prefetches n elements from p on, so that they arrive while other elements are processed.
 template <typename scalar_t>
@@ -201,6 +196,14 @@ struct Block {
   }
 };
 
+// Elements of a layer whose positions fold, or of a part of one.
+template <typename scalar_t>
+struct Elements {
+  const scalar_t* x;
+  int64_t B, C, H, W;
+  PlaneStrides s;
+};
+
 // Where y = alpha x + beta of a batch norm goes; none without it.
 template <typename scalar_t, typename acc_t>
 struct Output {
@@ -212,10 +215,6 @@ struct Output {
 // Whether planes of W positions follow each other.
 FASTKD_INLINE bool is_dense(const PlaneStrides& s, int64_t W) {
   return s.w == 1 && s.c == W;
-}
-
-int64_t groups_of(const at::Tensor& x, bool per_image) {
-  return per_image ? x.size(0) * x.size(1) : x.size(1);
 }
 
 }  // namespace

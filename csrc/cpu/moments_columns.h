@@ -72,15 +72,11 @@ FASTKD_INLINE void merge_columns(
 // Mean and Σ (x - mean)² of each of C <= kMostColumns adjacent columns.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void column_moments(
-    const scalar_t* x,
-    const PlaneStrides s,
-    int64_t B,
-    int64_t H,
-    int64_t W,
-    int64_t C,
+    const Elements<scalar_t> in,
     const Output<scalar_t, acc_t> out,
     double* mean,  // (C)
     double* m2) {  // (C)
+  const auto [x, B, C, H, W, s] = in;
   acc_t pivot[kMostColumns], deviation[kMostColumns], squares[kMostColumns];
   const int64_t most = kRows;
   double count = 0;

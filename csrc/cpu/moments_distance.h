@@ -15,12 +15,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_distance_cpu(
     at::IntArrayRef rows,            // 1, or images of "image"
     at::IntArrayRef counts,          // elements of a moment
     at::ArrayRef<double> weights,
-    c10::string_view distance) {
+    c10::string_view name) {
   const auto mean = mean_in.contiguous(), var = var_in.contiguous();
   const auto dtype = mean.scalar_type();
   const auto target_mean = running_mean.to(dtype).contiguous(), target_var = running_var.to(dtype).contiguous();
   auto loss = at::empty({}, mean.options()), dmean = at::empty_like(mean), dvar = at::empty_like(mean);
-  const bool is_norm = distance == "l2", is_image = distance == "image";
+  const auto distance = distance_of(name);
   AT_DISPATCH_FLOATING_TYPES(dtype, "bn_distance_cpu", [&] {
     const auto *m = mean.const_data_ptr<scalar_t>(), *v = var.const_data_ptr<scalar_t>();
     const auto *M = target_mean.const_data_ptr<scalar_t>(), *V = target_var.const_data_ptr<scalar_t>();
@@ -29,7 +29,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_distance_cpu(
     for (size_t l = 0; l < channels.size(); ++l) {
       const int64_t C = channels[l], n = rows[l] * C;
       double of_mean = 0, of_var = 0;
-      if (is_image) {
+      if (distance == Distance::kImage) {
         const double count = static_cast<double>(counts[l]), unbias = count / (count - 1);
         for (int64_t i = 0; i < n; ++i) {
           const double sigma = std::sqrt(v[i] * unbias + 1e-6), e = sigma - std::sqrt(V[i % C] + 1e-6);
@@ -47,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_distance_cpu(
           of_var += e * e;
         }
         double w_mean = 2 * weights[l] / static_cast<double>(channels.size() * C), w_var = w_mean;
-        if (is_norm) {
+        if (distance == Distance::kNorm) {
           const double norm_mean = std::sqrt(of_mean), norm_var = std::sqrt(of_var);
           total += weights[l] * (norm_mean + norm_var);
           w_mean = norm_mean == 0 ? 0 : weights[l] / norm_mean;

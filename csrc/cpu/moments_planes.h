@@ -46,14 +46,11 @@ FASTKD_INLINE void fill_planes(const acc_t* values, int64_t C, int64_t W, acc_t*
 // C channels of B images in planes of W positions that follow each other, C W <= kMostColumns: too short to be rows.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void plane_moments(
-    const scalar_t* x,
-    int64_t stride,
-    int64_t B,
-    int64_t C,
-    int64_t W,
+    const Elements<scalar_t> in,
     const Output<scalar_t, acc_t> out,
     acc_t* mean,   // (C)
     acc_t* var) {  // (C)
+  const auto [x, B, C, H, W, s] = in;
   // Of planes, then of their elements.
   acc_t pivots[kMostColumns], deviations[kMostColumns], of_squares[kMostColumns];
   acc_t pivot[kMostColumns], deviation[kMostColumns], squares[kMostColumns], alpha[kMostColumns], beta[kMostColumns];
@@ -66,7 +63,7 @@ FASTKD_MULTIVERSION void plane_moments(
   for (int64_t c = 0; c < C; ++c) mean_of[c] = m2_of[c] = 0;
   double count = 0;
   for (int64_t b = 0; b < B; b += most) {
-    const scalar_t* p = x + b * stride;
+    const scalar_t* p = x + b * s.b;
     for (int64_t i = 0; i < n; ++i) deviation[i] = static_cast<acc_t>(p[i]);
     sum_planes(deviation, C, W, pivots);
     const acc_t part = 1 / static_cast<acc_t>(W);
@@ -74,34 +71,32 @@ FASTKD_MULTIVERSION void plane_moments(
     fill_planes(pivots, C, W, pivot);
     const int64_t rows = std::min(most, B - b);
     scalar_t* y = out.y == nullptr ? nullptr : out.y + b * out.s.b;
-    column_sums(p, stride, rows, B - b, n, pivot, deviation, squares, alpha, beta, y, out.s.b);
+    column_sums(p, s.b, rows, B - b, n, pivot, deviation, squares, alpha, beta, y, out.s.b);
     sum_planes(deviation, C, W, deviations);
     sum_planes(squares, C, W, of_squares);
     merge_columns(pivots, deviations, of_squares, static_cast<double>(rows * W), C, count, mean_of, m2_of);
     count += static_cast<double>(rows * W);
   }
   for (int64_t c = 0; c < C; ++c) mean[c] = static_cast<acc_t>(mean_of[c]);
-  for (int64_t c = 0; c < C; ++c) var[c] = variance<acc_t>(m2_of[c] / count);
+  for (int64_t c = 0; c < C; ++c) var[c] = static_cast<acc_t>(not_negative(m2_of[c] / count));
 }
 
 // Planes of a few positions.
 template <typename scalar_t, typename acc_t>
 void small_plane_moments(
-    const scalar_t* x,
-    int64_t B,
-    int64_t C,
-    int64_t W,
-    int64_t stride_b,
+    const Elements<scalar_t> in,
     const Output<scalar_t, acc_t> out,
     acc_t* mean,   // (C)
     acc_t* var) {  // (C)
-  const int64_t each = block_planes(W), units = (C + each - 1) / each;
+  const int64_t B = in.B, C = in.C, W = in.W, each = block_planes(W), units = (C + each - 1) / each;
   at::parallel_for(0, units, std::max<int64_t>(1, kGrain / (each * W * B)), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin * each; c < std::min(end * each, C); c += each) {
       auto here = out;
       if (out.y != nullptr) here = {out.y + c * W, out.s, out.alpha + c, out.beta + c};
-      const int64_t n = std::min(each, C - c);
-      plane_moments<scalar_t, acc_t>(x + c * W, stride_b, B, n, W, here, mean + c, var + c);
+      auto planes = in;
+      planes.x += c * W;
+      planes.C = std::min(each, C - c);
+      plane_moments<scalar_t, acc_t>(planes, here, mean + c, var + c);
     }
   });
 }

@@ -5,18 +5,14 @@
 namespace fastkd {
 namespace {
 
-// Mean and Σ (x - mean)² of each of C <= kMostGroup channels: B images of H rows of W elements each.
+// Mean and Σ (x - mean)² of each of C <= kMostGroup channels.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void row_moments(
-    const scalar_t* x,
-    const PlaneStrides s,
-    int64_t B,
-    int64_t H,
-    int64_t W,
-    int64_t C,
+    const Elements<scalar_t> in,
     const Output<scalar_t, acc_t> out,
     double* mean,  // (C)
     double* m2) {  // (C)
+  const auto [x, B, C, H, W, s] = in;
   scalar_t held[kMostBlock];
   Moments moments[kMostGroup];
   Block<acc_t> blocks[kMostGroup];

@@ -36,8 +36,8 @@ double visit(const Term<acc_t>& term) {
 
 // Contiguous, and empty where no gradient is wanted.
 at::Tensor gradient_of(const at::Tensor& student, bool with_grad) {
-  const auto stored = student.scalar_type() == at::kHalf ? at::kFloat : student.scalar_type();
-  return empty_kept(with_grad ? student.sizes() : at::IntArrayRef{0}, student.options().dtype(stored));
+  const auto options = student.options().dtype(stored_gradient(student));
+  return empty_kept(with_grad ? student.sizes() : at::IntArrayRef{0}, options);
 }
 
 // dstudent itself where it is stored in acc_t, else null.
@@ -55,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor> relation_fwd_cpu(
     double eps,
     std::string algorithm,
     bool with_grad) {
-  const auto acc = at::promote_types(accumulator(student), accumulator(teacher));
+  const auto acc = accumulator(student, teacher);
   auto dstudent = gradient_of(student, with_grad);
   if (student.numel() == 0 || teacher.numel() == 0)
     return {at::zeros({}, student.options().dtype(acc)), dstudent.zero_()};
@@ -143,8 +143,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> manifold_fwd_cpu(
     double random,
     bool with_grad) {
   auto acc = at::kFloat;
-  for (size_t l = 0; l < students.size(); ++l)
-    acc = at::promote_types(acc, at::promote_types(accumulator(students[l]), accumulator(teachers[l])));
+  for (size_t l = 0; l < students.size(); ++l) acc = at::promote_types(acc, accumulator(students[l], teachers[l]));
   auto terms = at::empty({static_cast<int64_t>(students.size()), 3}, students[0].options().dtype(acc));
   std::vector<at::Tensor> dstudents;
   for (size_t l = 0; l < students.size(); ++l) {

@@ -107,7 +107,7 @@ double gram(const Term<acc_t>& term) {
         gradient(g, 0, blocks, rows, factor.data());
       }
     });
-    return std::max(sum_of(sums), 0.0);
+    return not_negative(sum_of(sums));
   }
   const int64_t parts = std::min<int64_t>(at::get_num_threads(), blocks);
   for (int64_t g = 0; g < G; ++g) {
@@ -131,7 +131,7 @@ double gram(const Term<acc_t>& term) {
       gradient(g, begin, end, rows, factor.data());
     });
   }
-  return std::max(sum_of(sums), 0.0);  // rounding alone can take a zero below 0
+  return not_negative(sum_of(sums));
 }
 
 }  // namespace

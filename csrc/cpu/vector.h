@@ -19,6 +19,11 @@
 
 namespace fastkd {
 
+// A sum >= 0 that cancellation and rounding can take below 0. NaN passes through.
+FASTKD_INLINE double not_negative(double x) {
+  return x < 0 ? 0 : x;
+}
+
 constexpr int64_t kLanes = 16;  // rows are padded to whole vectors of the widest instruction set
 
 inline int64_t padded(int64_t n) {

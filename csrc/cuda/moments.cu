@@ -20,9 +20,7 @@ std::tuple<at::Tensor, at::Tensor> moments_fwd_cuda(
     const at::TensorList inputs,  // per layer (B, C, ...), of one dtype
     bool per_image) {
   const c10::cuda::CUDAGuard guard(inputs[0].device());
-  int64_t groups = 0;
-  for (const auto& x : inputs) groups += groups_of(x, per_image);
-  auto mean = at::empty({groups}, inputs[0].options().dtype(accumulator(inputs[0]))), var = at::empty_like(mean);
+  auto [mean, var] = empty_moments(inputs, per_image);
   const auto dtype = inputs[0].scalar_type();
   std::vector<at::Tensor> held;  // copies of layers that do not fold
   Launch launch;

@@ -7,8 +7,6 @@
 namespace fastkd {
 namespace {
 
-enum class Distance : int { kNorm, kMean, kImage };
-
 struct Target {
   int64_t first, running, C, n;  // n moments from first on; C statistics from running on
   double weight, unbias;
@@ -100,7 +98,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_distance_cuda(
   const auto layers = static_cast<int64_t>(channels.size());
   auto losses = at::empty({layers}, mean.options().dtype(at::kDouble));
   auto dmean = at::empty_like(mean), dvar = at::empty_like(mean);
-  const auto distance = name == "l2" ? Distance::kNorm : name == "mse" ? Distance::kMean : Distance::kImage;
+  const auto distance = distance_of(name);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   int64_t first = 0, running = 0;
   const int64_t most = std::min<int64_t>(kManyTargets, kTargets);

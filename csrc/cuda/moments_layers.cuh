@@ -1,5 +1,6 @@
 // Layers of a launch: how their groups and items are dealt to blocks and threads.
 #pragma once
+#include "moments.h"
 #include "thresholds.h"
 #include "common.cuh"
 
@@ -128,10 +129,6 @@ struct Shape {
   static constexpr int kBatch = kLanes > 4 ? 3 : 4;
   static constexpr int kBatchBackward = kLanes > 4 ? 2 : 4;
 };
-
-int64_t groups_of(const at::Tensor& x, bool per_image) {
-  return per_image ? x.size(0) * x.size(1) : x.size(1);
-}
 
 // Returns whether V elements of p can be read at once, at each step of V along the dimension with stride 1.
 bool is_aligned(const void* p, const PlaneStrides& s, int64_t V, int64_t size, bool is_columns) {

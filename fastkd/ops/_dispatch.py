@@ -62,7 +62,7 @@ def _recorder(op: str, device: str) -> Callable[..., Any] | None:
 
 
 def recorder(name: str, op: str, x: Tensor) -> Callable[..., Any] | None:
-    """Return the native operator if it runs and records its own gradient (csrc/autograd.cpp), otherwise None.
+    """Return the native operator if it runs and records its own gradient (csrc/moments_autograd.cpp), otherwise None.
 
     torch.compile gets the Python form. So do forward-mode differentiation and transforms, which the Python form rejects
     and the C++ form would silently ignore.

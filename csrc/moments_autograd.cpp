@@ -2,6 +2,8 @@
 //
 // Calling fastkd::moments_fwd or fastkd::batch_norm_fwd on tensors that require a gradient records these nodes, of
 // whatever device. Where the extension is missing fastkd/ops/moments.py has the same in Python.
+#include "common.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -139,7 +141,7 @@ struct BatchNormNode : Function<BatchNormNode> {
     if (with_dweight || with_dbias) {
       // Gradients of weight and bias are rarely wanted, so PyTorch sums them in separate passes.
       // Contiguous, because PyTorch sums some planes of one row or column wrongly if dy and x differ in layout.
-      const auto acc = at::promote_types(x.scalar_type(), at::kFloat);
+      const auto acc = accumulator(x);
       const auto wide_weight = weight ? std::optional(weight->to(acc)) : std::nullopt;
       std::tie(std::ignore, dweight, dbias) = at::native_batch_norm_backward(
           dy.to(acc).contiguous(),
