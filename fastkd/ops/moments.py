@@ -77,17 +77,9 @@ class _Distance(torch.autograd.Function):
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        impl: Backend,
-        x: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var = call(impl, "batch_norm_fwd", x, running_mean, running_var, weight, bias, eps)
+    def forward(ctx: Any, impl: Backend, eps: float, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var = call(impl, "batch_norm_fwd", *tensors, eps)
+        x, running_mean, running_var, weight, _ = tensors
         ctx.save_for_backward(x, mean, running_mean, running_var, weight)
         ctx.impl, ctx.eps = impl, eps
         return y, mean, var
@@ -96,7 +88,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("batch_norm_moments")
         x, mean, running_mean, running_var, weight = ctx.saved_tensors
-        _, with_dx, _, _, with_dweight, with_dbias, _ = ctx.needs_input_grad
+        _, _, with_dx, _, _, with_dweight, with_dbias = ctx.needs_input_grad
         dx = dweight = dbias = None
         if with_dx:
             dx = call(ctx.impl, "batch_norm_bwd", dy, dmean, dvar, x, mean, running_var, weight, ctx.eps)
@@ -109,7 +101,7 @@ class _BatchNorm(torch.autograd.Function):
                 *wide, None, None, False, ctx.eps, [False, with_dweight, with_dbias]
             )
             # Autograd casts them to the dtypes of weight and bias.
-        return None, dx, None, None, dweight, dbias, None
+        return None, None, dx, None, None, dweight, dbias
 
 
 def _moments(backend: Backend, per_image: bool, function: str, inputs: Sequence[Tensor]) -> Moments:
@@ -145,7 +137,7 @@ def normalised_with_moments(
         return normalised
     refuse_transforms("batch_norm_moments")
     impl = resolve(backend, "batch_norm_fwd", x)
-    return _BatchNorm.apply(impl, x, running_mean, running_var, weight, bias, eps)
+    return _BatchNorm.apply(impl, eps, x, running_mean, running_var, weight, bias)
 
 
 def batch_norm_moments(
