@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml")
 LOW = {"fastkd._precision"}
 OPS = {"fastkd.ops"} | LOW
 PUBLIC = {"fastkd.functional"} | OPS
@@ -26,7 +27,7 @@ ALLOWED = {
         "fastkd.functional",
         "fastkd.distributed",
     },  # the same names, with the default group
-    "fastkd/distributed": OPS | {"fastkd.distributed"},
+    "fastkd/distributed": OPS | {"fastkd.distributed", "fastkd.eager"},
     "fastkd/losses": PUBLIC | {"fastkd.distributed", "fastkd.losses"},
     "fastkd/compat.py": PUBLIC | {"fastkd.losses", "fastkd.capture"},
     "fastkd/testing.py": {"fastkd._C", "fastkd.ops"},
@@ -154,3 +155,28 @@ def test_stems_stand_in_the_table() -> None:
     assert written == built
     for stem in stems:
         assert (ROOT / f"tests/test_{stem}.py").exists(), f"tests/test_{stem}.py is missing"
+
+
+def test_launchers_are_annotated() -> None:
+    """mypy checks their types; jitted functions have none."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef) or any("jit" in ast.unparse(d) for d in node.decorator_list):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            untyped = [x.arg for x in arguments if x.annotation is None and x.arg != "self"]
+            assert node.returns and not untyped, f"{path.name}:{node.lineno} {node.name} {untyped}"
+
+
+def test_nothing_that_pre_commit_bans() -> None:
+    hook = r"- id: (no-\S+)\n +name: .+\n +entry: '(.+)'\n +language: pygrep\n +files: '(.+)'\n +exclude: '(.+)'"
+    bans = re.findall(hook, (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(bans) == 6
+    folders = ("fastkd", "kernels", "csrc", "tests", "benchmarks", "examples", "docs")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.*")] + list(ROOT.glob("*.*"))
+    names = {str(path.relative_to(ROOT)): path for path in paths if path.suffix in SOURCES}
+    for name, banned, files, exclude in bans:
+        searched = [n for n in names if re.search(files, n) and not re.search(exclude, n)]
+        assert searched, f"{name} looks at no file"
+        found = [n for n in searched if re.search(banned, names[n].read_text())]
+        assert not found, f"{name}: {found}"
