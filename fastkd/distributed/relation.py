@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._precision import accumulator, has_fast_float64, matrix_gain, stored_gradient
+from fastkd._precision import accumulator, has_fast_float64, stored_gradient
 from fastkd.distributed import _messages
 from fastkd.distributed._autograd import Averaged, Sum, mean_over_ranks
 from fastkd.distributed._messages import Group, Shapes, length, slices
 from fastkd.distributed._ranks import About, Agreed, Own, Ranks, layout
+from fastkd.eager.relation import Rows, difference, gram
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, resolve, resolve_plain
 from fastkd.ops._dispatch import call as run
-from fastkd.ops.relation import Algorithm, Maps, RelationCall, check_relation, run_relation
-from fastkd.ops.relation import pick_algorithm as pick_local
+from fastkd.ops.relation import Algorithm, Maps, RelationCall, cheaper, check_relation, run_relation
 
 
 def pick_algorithm(n: int, student: Tensor, teacher: Tensor, rectify: str, fast_float64: bool) -> Algorithm:
@@ -37,30 +37,10 @@ def _groups(x: Tensor, scope: str) -> Tensor:
     return x.transpose(0, 1) if scope == "inter" else x.reshape(1, -1, x.shape[-1])
 
 
-class _Rows:
-    """Scaling of rows, to unit length or none; the similarities of a row with a norm of at most eps are 0."""
-
-    def __init__(self, normalize: bool, eps: float, acc: torch.dtype) -> None:
-        self.normalize, self.eps, self.acc = normalize, eps, acc
-
-    def unit(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x̂, r) of x̂ = r x."""
-        x = x.to(self.acc)
-        if not self.normalize:
-            return x, x.new_ones(()).expand(*x.shape[:-1], 1)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = norm.reciprocal().masked_fill_(norm <= self.eps, 0)
-        return x * r, r
-
-    def through(self, ds_hat: Tensor, s_hat: Tensor, r: Tensor) -> Tensor:
-        """dS = r (dŜ - ŝ <ŝ, dŜ>)."""
-        return r * (ds_hat - s_hat * (s_hat * ds_hat).sum(-1, keepdim=True)) if self.normalize else ds_hat
-
-
 class _Scaled:
     """Strips of x as (x̂, r), scaled in advance if that takes little memory, otherwise on request."""
 
-    def __init__(self, x: Tensor, rows: _Rows, at_once: bool) -> None:
+    def __init__(self, x: Tensor, rows: Rows, at_once: bool) -> None:
         self.x, self.rows, self.whole = x, rows, rows.unit(x) if at_once else None
 
     def __getitem__(self, strip: slice) -> tuple[Tensor, Tensor]:
@@ -70,39 +50,7 @@ class _Scaled:
         return x_hat[strip], r[strip]
 
 
-def _gram(s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Rows, ranks: Ranks) -> Tensor:
-    """||SᵀS||² - 2||SᵀT||² + ||TᵀT||² with the Grams summed over ranks, dS = 4/(G n²) (S(SᵀS) - T(TᵀS)) of own rows.
-
-    What is sent does not grow with the batch.
-    """
-    (G, n_own, Ds), Dt, n = s.shape, t.shape[-1], sum(counts)
-    sizes = [Ds * Ds, Ds * Dt, Dt * Dt]
-    total = s.new_zeros((), dtype=torch.float64)
-    for g in slices(G, sum(sizes)):
-        # All Grams are one message, in which ST has the shape (Ds, Dt).
-        message = s.new_zeros(length(g) * sum(sizes), dtype=torch.float64)
-        parts = message.split([length(g) * size for size in sizes])
-        ss, st, tt = (x.view(-1, a, b) for x, (a, b) in zip(parts, ((Ds, Ds), (Ds, Dt), (Dt, Dt)), strict=True))
-        strips = list(slices(n_own, length(g) * (Ds + Dt)))
-        for r in strips:
-            s64, t64 = rows.unit(s[g, r])[0].double(), rows.unit(t[g, r])[0].double()
-            ss.baddbmm_(s64.mT, s64)
-            st.baddbmm_(s64.mT, t64)
-            tt.baddbmm_(t64.mT, t64)
-        ranks.sum_(message)
-        total += ss.square().sum() - 2 * st.square().sum() + tt.square().sum()
-        if ds is not None:
-            ss_acc, ts_acc = ss.to(rows.acc), st.mT.to(rows.acc)
-            for r in strips:
-                (s_hat, inverse), (t_hat, _) = rows.unit(s[g, r]), rows.unit(t[g, r])
-                ds_hat = torch.baddbmm(s_hat @ ss_acc, t_hat, ts_acc, alpha=-1).mul_(4 / (G * n * n))
-                ds[g, r] = rows.through(ds_hat, s_hat, inverse).to(ds.dtype)
-    return total.clamp_min(0) / (G * n * n)  # rounding alone can take a zero below 0
-
-
-def _tile(
-    s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: _Rows, ranks: Ranks, rectify: str
-) -> Tensor:
+def _tile(s: Tensor, t: Tensor, ds: Tensor | None, counts: list[int], rows: Rows, ranks: Ranks, rectify: str) -> Tensor:
     """Compare this rank's rows of the map (n_own, Ds) with the columns of each rank in turn, received in pieces.
 
     The map is symmetric, so dŜ = 4/n² E' Ŝ of this rank's rows needs only these strips; only the loss is summed.
@@ -119,11 +67,7 @@ def _tile(
             columns_t = rows.unit(ranks.share(t[sent], (length(c), Dt), source))[0]
             for r in slices(n_own, max(length(c), Ds + Dt)):
                 (s_hat, _), (t_hat, _) = own[0][r], own[1][r]
-                if rectify == "none":
-                    error = torch.addmm(s_hat @ columns_s.T, t_hat, columns_t.T, alpha=-1)
-                else:
-                    map_s, map_t = s_hat @ columns_s.T, t_hat @ columns_t.T
-                    error = (map_s.clamp_min(0) if rectify == "both" else map_s) - map_t.clamp_min_(0)
+                error, map_s = difference(s_hat, t_hat, columns_s, columns_t, rectify)
                 total += torch.linalg.vector_norm(error).double().square()
                 if ds_hat is not None:
                     if rectify == "both":
@@ -148,7 +92,7 @@ class _Relation(torch.autograd.Function):
         scope: str,
         rectify: str,
         algorithm: str,
-        rows: _Rows,
+        rows: Rows,
         with_grad: bool,
     ) -> Tensor:
         dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=stored_gradient(student))
@@ -158,7 +102,7 @@ class _Relation(torch.autograd.Function):
         # Autocast would round the products; the maths stays in its accumulation dtype.
         with torch.autocast(student.device.type, enabled=False):
             if algorithm == "gram":
-                loss = _gram(s, t, ds, counts, rows, ranks)
+                loss = gram(s, t, ds, rows, sum(counts), _messages.CHUNK, ranks.sum_)
             else:
                 loss = _tile(s[0], t[0], None if ds is None else ds[0], counts, rows, ranks, rectify)
         ctx.save_for_backward(dstudent)
@@ -247,16 +191,14 @@ def spanning(calls: Sequence[RelationCall], ranks: Ranks, agreed: Agreed) -> lis
         if scope == "inter" and chosen == "tile":
             together.setdefault((s.device, resolve(backend, "relation_fwd", s, t)), []).append(i)
         else:
-            rows = _Rows(normalize, eps, accumulator(s, t))
+            rows = Rows(normalize, eps, accumulator(s, t))
             losses[i] = _Relation.apply(s, t, ranks, sizes, scope, rectify, chosen, rows, wants_grad(s))
-    for (device, impl), layers in together.items():
+    for (_, impl), layers in together.items():
         own, theirs = [calls[i].student for i in layers], [calls[i].teacher for i in layers]
         maps = []
         for call in (calls[i] for i in layers):
-            s, t, local = call.student, call.teacher, call.algorithm
-            if local == "auto":
-                gain = matrix_gain(device, s, t)
-                local = pick_local(sum(sizes), s.shape[-1], t.shape[-1], call.rectify, device, gain)
+            auto = call.algorithm == "auto"
+            local = cheaper(sum(sizes), call.student, call.teacher, call.rectify) if auto else call.algorithm
             maps.append(call.maps(local))
         found = _Inter.apply(ranks, sizes, impl, agreed.with_grad, maps, *own, *theirs)
         for i, loss in zip(layers, found, strict=True):

@@ -1,10 +1,13 @@
 """Relation loss in chunks of rows of the maps: no whole map is ever held."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastkd._precision import accumulator, stored_gradient
-from fastkd.eager._common import chunks
+from fastkd.eager._common import chunks, not_negative
 
 
 def _maps(x: Tensor, scope: str) -> Tensor:
@@ -14,78 +17,98 @@ def _maps(x: Tensor, scope: str) -> Tensor:
     return x.transpose(0, 1) if scope == "inter" else x.reshape(1, -1, x.shape[-1])
 
 
-def _inverse_norm(x: Tensor, normalize: bool, eps: float) -> Tensor:
-    """1/||x|| per row, 0 where the norm is at most eps: such a row relates as 0 and gets gradient 0."""
-    if not normalize:
-        return x.new_ones(()).expand(*x.shape[:-1], 1)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.reciprocal().masked_fill_(norm <= eps, 0)
+class Rows(NamedTuple):
+    """Scaling of rows, to unit length or none; a row whose norm is at most eps relates as 0 and gets gradient 0."""
+
+    normalize: bool
+    eps: float
+    acc: torch.dtype
+
+    def unit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x̂, r) of x̂ = r x, in the accumulation dtype."""
+        x = x.to(self.acc)
+        if not self.normalize:
+            return x, x.new_ones(()).expand(*x.shape[:-1], 1)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = norm.reciprocal().masked_fill_(norm <= self.eps, 0)
+        return x * r, r
+
+    def through(self, ds_hat: Tensor, s_hat: Tensor, r: Tensor) -> Tensor:
+        """dS = r (dŜ - ŝ <ŝ, dŜ>), the chain through ŝ = r s."""
+        return r * (ds_hat - s_hat * (s_hat * ds_hat).sum(-1, keepdim=True)) if self.normalize else ds_hat
 
 
-def _through_norm(ds_hat: Tensor, s_hat: Tensor, inv: Tensor, normalize: bool) -> Tensor:
-    """dS = r (dŜ - ŝ <ŝ, dŜ>), the chain through ŝ = r s."""
-    if not normalize:
-        return ds_hat
-    return inv * (ds_hat - s_hat * (s_hat * ds_hat).sum(-1, keepdim=True))
+def difference(s: Tensor, t: Tensor, columns_s: Tensor, columns_t: Tensor, rectify: str) -> tuple[Tensor, Tensor]:
+    """Return E = f(Ŝ Ŝᵀ) - f(T̂ T̂ᵀ) of rows against columns, and the student's map, or E where it is not rectified."""
+    if rectify == "none":
+        subtract = torch.addmm if s.ndim == 2 else torch.baddbmm
+        error = subtract(s @ columns_s.mT, t, columns_t.mT, alpha=-1)
+        return error, error
+    map_s, map_t = s @ columns_s.mT, t @ columns_t.mT
+    error = (map_s.clamp_min(0) if rectify == "both" else map_s) - map_t.clamp_min_(0)
+    return error, map_s
 
 
-def _tile(
-    s: Tensor, t: Tensor, ds: Tensor | None, normalize: bool, rectify: str, eps: float, acc: torch.dtype
-) -> Tensor:
+def _tile(s: Tensor, t: Tensor, ds: Tensor | None, rows: Rows, rectify: str) -> Tensor:
     """Row strips of the difference maps E = f(ŜŜᵀ) - f(T̂T̂ᵀ): Σ E², and dŜ = 4/(G n²) E' Ŝ strip by strip."""
     G, n, _ = s.shape
     sums = []
     groups = chunks(G, n * max(n, s.shape[-1] + t.shape[-1]))
     for g in (slice(g0, g0 + groups.step) for g0 in groups):
-        s_hat, t_hat = s[g].to(acc), t[g].to(acc)
-        inv = _inverse_norm(s_hat, normalize, eps)
-        s_hat, t_hat = s_hat * inv, t_hat * _inverse_norm(t_hat, normalize, eps)
-        rows = chunks(n, len(s_hat) * n)
-        for r in (slice(r0, r0 + rows.step) for r0 in rows):
-            if rectify == "none":
-                error = torch.baddbmm(s_hat[:, r] @ s_hat.mT, t_hat[:, r], t_hat.mT, alpha=-1)
-            else:
-                map_s, map_t = s_hat[:, r] @ s_hat.mT, t_hat[:, r] @ t_hat.mT
-                error = (map_s.clamp_min(0) if rectify == "both" else map_s) - map_t.clamp_min_(0)
+        (s_hat, inverse), (t_hat, _) = rows.unit(s[g]), rows.unit(t[g])
+        strips = chunks(n, len(s_hat) * n)
+        for r in (slice(r0, r0 + strips.step) for r0 in strips):
+            error, map_s = difference(s_hat[:, r], t_hat[:, r], s_hat, t_hat, rectify)
             sums.append(torch.linalg.vector_norm(error).square())
             if ds is not None:
                 if rectify == "both":
                     error.masked_fill_(map_s < 0, 0)
                 ds_hat = (error @ s_hat).mul_(4 / (G * n * n))
-                ds[g, r] = _through_norm(ds_hat, s_hat[:, r], inv[:, r], normalize).to(ds.dtype)
+                ds[g, r] = rows.through(ds_hat, s_hat[:, r], inverse[:, r]).to(ds.dtype)
     return torch.stack(sums).sum() / (G * n * n)
 
 
-def _gram(s: Tensor, t: Tensor, ds: Tensor | None, normalize: bool, eps: float, acc: torch.dtype) -> Tensor:
-    """||SSᵀ - TTᵀ||² = ||SᵀS||² - 2||SᵀT||² + ||TᵀT||², dS = 4/(G n²) (S(SᵀS) - T(TᵀS)); Grams in float64."""
-    G, n, Ds = s.shape
-    Dt = t.shape[-1]
+def gram(
+    s: Tensor,
+    t: Tensor,
+    ds: Tensor | None,
+    rows: Rows,
+    n: int,
+    most: int | None = None,
+    over_ranks: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """||SSᵀ - TTᵀ||² = ||SᵀS||² - 2||SᵀT||² + ||TᵀT||², dS = 4/(G n²) (S(SᵀS) - T(TᵀS)); Grams in float64.
 
-    def unit(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.to(acc)
-        inv = _inverse_norm(x, normalize, eps)
-        return x * inv, inv
-
+    n counts the rows of a group on all ranks, of which s and t have this one's; over_ranks adds up their Grams in
+    place, of which `most` elements are one message.
+    """
+    (G, own, Ds), Dt = s.shape, t.shape[-1]
+    shapes = (Ds, Ds), (Ds, Dt), (Dt, Dt)
     total = s.new_zeros((), dtype=torch.float64)
-    groups = chunks(G, Ds * Ds + Ds * Dt + Dt * Dt)
-    for g in (slice(g0, g0 + groups.step) for g0 in groups):
-        rows = chunks(n, len(s[g]) * (Ds + Dt))
-        strips = [slice(r0, r0 + rows.step) for r0 in rows]
-        ss, st, tt = (s.new_zeros((len(s[g]), a, b), dtype=torch.float64) for a, b in ((Ds, Ds), (Ds, Dt), (Dt, Dt)))
+    groups = chunks(G, sum(a * b for a, b in shapes), most)
+    for g in (slice(g0, min(g0 + groups.step, G)) for g0 in groups):
+        size = g.stop - g.start
+        message = s.new_zeros(size * sum(a * b for a, b in shapes), dtype=torch.float64)
+        parts = message.split([size * a * b for a, b in shapes])
+        ss, st, tt = (x.view(-1, a, b) for x, (a, b) in zip(parts, shapes, strict=True))
+        pieces = chunks(own, size * (Ds + Dt), most)
+        strips = [slice(r0, r0 + pieces.step) for r0 in pieces]
         for r in strips:
-            s64, t64 = unit(s[g, r])[0].double(), unit(t[g, r])[0].double()
+            s64, t64 = rows.unit(s[g, r])[0].double(), rows.unit(t[g, r])[0].double()
             ss.baddbmm_(s64.mT, s64)
             st.baddbmm_(s64.mT, t64)
             tt.baddbmm_(t64.mT, t64)
+        if over_ranks is not None:
+            over_ranks(message)
         total += ss.square().sum() - 2 * st.square().sum() + tt.square().sum()
         if ds is None:
             continue
-        ss, ts = ss.to(acc), st.mT.to(acc)
+        ss, ts = ss.to(rows.acc), st.mT.to(rows.acc)
         for r in strips:
-            s_hat, inv = unit(s[g, r])
-            ds_hat = torch.baddbmm(s_hat @ ss, unit(t[g, r])[0], ts, alpha=-1).mul_(4 / (G * n * n))
-            ds[g, r] = _through_norm(ds_hat, s_hat, inv, normalize).to(ds.dtype)
-    return (total.clamp_min(0) / (G * n * n)).to(acc)  # rounding alone can take a zero below 0
+            (s_hat, inverse), (t_hat, _) = rows.unit(s[g, r]), rows.unit(t[g, r])
+            ds_hat = torch.baddbmm(s_hat @ ss, t_hat, ts, alpha=-1).mul_(4 / (G * n * n))
+            ds[g, r] = rows.through(ds_hat, s_hat, inverse).to(ds.dtype)
+    return not_negative(total) / (G * n * n)
 
 
 def relation_fwd(
@@ -102,9 +125,10 @@ def relation_fwd(
     dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=stored_gradient(student))
     s, t = _maps(student, scope), _maps(teacher, scope)
     ds = _maps(dstudent, scope) if with_grad else None
+    rows = Rows(normalize, eps, acc)
     if algorithm == "gram":
-        return _gram(s, t, ds, normalize, eps, acc), dstudent
-    return _tile(s, t, ds, normalize, rectify, eps, acc), dstudent
+        return gram(s, t, ds, rows, n=s.shape[1]).to(acc), dstudent
+    return _tile(s, t, ds, rows, rectify), dstudent
 
 
 def manifold_fwd(

@@ -97,7 +97,7 @@ class _Manifold(torch.autograd.Function):
     def forward(
         ctx: Any, impl: Backend, weights: tuple[float, ...], n_layers: int, with_grad: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        students, teachers, indices = _thirds(tensors, n_layers)
+        students, teachers, indices = (list(tensors[i * n_layers : (i + 1) * n_layers]) for i in range(3))
         per_layer = [w / n_layers for w in weights]
         terms, dstudents = call(impl, "manifold_fwd", students, teachers, indices, *per_layer, with_grad)
         ctx.save_for_backward(*dstudents)
@@ -114,10 +114,6 @@ class _Manifold(torch.autograd.Function):
         return None, None, None, None, *gradients, *(None,) * (2 * len(gradients))
 
 
-def _thirds(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n :])
-
-
 def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device, gain: int = 1) -> Algorithm:
     """Choose the cheaper of tile and gram, in float32 multiply-adds per row; float64 counts twice.
 
@@ -130,19 +126,20 @@ def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device,
     return "gram" if gain * gram < n * (2 * Ds + Dt) else "tile"
 
 
+def cheaper(n: int, student: Tensor, teacher: Tensor, rectify: str) -> Algorithm:
+    """Return the cheaper algorithm for maps of n rows of these networks."""
+    gain = matrix_gain(student.device, student, teacher)
+    return pick_algorithm(n, student.shape[-1], teacher.shape[-1], rectify, student.device, gain)
+
+
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Return rows `index` of the flattened batch as one group (1, K, D)."""
     N = x.shape[1]
     return x[index // N, index % N].unsqueeze(0)
 
 
-def check_relation(call: RelationCall) -> None:
-    """Check the arguments of relation_loss."""
-    _check_relation(call)
-    refuse_transforms("relation_loss")
-
-
-def _check_relation(call: RelationCall) -> None:
+def check_relation(call: RelationCall, function: str = "relation_loss") -> None:
+    """Check the arguments of relation_loss, for the public function of this name."""
     student, teacher, scope, index, _, rectify, eps, algorithm, _ = call
     check.tensor("student", student, 3, "(B, N, Ds)")
     check.tensor("teacher", teacher, 3, "(B, N, Dt)")
@@ -168,6 +165,7 @@ def _check_relation(call: RelationCall) -> None:
             raise TypeError(f"index must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
         if index.ndim != 1 or index.numel() == 0:
             raise ValueError(f"index must have shape (K,) with K >= 1, got {tuple(index.shape)}")
+    refuse_transforms(function)
 
 
 def _checked_index(index: Tensor, student: Tensor) -> Tensor:
@@ -193,11 +191,9 @@ def run_relation(call: RelationCall) -> Tensor:
         student, teacher = _take_rows(call.student, index), _take_rows(call.teacher, index)
         call = call._replace(student=student, teacher=teacher, scope="intra", rows=None)
     student, teacher, scope, _, _, rectify, _, algorithm, backend = call
-    B, N, Ds = student.shape
     if algorithm == "auto":
-        n = {"intra": N, "inter": B, "batch": B * N}[scope]
-        gain = matrix_gain(student.device, student, teacher)
-        algorithm = pick_algorithm(n, Ds, teacher.shape[-1], rectify, student.device, gain)
+        B, N, _ = student.shape
+        algorithm = cheaper({"intra": N, "inter": B, "batch": B * N}[scope], student, teacher, rectify)
     impl = resolve(backend, "relation_fwd", student, teacher)
     return _Relation.apply(student, teacher, impl, call.maps(algorithm), wants_grad(student))
 
@@ -217,8 +213,7 @@ def check_manifold(call: ManifoldCall) -> None:
     if indices is not None and len(indices) != len(students):
         raise ValueError(f"indices must have one tensor per layer, got {len(indices)} for {len(students)} layers")
     for i, pair in enumerate(call.pairs):
-        _check_relation(pair._replace(scope="batch", rows=None if indices is None else indices[i]))
-    refuse_transforms("manifold_loss")
+        check_relation(pair._replace(scope="batch", rows=None if indices is None else indices[i]), "manifold_loss")
 
 
 def run_manifold(call: ManifoldCall) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -235,10 +230,8 @@ def run_manifold(call: ManifoldCall) -> tuple[Tensor, tuple[Tensor, Tensor, Tens
     # Terms to be differentiated by themselves, Grams, and a sum that lacks a term each need calls of their own.
     separate = return_terms is True or (not return_terms and 0 in weights.values())
     for s, t in zip(students, teachers, strict=True):
-        B, N, Ds = s.shape
         separate |= (s.dtype, s.device) != (students[0].dtype, students[0].device)
-        gain = matrix_gain(s.device, s, t)
-        separate |= any(pick_algorithm(n, Ds, t.shape[-1], "none", s.device, gain) == "gram" for n in (N, B))
+        separate |= any(cheaper(n, s, t, "none") == "gram" for n in s.shape[:2])
     if not separate:
         indices = [_checked_index(index, s) for index, s in zip(indices, students, strict=True)]
         impl = resolve(call.backend, "manifold_fwd", *students, *teachers)
