@@ -180,12 +180,9 @@ def test_no_operator_is_registered_beside_the_page() -> None:
 
 @pytest.mark.parametrize("op", list(_schemas.STEMS))
 def test_schema_and_implementations_name_the_same_arguments(op: str) -> None:
-    """The order of an operator's arguments is written in its schema; fake, eager and Triton follow it."""
+    """The order of an operator's arguments is written in its schema; eager and Triton follow it."""
     schema = [argument.name for argument in getattr(torch.ops.fastkd, op).default._schema.arguments]
-    functions = [
-        getattr(_schemas, f"_{op}"),
-        getattr(importlib.import_module(f"fastkd.eager.{_schemas.STEMS[op]}"), op),
-    ]
+    functions = [getattr(importlib.import_module(f"fastkd.eager.{_schemas.STEMS[op]}"), op)]
     if _dispatch.HAS_TRITON:
         functions.append(getattr(importlib.import_module(f"fastkd_kernels.{_schemas.STEMS[op]}"), op))
     for function in functions:
@@ -337,6 +334,15 @@ def test_precision_of_mixed_inputs(first: torch.dtype, second: torch.dtype, thir
     assert _precision.matrix_gain(torch.device("cpu"), *tensors) == 1
     for x in tensors:
         assert _precision.stored_gradient(x) == (torch.float32 if x.dtype == torch.float16 else x.dtype)
+
+
+@pytest.mark.skipif(not _dispatch.HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_the_kernels_store_gradients_as_the_schemas_say(dtype: torch.dtype) -> None:
+    """kernels/ does not depend on fastkd, so the rule is written there again."""
+    x = torch.ones(2, dtype=dtype)
+    kernels = importlib.import_module("fastkd_kernels._common")
+    assert kernels.stored_gradient(x) == _precision.stored_gradient(x)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), True, "1", None, torch.ones(()), -1e-9])

@@ -1,4 +1,4 @@
-"""Every operator fastkd registers, on one page: schema and fake.
+"""Every operator fastkd registers, on one page: schema, and the shapes and dtypes of its results.
 
 `<op>` has native implementations (csrc/, keys CPU and CUDA), `<op>_triton` those of kernels/, `<op>_eager` those of
 eager/. The three share a schema and a fake, so tracing needs none of them installed.
@@ -7,6 +7,7 @@ eager/. The three share a schema and a fake, so tracing needs none of them insta
 import importlib
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,17 +25,25 @@ def _first(args: tuple[Any, ...]) -> Tensor:
     return args[0][0] if isinstance(args[0], list) else args[0]
 
 
-def _register(stem: str, op: str, schema: str, fake: Callable[..., Any]) -> None:
+def _register(stem: str, op: str, schema: str, results: Callable[[Any], Any]) -> None:
+    """Register an operator and its implementations. `results` gives empty results from the arguments by name."""
     STEMS[op] = stem
+    names = [argument.name for argument in torch._C.parse_schema(f"fastkd::{op}{schema}").arguments]
+
+    def named(args: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip(names, args, strict=True))
+
+    def fake(*args: Any) -> Any:
+        return results(SimpleNamespace(**named(args)))
 
     def eager(*args: Any) -> Any:
         # Autocast would round the chunks' products; an operator's maths stays in its accumulation dtype.
         with torch.autocast(_first(args).device.type, enabled=False):
-            return getattr(importlib.import_module(f"fastkd.eager.{stem}"), op)(*args)
+            return getattr(importlib.import_module(f"fastkd.eager.{stem}"), op)(**named(args))
 
     def triton(*args: Any) -> Any:
         with torch.cuda.device_of(_first(args)):  # Triton launches on the current device
-            return getattr(importlib.import_module(f"fastkd_kernels.{stem}"), op)(*args)
+            return getattr(importlib.import_module(f"fastkd_kernels.{stem}"), op)(**named(args))
 
     for name in (op, f"{op}_eager", f"{op}_triton"):
         torch.library.define(f"fastkd::{name}", schema)
@@ -43,18 +52,14 @@ def _register(stem: str, op: str, schema: str, fake: Callable[..., Any]) -> None
     torch.library.impl(f"fastkd::{op}_triton", _TRITON_KEY, triton)
 
 
-def _relation_fwd(
-    student: Tensor,
-    teacher: Tensor,
-    scope: str,
-    normalize: bool,
-    rectify: str,
-    eps: float,
-    algorithm: str,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    loss = student.new_empty((), dtype=accumulator(student, teacher))
-    return loss, student.new_empty(student.shape if with_grad else (0,), dtype=stored_gradient(student))
+def _gradient(x: Tensor, wanted: bool) -> Tensor:
+    """Return an empty gradient of x as forward stores it; (0,) if it is not wanted."""
+    return x.new_empty(x.shape if wanted else (0,), dtype=stored_gradient(x))
+
+
+def _relation_fwd(a: Any) -> tuple[Tensor, Tensor]:
+    loss = a.student.new_empty((), dtype=accumulator(a.student, a.teacher))
+    return loss, _gradient(a.student, a.with_grad)
 
 
 _register(
@@ -66,17 +71,9 @@ _register(
 )
 
 
-def _manifold_fwd(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    indices: list[Tensor],
-    intra: float,
-    inter: float,
-    random: float,
-    with_grad: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    terms = students[0].new_empty((len(students), 3), dtype=accumulator(*students, *teachers))
-    return terms, [s.new_empty(s.shape if with_grad else (0,), dtype=stored_gradient(s)) for s in students]
+def _manifold_fwd(a: Any) -> tuple[Tensor, list[Tensor]]:
+    terms = a.students[0].new_empty((len(a.students), 3), dtype=accumulator(*a.students, *a.teachers))
+    return terms, [_gradient(s, a.with_grad) for s in a.students]
 
 
 # terms: (layers, 3), unweighted intra, inter, random; dstudents: gradients of each layer's weighted sum.
@@ -89,14 +86,14 @@ _register(
 )
 
 
-def _moments_fwd(inputs: list[Tensor], per_image: bool) -> tuple[Tensor, Tensor]:
-    groups = sum(x.shape[0] * x.shape[1] if per_image else x.shape[1] for x in inputs)
-    mean = inputs[0].new_empty((groups,), dtype=accumulator(inputs[0]))
+def _moments_fwd(a: Any) -> tuple[Tensor, Tensor]:
+    groups = sum(x.shape[0] * x.shape[1] if a.per_image else x.shape[1] for x in a.inputs)
+    mean = a.inputs[0].new_empty((groups,), dtype=accumulator(a.inputs[0]))
     return mean, torch.empty_like(mean)
 
 
-def _moments_bwd(dmean: Tensor, dvar: Tensor, inputs: list[Tensor], mean: Tensor, per_image: bool) -> list[Tensor]:
-    return [torch.empty_like(x) for x in inputs]
+def _moments_bwd(a: Any) -> list[Tensor]:
+    return [torch.empty_like(x) for x in a.inputs]
 
 
 # inputs: layers of one dtype, whose channels (images and channels if per_image) stand end to end in mean and var.
@@ -109,18 +106,8 @@ _register(
 )
 
 
-def _bn_distance(
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    channels: list[int],
-    rows: list[int],
-    counts: list[int],
-    weights: list[float],
-    distance: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return mean.new_empty(()), torch.empty_like(mean), torch.empty_like(var)
+def _bn_distance(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return a.mean.new_empty(()), torch.empty_like(a.mean), torch.empty_like(a.var)
 
 
 # All layers' moments end to end: rows[l] * channels[l] of layer l, each over counts[l] elements. rows is 1 but in
@@ -134,24 +121,13 @@ _register(
 )
 
 
-def _batch_norm_fwd(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_empty(x.shape[1:2], dtype=accumulator(x))
-    return torch.empty_like(x), mean, torch.empty_like(mean)
+def _batch_norm_fwd(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    mean = a.x.new_empty(a.x.shape[1:2], dtype=accumulator(a.x))
+    return torch.empty_like(a.x), mean, torch.empty_like(mean)
 
 
-def _batch_norm_bwd(
-    dy: Tensor,
-    dmean: Tensor,
-    dvar: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    eps: float,
-) -> Tensor:
-    return torch.empty_like(x)
+def _batch_norm_bwd(a: Any) -> Tensor:
+    return torch.empty_like(a.x)
 
 
 _register(
@@ -170,13 +146,13 @@ _register(
 )
 
 
-def _prior_fwd(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    acc = accumulator(images)
-    return images.new_empty(4, dtype=acc), images.new_empty(4, dtype=acc), images.new_empty(images.shape[0], dtype=acc)
+def _prior_fwd(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, acc = a.images, accumulator(a.images)
+    return x.new_empty(4, dtype=acc), x.new_empty(4, dtype=acc), x.new_empty(x.shape[0], dtype=acc)
 
 
-def _prior_bwd(dtv_l1: Tensor, dtv_l2: Tensor, dnorms: Tensor, images: Tensor, tv_l2: Tensor, norms: Tensor) -> Tensor:
-    return torch.empty_like(images)
+def _prior_bwd(a: Any) -> Tensor:
+    return torch.empty_like(a.images)
 
 
 _register("prior", "prior_fwd", "(Tensor images) -> (Tensor tv_l1, Tensor tv_l2, Tensor norms)", _prior_fwd)
@@ -188,34 +164,15 @@ _register(
 )
 
 
-def _attention_fwd(
-    q_student: Tensor,
-    k_student: Tensor | None,
-    q_teacher: Tensor,
-    k_teacher: Tensor,
-    bias_student: Tensor | None,
-    bias_teacher: Tensor | None,
-    key_mask: Tensor | None,
-    row_weight: Tensor | None,
-    reduction: str,
-    algorithm: str,
-    divergence: str,
-    heads: str,
-    scales: list[float],
-    is_causal: bool,
-    rows: list[int],
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = (q_student, k_student, q_teacher, k_teacher, bias_student, bias_teacher)
+def _attention_fwd(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = (a.q_student, a.k_student, a.q_teacher, a.k_teacher, a.bias_student, a.bias_teacher)
     acc = accumulator(*(x for x in tensors if x is not None))
-    B, H, N_q = q_student.shape[:3]
-    loss = q_student.new_empty((B, 1 if heads == "mean" else H, N_q) if reduction == "none" else (), dtype=acc)
-    k = q_student if k_student is None else k_student
-    bias = loss if bias_student is None else bias_student
-    dq, dk, dbias = (
-        x.new_empty(x.shape if want else (0,), dtype=stored_gradient(x))
-        for x, want in zip((q_student, k, bias), wanted, strict=True)
-    )
+    B, H, N_q = a.q_student.shape[:3]
+    shape = (B, 1 if a.heads == "mean" else H, N_q) if a.reduction == "none" else ()
+    loss = a.q_student.new_empty(shape, dtype=acc)
+    k = a.q_student if a.k_student is None else a.k_student
+    bias = loss if a.bias_student is None else a.bias_student
+    dq, dk, dbias = (_gradient(x, want) for x, want in zip((a.q_student, k, bias), a.wanted, strict=True))
     return loss, dq, dk, dbias
 
 
@@ -235,18 +192,10 @@ _register(
 )
 
 
-def _softmax_kl(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    acc = accumulator(student, teacher)
-    dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=acc)
-    return student.new_empty(student.shape[0], dtype=acc), dstudent
+def _softmax_kl(a: Any) -> tuple[Tensor, Tensor]:
+    acc = accumulator(a.student, a.teacher)
+    dstudent = a.student.new_empty(a.student.shape if a.with_grad else (0,), dtype=acc)
+    return a.student.new_empty(a.student.shape[0], dtype=acc), dstudent
 
 
 # kl: (B,), beta KL of softmax(teacher / T) against softmax(student / T); with a target (B,) that of the other classes
