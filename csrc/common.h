@@ -17,6 +17,11 @@ inline at::ScalarType accumulator(const at::Tensor& x) {
   return at::promote_types(x.scalar_type(), at::kFloat);
 }
 
+// A 0-dimensional tensor. at::full refuses numbers beyond its dtype, which are infinities here.
+inline at::Tensor scalar_of(double x, const at::TensorOptions& options) {
+  return at::full({}, x, options.dtype(at::kDouble)).to(options.dtype());
+}
+
 // Strides of a (B, C, ...) tensor whose positions are folded to (H, W).
 struct PlaneStrides {
   int64_t b, c, h, w;

@@ -11,6 +11,7 @@ from fastkd.distributed._autograd import Averaged, Whole, mean_over_ranks
 from fastkd.distributed._messages import Group
 from fastkd.distributed._ranks import About, Agreed, Own, Ranks, is_small, layout
 from fastkd.distributed.relation import sampled, spanning
+from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_transforms, wants_grad
 from fastkd.ops._dispatch import Backend, resolve
 from fastkd.ops.relation import ReturnTerms, check_manifold
@@ -38,7 +39,7 @@ def manifold_layers(
     def arguments() -> Own:
         about: About = {"function": "manifold_loss", "layers": len(students), "num_samples": num_samples}
         weights = {"intra": intra, "inter": inter, "random": random}
-        check_manifold(students, teachers, indices, weights, num_samples, return_terms)
+        check_manifold(students, teachers, indices, weights, num_samples, generator, return_terms)
         about |= weights
         for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
             index = None if indices is None else indices[i]
@@ -108,8 +109,6 @@ def _result(
 def _source(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
     """Return the generator, or PyTorch's default one for None."""
     if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         return generator
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
@@ -131,8 +130,8 @@ def _draw(
 
 @torch.compiler.disable
 def manifold_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
     *,
     intra: float = 4.0,
     inter: float = 0.1,
@@ -152,12 +151,13 @@ def manifold_loss(
     ΣB*N tokens.
 
     Args:
-        student: (B, N, Ds), this rank's; B may differ between ranks, all else may not. Differentiable.
-        teacher: (B, N, Dt). A constant.
+        student: (B, N, Ds), this rank's, or a list of one per matched layer; B may differ between ranks, all else may
+            not. Differentiable.
+        teacher: (B, N, Dt), or a list of as many. Constants.
         intra, inter, random: weights >= 0; a term of weight 0 is not computed unless return_terms.
         num_samples: K distinct rows of the random term; all of them where K > ΣB*N.
         generator: source of the draw, which the first rank of the group makes for all; the others' is left alone.
-        index: (K,) int64 rows of all ranks' tokens, in their order, instead of a draw. The first rank's counts.
+        index: (K,) int64 rows of all ranks' tokens, in their order, one draw for all layers. The first rank's counts.
         return_terms: as in fastkd.manifold_loss.
         backend: of the relation kernels; an inter term by Grams is PyTorch operations.
         group: a torch.distributed process group that this rank is in; None: the default one.
@@ -181,15 +181,16 @@ def manifold_loss(
             return_terms=return_terms,
             backend=backend,
         )
+    students, teachers = check.unchecked_layers(student), check.unchecked_layers(teacher)
     return manifold_layers(
-        [student],
-        [teacher],
+        students,
+        teachers,
         intra=intra,
         inter=inter,
         random=random,
         num_samples=num_samples,
         generator=generator,
-        indices=None if index is None else [index],
+        indices=None if index is None else [index] * len(students),
         return_terms=return_terms,
         backend=backend,
         group=group,

@@ -15,7 +15,7 @@ from fastkd.distributed._ranks import About, Agreed, Own, Ranks, layout
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
-from fastkd.ops.relation import Algorithm, Maps, Rectify, Scope, check_relation
+from fastkd.ops.relation import EPS_FLOOR, Algorithm, Maps, Rectify, Scope, check_relation
 from fastkd.ops.relation import pick_algorithm as pick_local
 
 
@@ -256,7 +256,7 @@ def spanning(
         if scope == "inter" and chosen == "tile":
             together.setdefault((s.device, resolve(backend, "relation_fwd", s, t)), []).append(i)
         else:
-            rows = _Rows(normalize, eps, accumulator(s, t))
+            rows = _Rows(normalize, max(eps, EPS_FLOOR), accumulator(s, t))
             losses[i] = _Relation.apply(s, t, ranks, sizes, scope, rectify, chosen, rows, wants_grad(s))
     for (device, impl), layers in together.items():
         own, theirs = [students[i] for i in layers], [teachers[i] for i in layers]
@@ -267,7 +267,8 @@ def spanning(
             for s, t in zip(own, theirs, strict=True)
         ]
         maps = [
-            Maps(scope="inter", normalize=normalize, rectify=rectify, eps=float(eps), algorithm=each) for each in local
+            Maps(scope="inter", normalize=normalize, rectify=rectify, eps=max(float(eps), EPS_FLOOR), algorithm=each)
+            for each in local
         ]
         found = _Inter.apply(ranks, sizes, impl, agreed.with_grad, maps, *own, *theirs)
         for i, loss in zip(layers, found, strict=True):
@@ -361,6 +362,7 @@ def relation_loss(
 
     def arguments() -> Own:
         check_relation(student, teacher, scope, index, rectify, eps, algorithm)
+        check.flag("normalize", normalize)
         refuse_transforms("relation_loss")
         if scope == "batch" and index is None:
             resolve_plain(backend, "relation_loss of scope 'batch' over a process group")

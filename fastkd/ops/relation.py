@@ -11,6 +11,8 @@ from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve
 
+EPS_FLOOR = 1e-18  # of a row's norm: below, products of two inverse norms are beyond float32
+
 Scope = Literal["intra", "inter", "batch"]
 Rectify = Literal["none", "both", "teacher"]
 Algorithm = Literal["tile", "gram", "auto"]
@@ -101,32 +103,33 @@ def check_relation(
     rectify: str,
     eps: float,
     algorithm: str,
+    names: tuple[str, str, str] = ("student", "teacher", "index"),
 ) -> None:
     """Check the arguments of relation_loss."""
-    check.tensor("student", student, 3, "(B, N, Ds)")
-    check.tensor("teacher", teacher, 3, "(B, N, Dt)")
-    check.not_empty("student", student)
-    check.not_empty("teacher", teacher)
+    check.tensor(names[0], student, 3, "(B, N, Ds)")
+    check.tensor(names[1], teacher, 3, "(B, N, Dt)")
+    check.not_empty(names[0], student)
+    check.not_empty(names[1], teacher)
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(
-            "student and teacher must agree in images and tokens (B, N), "
+            f"{names[0]} and {names[1]} must agree in images and tokens (B, N), "
             f"got {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])}: drop class tokens or resize a grid first"
         )
-    check.same_device(student=student, teacher=teacher)
+    check.same_device(**{names[0]: student, names[1]: teacher})
     check.one_of("scope", scope, ("intra", "inter", "batch"))
     check.one_of("rectify", rectify, ("none", "both", "teacher"))
     check.one_of("algorithm", algorithm, ("tile", "gram", "auto"))
     check.number("eps", eps, low=0)
-    check.constant("teacher", teacher)
+    check.constant(names[1], teacher)
     if algorithm == "gram" and rectify != "none":
         raise ValueError(f"algorithm='gram' never forms the similarities that rectify={rectify!r} clamps; use 'tile'")
     if index is not None:
         if scope != "batch":
             raise ValueError(f"index needs scope='batch', got {scope!r}")
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            raise TypeError(f"index must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+            raise TypeError(f"{names[2]} must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
         if index.ndim != 1 or index.numel() == 0:
-            raise ValueError(f"index must have shape (K,) with K >= 1, got {tuple(index.shape)}")
+            raise ValueError(f"{names[2]} must have shape (K,) with K >= 1, got {tuple(index.shape)}")
 
 
 def _checked_index(index: Tensor, student: Tensor) -> Tensor:
@@ -171,7 +174,7 @@ def relation_loss(
             Repeated rows are allowed. On the device of student, or moved there.
         normalize: relate unit vectors (cosines) rather than raw ones.
         rectify: clamp negative similarities to 0 in no map, "both" or the "teacher"'s alone.
-        eps: a row whose norm is at most eps relates as 0 and gets gradient 0.
+        eps: a row whose norm is at most eps, or 1e-18, relates as 0 and gets gradient 0.
         algorithm: "tile" visits the maps, O(n² D); "gram" needs D x D matrices only, O(n D²), and no rectification;
             "auto" takes the cheaper (pick_algorithm).
         backend: "auto", "eager", "native" or "triton".
@@ -187,6 +190,7 @@ def relation_loss(
             or torch.func.
     """
     check_relation(student, teacher, scope, index, rectify, eps, algorithm)
+    check.flag("normalize", normalize)
     refuse_transforms("relation_loss")
 
     if index is not None:
@@ -198,13 +202,13 @@ def relation_loss(
         gain = matrix_gain(student.device, student, teacher)
         algorithm = pick_algorithm(n, Ds, teacher.shape[-1], rectify, student.device, gain)
     impl = resolve(backend, "relation_fwd", student, teacher)
-    maps = Maps(scope=scope, normalize=normalize, rectify=rectify, eps=float(eps), algorithm=algorithm)
+    maps = Maps(scope=scope, normalize=normalize, rectify=rectify, eps=max(float(eps), EPS_FLOOR), algorithm=algorithm)
     return _Relation.apply(student, teacher, impl, maps, wants_grad(student))
 
 
 def manifold_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
     *,
     intra: float = 4.0,
     inter: float = 0.1,
@@ -215,19 +219,20 @@ def manifold_loss(
     return_terms: ReturnTerms = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Fine-grained manifold distillation of one layer: Hao et al. 2022 (arXiv:2107.01378), weights of its code.
+    """Fine-grained manifold distillation: Hao et al. 2022 (arXiv:2107.01378), weights of its code.
 
-        L = intra L_intra + inter L_inter + random L_random
+        L = intra L_intra + inter L_inter + random L_random,  the mean over matched layers
 
     with L_intra, L_inter the relation_loss of those scopes and L_random that of K rows drawn from all B*N tokens.
 
     Args:
-        student: (B, N, Ds), float64 | float32 | bfloat16 | float16, any strides. Differentiable.
-        teacher: (B, N, Dt). A constant.
+        student: (B, N, Ds), or a list of one per matched layer, float64 | float32 | bfloat16 | float16, any strides.
+            Differentiable.
+        teacher: (B, N, Dt), or a list of as many. Constants.
         intra, inter, random: weights >= 0; a term of weight 0 is not computed unless return_terms.
-        num_samples: K distinct rows of the random term; all of them where K > B*N.
+        num_samples: K distinct rows of the random term; all of them where K > B*N. Drawn anew for each layer.
         generator: source of the draw (not under torch.compile); torch's default generator if None.
-        index: (K,) int64 rows to take instead of drawing them.
+        index: (K,) int64 rows to take instead: one draw for all layers.
         return_terms: also give the unweighted (intra, inter, random), each differentiable by itself; "detached" gives
             them as values to log, at no cost.
         backend: "auto", "eager", "native" or "triton".
@@ -238,15 +243,16 @@ def manifold_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as relation_loss; a weight < 0, num_samples < 1.
     """
+    students, teachers = check.layers("student", student), check.layers("teacher", teacher)
     loss, terms = manifold_layers(
-        [student],
-        [teacher],
+        students,
+        teachers,
         intra=intra,
         inter=inter,
         random=random,
         num_samples=num_samples,
         generator=generator,
-        indices=None if index is None else [index],
+        indices=None if index is None else [index] * len(students),
         return_terms=return_terms,
         backend=backend,
     )
@@ -259,22 +265,28 @@ def check_manifold(
     indices: Sequence[Tensor] | None,
     weights: dict[str, float],
     num_samples: int,
+    generator: torch.Generator | None,
     return_terms: ReturnTerms,
 ) -> None:
     """Check the arguments of manifold_loss for one or several layers."""
     for name, weight in weights.items():
         check.number(name, weight, low=0)
     check.positive_int("num_samples", num_samples)
-    if return_terms != "detached" and not isinstance(return_terms, bool):
+    check.source(generator)
+    if not isinstance(return_terms, bool) and (not isinstance(return_terms, str) or return_terms != "detached"):
         raise ValueError(f"return_terms must be True, False or 'detached', got {return_terms!r}")
     if len(students) != len(teachers) or len(students) == 0:
         raise ValueError(
             f"students and teachers must match layer by layer, got {len(students)} and {len(teachers)} layers"
         )
+    if indices is not None:
+        check.sequence("indices", indices, "int64 tensors, one per layer")
     if indices is not None and len(indices) != len(students):
         raise ValueError(f"indices must have one tensor per layer, got {len(indices)} for {len(students)} layers")
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        check_relation(s, t, "batch", None if indices is None else indices[i], "none", 0.0, "auto")
+        of_layer = f"[{i}]" if len(students) > 1 else ""
+        names = (f"student{of_layer}", f"teacher{of_layer}", f"index{of_layer}")
+        check_relation(s, t, "batch", None if indices is None else indices[i], "none", 0.0, "auto", names)
 
 
 def manifold_layers(
@@ -296,7 +308,7 @@ def manifold_layers(
     have a gradient each, formed in forward: whichever of them a caller uses, nothing is computed twice.
     """
     weights = {"intra": intra, "inter": inter, "random": random}
-    check_manifold(students, teachers, indices, weights, num_samples, return_terms)
+    check_manifold(students, teachers, indices, weights, num_samples, generator, return_terms)
     refuse_transforms("manifold_loss")
     if indices is None:
         indices = [draw_rows(s, num_samples, generator) for s in students]
