@@ -25,6 +25,11 @@ inline at::ScalarType stored_gradient(const at::Tensor& x) {
   return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
 }
 
+// A 0-dimensional tensor. at::full refuses numbers beyond its dtype, which are infinities here.
+inline at::Tensor scalar_of(double x, const at::TensorOptions& options) {
+  return at::full({}, x, options.dtype(at::kDouble)).to(options.dtype());
+}
+
 // Strides of a (B, C, ...) tensor whose positions are folded to (H, W).
 struct PlaneStrides {
   int64_t b, c, h, w;

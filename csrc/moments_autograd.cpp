@@ -36,12 +36,28 @@ void refuse_double_backward(const char* function) {
       " for gradient penalties");
 }
 
+// PyTorch has no loop over batched gradients (is_grads_batched=True) for an operator that returns a list.
+void refuse_batched(const char* function, const variable_list& grads) {
+  for (const auto& x : grads)
+    TORCH_CHECK(
+        !x.defined() || !x.key_set().has(at::DispatchKey::Batched),
+        function,
+        " takes no batched gradients (is_grads_batched=True, vectorize=True): call torch.autograd.grad once for each, "
+        "or use fastkd.reference.",
+        function);
+}
+
 bool wants_grad(const Tensor& x) {
   return x.requires_grad() && at::GradMode::is_enabled();
 }
 
 bool wants_grad(const std::optional<Tensor>& x) {
   return x && wants_grad(*x);
+}
+
+// What autograd may save: a copy of a tensor that was made under torch.inference_mode().
+Tensor savable(const Tensor& x) {
+  return x.is_inference() ? x.clone() : x;
 }
 
 using Moments = std::tuple<Tensor, Tensor>;
@@ -55,7 +71,8 @@ Moments moments_fwd(at::TensorList inputs, bool per_image) {
 struct MomentsNode : Function<MomentsNode> {
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs, bool per_image) {
     auto [mean, var] = moments_fwd(inputs, per_image);
-    variable_list saved(inputs.begin(), inputs.end());
+    variable_list saved;
+    for (const auto& x : inputs) saved.push_back(savable(x));
     saved.push_back(mean);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["per_image"] = per_image;
@@ -64,6 +81,7 @@ struct MomentsNode : Function<MomentsNode> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {  // of mean and var
     refuse_double_backward("batch_moments");
+    refuse_batched("batch_moments", grads);
     static const auto bwd =
         op<variable_list(const Tensor&, const Tensor&, at::TensorList, const Tensor&, bool)>("fastkd::moments_bwd");
     auto inputs = ctx->get_saved_variables();
@@ -109,7 +127,8 @@ struct BatchNormNode : Function<BatchNormNode> {
       const std::optional<Tensor>& bias,
       double eps) {
     auto [y, mean, var] = batch_norm_fwd(x, running_mean, running_var, weight, bias, eps);
-    ctx->save_for_backward({x, mean, running_mean, running_var, weight.value_or(Tensor())});
+    const auto saved_weight = weight ? savable(*weight) : Tensor();
+    ctx->save_for_backward({savable(x), mean, savable(running_mean), savable(running_var), saved_weight});
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["has_bias"] = bias.has_value();
     return {y, mean, var};
@@ -140,15 +159,16 @@ struct BatchNormNode : Function<BatchNormNode> {
     }
     if (with_dweight || with_dbias) {
       // Gradients of weight and bias are rarely wanted, so PyTorch sums them in separate passes.
-      // Contiguous, because PyTorch sums some planes of one row or column wrongly if dy and x differ in layout.
+      // Contiguous, because PyTorch sums some planes of one row or column wrongly if dy and x differ in layout, and
+      // reads past the end of expanded statistics of a (B, C).
       const auto acc = accumulator(x);
-      const auto wide_weight = weight ? std::optional(weight->to(acc)) : std::nullopt;
+      const auto wide_weight = weight ? std::optional(weight->to(acc).contiguous()) : std::nullopt;
       std::tie(std::ignore, dweight, dbias) = at::native_batch_norm_backward(
           dy.to(acc).contiguous(),
           x.to(acc).contiguous(),
           wide_weight,
-          running_mean.to(acc),
-          running_var.to(acc),
+          running_mean.to(acc).contiguous(),
+          running_var.to(acc).contiguous(),
           {},
           {},
           /*train=*/false,

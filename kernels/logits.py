@@ -64,7 +64,10 @@ def _difference(s, t, m_s, m_t, a_s, a_t, inv_l_s, inv_l_t, shift, inv_temperatu
 
 @triton.jit
 def _log_probability(odds):
-    return tl.minimum(odds, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(odds)))
+    e = tl.exp(-tl.abs(odds))
+    u = 1.0 + e
+    # log(1 + e): the rounding of u is in e / (u - 1) as well, and e is left where u is 1.
+    return tl.minimum(odds, 0.0) - tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
 
 
 @triton.jit
@@ -114,6 +117,12 @@ def _softmax_kl_kernel(
         j = j0 + tl.arange(0, BLOCK)
         m_s, l_s = _add_exponentials(m_s, l_s, _row(s_ptr, j, C, stride_sc, target), inv_temperature)
         m_t, l_t = _add_exponentials(m_t, l_t, _row(t_ptr, j, C, stride_tc, target), inv_temperature)
+    # A network that has switched all other classes off has no distribution among them.
+    none_s, none_t = m_s == -float("inf"), m_t == -float("inf")
+    top_s, top_t = m_s, m_t
+    if HAS_TARGET:
+        m_s, l_s = tl.where(none_s, 0.0, m_s), tl.where(none_s, 1.0, l_s)
+        m_t, l_t = tl.where(none_t, 0.0, m_t), tl.where(none_t, 1.0, l_t)
     inv_l_s, inv_l_t = 1.0 / l_s, 1.0 / l_t
     a_s, a_t = _moves(m_s, m_t, step)
     shift = ((m_s - a_s) - (m_t - a_t)) * inv_temperature + tl.log(tl.div_rn(l_s, l_t))  # exactly 0 at a match
@@ -126,16 +135,21 @@ def _softmax_kl_kernel(
         _, q, u, x = _difference(s, t, m_s, m_t, a_s, a_t, inv_l_s, inv_l_t, shift, inv_temperature)
         kl += x - tl.where(q == 0.0, 0.0, u * q)
         excess += x
-    value = beta * tl.sum(kl, 0)
+    value = tl.sum(kl, 0)
     # Σ (p - q) = 0: what is left of it is the rounding of the sums that p and q were divided by.
     of_p = beta * tl.sum(excess, 0)
+    if HAS_TARGET:
+        value = tl.where(none_t, 0.0, tl.where(none_s, float("inf"), value))
+        of_p = tl.where(none_s | none_t, 0.0, of_p)
+    value = tl.where(beta == 0, 0.0, beta * value)  # a term of weight 0 may be infinite
     of_target = 0.0
     if HAS_TARGET:
         # One number per row, in float64, because near a match it is a small difference.
         at_s, at_t = tl.load(s_ptr + target * stride_sc), tl.load(t_ptr + target * stride_tc)
-        odds_p = ((at_s.to(tl.float32) - m_s) * inv_temperature - tl.log(l_s)).to(tl.float64)
-        odds_q = ((at_t.to(tl.float32) - m_t) * inv_temperature - tl.log(l_t)).to(tl.float64)
-        value += alpha * (_half(odds_p, odds_q) + _half(-odds_p, -odds_q)).to(tl.float32)
+        odds_p = ((at_s.to(tl.float32) - top_s) * inv_temperature - tl.log(l_s)).to(tl.float64)
+        odds_q = ((at_t.to(tl.float32) - top_t) * inv_temperature - tl.log(l_t)).to(tl.float64)
+        binary = (_half(odds_p, odds_q) + _half(-odds_p, -odds_q)).to(tl.float32)
+        value += tl.where(alpha == 0, 0.0, alpha * binary)
         of_target = alpha * (_probability(odds_p) - _probability(odds_q)).to(tl.float32)
         of_p += of_target
     tl.store(kl_ptr + b, value)
@@ -145,6 +159,8 @@ def _softmax_kl_kernel(
             j = j0 + tl.arange(0, BLOCK)
             s, t = _row(s_ptr, j, C, stride_sc, target), _row(t_ptr, j, C, stride_tc, target)
             p, _, _, x = _difference(s, t, m_s, m_t, a_s, a_t, inv_l_s, inv_l_t, shift, inv_temperature)
+            if HAS_TARGET:
+                x = tl.where(none_s | none_t, 0.0, x)
             dz = tl.where(j == target, of_target, beta * x - p * of_p)
             tl.store(ds_ptr + j, dz * inv_temperature, mask=j < C)
 

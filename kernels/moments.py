@@ -365,7 +365,7 @@ def _layer_bwd(
 
 
 def moments_bwd(dmean: Tensor, dvar: Tensor, inputs: list[Tensor], mean: Tensor, per_image: bool) -> list[Tensor]:
-    dmean, dvar = dmean.float().contiguous(), dvar.float().contiguous()
+    dmean, dvar, mean = dmean.float().contiguous(), dvar.float().contiguous(), mean.contiguous()
     return [_layer_bwd(dmean[k], dvar[k], x, mean[k], per_image) for x, k in _layers(inputs, per_image)]
 
 
@@ -395,7 +395,7 @@ def batch_norm_bwd(
     weight: Tensor | None,
     eps: float,
 ) -> Tensor:
-    dmean, dvar = dmean.float().contiguous(), dvar.float().contiguous()
+    dmean, dvar, mean = dmean.float().contiguous(), dvar.float().contiguous(), mean.contiguous()
     return _layer_bwd(dmean, dvar, x, mean, False, dy, _scale(running_var, weight, eps))
 
 

@@ -28,6 +28,7 @@ PARTS = {
     "moments": ["test_matches_oracle", "not test_matches_oracle"],
     "prior": [""],
 }
+ATTACKS = ["layouts", "values"]  # files whose tests go over the calls of all stems
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
@@ -121,7 +122,10 @@ def test_every_launch_is_emulated_and_every_stem_tested() -> None:
     assert [path.stem for path in KERNELS] == sorted(PARTS)
 
 
-@pytest.mark.parametrize(("stem", "part"), [(stem, part) for stem, parts in PARTS.items() for part in parts])
+@pytest.mark.parametrize(
+    ("stem", "part"),
+    [*((stem, part) for stem, parts in PARTS.items() for part in parts), *((name, "not past") for name in ATTACKS)],
+)
 def test_native_tests_hold(stem: str, part: str, emulated: Path) -> None:
     run = "import sys, fastkd._C, pytest; print(fastkd._C.__file__, flush=True); sys.exit(pytest.main(sys.argv[1:]))"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not exhaustive"]

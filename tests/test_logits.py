@@ -1,5 +1,7 @@
 """Losses of logits: soft targets, DKD, NKD and the competition of ADI."""
 
+import inspect
+
 import golden
 import pytest
 import torch
@@ -8,6 +10,7 @@ from splits import THREADS, around, lowered, threads
 
 import fastkd
 from fastkd import reference
+from fastkd.losses import DKDLoss, NKDLoss, SoftTargetLoss
 from fastkd.ops._dispatch import INTERPRETED
 from fastkd.testing import (
     DEVICE,
@@ -154,7 +157,7 @@ def test_two_classes_half_a_unit_apart(backend, apart):
         check("soft_target_loss", backend, torch.zeros_like(t), sign * t, None, temperature=1.0)
 
 
-@pytest.mark.parametrize("backend", [name for name in backends("softmax_kl") if name != "triton"])
+@pytest.mark.parametrize("backend", backends("softmax_kl"))
 @pytest.mark.parametrize("leads", [(40.0, 42.0), (60.0, 39.0), (12.0, 80.0)], ids=str)
 def test_a_target_that_is_all_but_certain(backend, leads):
     """What the others have is then all that counts: 1 - q is lost even in float64 unless it is formed by itself."""
@@ -184,6 +187,45 @@ def test_soft_target_reductions(backend, reduction):
     torch.testing.assert_close(actual, expected)
     rows = fastkd.soft_target_loss(s, t, temperature=4.0, reduction=reduction, backend=backend)
     assert rows.shape == ((3,) if reduction == "none" else ())
+
+
+@everywhere
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reductions(name, backend, reduction):
+    """Of values of the images, each with a gradient of its own; the whole loss is what becomes of them."""
+    if (name, reduction) == ("competition_loss", "sum"):
+        with pytest.raises(ValueError, match="reduction must be one of 'mean', 'none', got 'sum'"):
+            fastkd.competition_loss(S, S, reduction="sum")
+        return
+    s, t, label = logits((5, 10), scale=1.0)
+    weights = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0], device=DEVICE) if reduction == "none" else 1.0
+
+    def weighted(module, s, t, **options):
+        args = (label,) if LOSSES[name][1] else ()
+        options |= LOSSES[name][0] | {"reduction": reduction}
+        return loss_and_gradients(lambda s: (weights * getattr(module, name)(s, t, *args, **options)).sum(), (s,))
+
+    oracle, eager = weighted(reference, s.double(), t.double()), weighted(reference, s, t)
+    actual = weighted(fastkd, s, t, backend=backend)
+    for what, a, e, o in zip(("loss", "dstudent"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, s.numel(), f"{name} {what}")
+
+    rows = bound(fastkd, name, label, reduction="none", backend=backend)(s, t)
+    whole = bound(fastkd, name, label, reduction=reduction, backend=backend)(s, t)
+    assert rows.shape == (5,) and whole.shape == (rows if reduction == "none" else rows[0]).shape
+    reduced = {"mean": rows.mean(), "sum": rows.sum(), "none": rows}[reduction]
+    if name == "soft_target_loss" and reduction == "mean":
+        reduced = reduced / 10  # classes, as DeiT's code divides
+    assert_matches_oracle(whole, reduced, reduced.double(), 5, name)
+
+
+@pytest.mark.parametrize("module", [SoftTargetLoss, DKDLoss, NKDLoss], ids=lambda module: module.__name__)
+def test_functions_have_the_defaults_of_their_modules(module):
+    function = {SoftTargetLoss: "soft_target_loss", DKDLoss: "dkd_loss", NKDLoss: "nkd_loss"}[module]
+    options = inspect.signature(module).parameters
+    for of in (fastkd, reference):
+        defaults = inspect.signature(getattr(of, function)).parameters
+        assert {name: defaults[name].default for name in options} == {name: p.default for name, p in options.items()}
 
 
 @everywhere
@@ -344,6 +386,7 @@ DKD = LOSSES["dkd_loss"][0]
         (lambda: fastkd.soft_target_loss(S, S.clone().requires_grad_(), temperature=1.0), ValueError, "detach it"),
         (lambda: fastkd.nkd_loss(S, S, Y, gamma=1.0, temperature=1.0, backend="triton"), RuntimeError, "no kernel"),
         (lambda: fastkd.soft_target_loss(S, S, temperature=1.0, backend="cuda"), ValueError, "backend must be"),
+        (lambda: fastkd.dkd_loss(S, S, Y, reduction="batchmean"), ValueError, "reduction must be one of 'mean', 'sum'"),
         (lambda: fastkd.dkd_loss(S, S, 4, **DKD), ValueError, r"label must lie in \[0, C = 4\), got 4"),
         (lambda: fastkd.dkd_loss(S, S, -1, **DKD), ValueError, r"label must lie in \[0, C = 4\), got -1"),
         (lambda: fastkd.dkd_loss(S, S, True, **DKD), TypeError, "label must be an integer tensor or an int"),

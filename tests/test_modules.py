@@ -271,8 +271,8 @@ FIXED: dict[type[nn.Module], tuple[Any, str, dict[str, Any]]] = {
         {"spread_margin": 3.0, "boundary_margin": 0.25},
     ),
     SoftTargetLoss: (functional, "soft_target_loss", {"temperature": 3.0, "reduction": "mean"}),
-    DKDLoss: (functional, "dkd_loss", {"alpha": 5.0, "beta": 6.0, "temperature": 7.0}),
-    NKDLoss: (functional, "nkd_loss", {"gamma": 5.0, "temperature": 6.0}),
+    DKDLoss: (functional, "dkd_loss", {"alpha": 5.0, "beta": 6.0, "temperature": 7.0, "reduction": "sum"}),
+    NKDLoss: (functional, "nkd_loss", {"gamma": 5.0, "temperature": 6.0, "reduction": "sum"}),
 }
 LEARNT = (ViTKDLoss, EarlyDistillationLoss)
 
@@ -300,6 +300,7 @@ def called_with(
 
     monkeypatch.setattr(place, name, function)
     given = {name: [Stand()] for name in inspect.signature(module.forward).parameters}
+    given |= {name: value for name, value in {"update": True, "index": None}.items() if name in given}
     positional = [
         p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
     ]
@@ -326,6 +327,7 @@ def test_every_option_and_argument_reaches_the_function(kind, monkeypatch) -> No
     signature = inspect.signature(getattr(place, name)).parameters
     given, found = called_with(module, place, name, monkeypatch)
     given.pop("update", None)
+    given.pop("index", None)  # the same as indices for all layers
     expected = options | given | ({"group": group} if spans_ranks else {})
     assert expected.keys() <= found.keys()
     assert {option: found.pop(option) for option in expected} == expected

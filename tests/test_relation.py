@@ -809,6 +809,31 @@ def test_layers_of_different_dtypes() -> None:
     assert relative_difference(together, alone) < 1e-6
 
 
+def test_one_index_serves_all_layers() -> None:
+    """Given, it is the draw of every layer; else each layer has a draw of its own, as in the official code."""
+    students, teachers = [torch.randn(3, n, 8) for n in (5, 6)], [torch.randn(3, n, 4) for n in (5, 6)]
+    index = torch.tensor([0, 14, 3, 7])
+    weights = {"intra": 1.0, "inter": 2.0, "random": 3.0}
+    each = [fastkd.manifold_loss(s, t, index=index, **weights) for s, t in zip(students, teachers, strict=True)]
+    expected = torch.stack(each).mean()
+    module = losses.ManifoldLoss(**weights)
+    for loss in (
+        fastkd.manifold_loss(students, teachers, index=index, **weights),
+        module(students, teachers, index=index),
+        module(students, teachers, indices=[index, index]),
+    ):
+        assert relative_difference(loss, expected) < 1e-6
+
+    same = [students[0], students[0]], [teachers[0], teachers[0]]
+    _, (_, _, of_one) = fastkd.manifold_loss(*(x[0] for x in same), index=index, return_terms="detached")
+    options = {"num_samples": 4, "return_terms": "detached"}
+    drawn = [losses.ManifoldLoss(num_samples=4)(*same, return_terms="detached")[1][2] for _ in range(4)]
+    drawn += [
+        fastkd.manifold_loss(*same, generator=torch.Generator().manual_seed(i), **options)[1][2] for i in range(4)
+    ]
+    assert len({float(x) for x in [*drawn, of_one]}) > 4
+
+
 def test_manifold_loss_draws_rows() -> None:
     student, teacher = features(3, 33, 24, 40)
     a, b = (torch.Generator(DEVICE).manual_seed(1) for _ in range(2))

@@ -87,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_fwd_cpu(
   const double sum = run(p, algorithm, acc);
   auto dbias = p.dbias.defined() ? p.dbias.to(stored_gradient(*bias_student))
                                  : at::empty({0}, options.dtype(bias_student ? stored_gradient(*bias_student) : acc));
-  return {p.rows.defined() ? p.rows : at::full({}, sum, options), dq, dk, dbias};
+  return {p.rows.defined() ? p.rows : scalar_of(sum, options), dq, dk, dbias};
 }
 
 }  // namespace

@@ -144,14 +144,22 @@ struct Rows {
     }
     const Pair<acc_t> m{max_row<acc_t>(s, n), max_row<acc_t>(t, n)};
     const auto moved = moves(m, step);
-    const auto l = exp_rows<acc_t>(s, t, d, n, m, moved, inv_temperature);
+    const auto sums = exp_rows<acc_t>(s, t, d, n, m, moved, inv_temperature);
+    // A network that has switched all other classes off has no distribution among them.
+    const bool none_s = target != nullptr && sums.s == 0, none_t = target != nullptr && sums.t == 0;
+    const Pair<acc_t> l{none_s ? 1 : sums.s, none_t ? 1 : sums.t};
     const acc_t shift = ((m.s - moved.s) - (m.t - moved.t)) * inv_temperature + std::log(l.s / l.t);
-    const auto [kl, excess] = kl_row<acc_t>(s, t, d, n, {1 / l.s, 1 / l.t}, shift);
+    auto [kl, excess] = kl_row<acc_t>(s, t, d, n, {1 / l.s, 1 / l.t}, shift);
+    if (none_s || none_t) {
+      kl = none_t ? 0 : -kNever<acc_t>;
+      excess = 0;
+      std::fill_n(d, n, acc_t(0));
+    }
 
     const auto odds = [&](double z, double of_max, double sum) {
       return (z - of_max) * inv_temperature - std::log(sum);
     };
-    const Binary binary(odds(at_target.s, m.s, l.s), odds(at_target.t, m.t, l.t));
+    const Binary binary(odds(at_target.s, m.s, sums.s), odds(at_target.t, m.t, sums.t));
     const double difference = target == nullptr ? 0 : alpha * binary.difference;
     if (dstudent != nullptr) {
       acc_t* ds = dstudent + b * C;
@@ -159,7 +167,9 @@ struct Rows {
       gradient_row<acc_t>(d, s, ds, C, static_cast<acc_t>(beta) * inv_temperature, of_p);
       if (target != nullptr) ds[target[b]] = static_cast<acc_t>(difference) * inv_temperature;
     }
-    return static_cast<acc_t>(beta * kl + (target == nullptr ? 0 : alpha * binary.kl));
+    // A term of weight 0 may be infinite.
+    const double among = beta == 0 ? 0 : beta * kl, whole = target == nullptr || alpha == 0 ? 0 : alpha * binary.kl;
+    return static_cast<acc_t>(among + whole);
   }
 };
 

@@ -164,10 +164,11 @@ std::vector<at::Tensor> moments_bwd_cpu(
     bool per_image) {
   const auto dtype = accumulator(inputs[0]);
   const auto dmean = dmean_in.to(dtype).contiguous(), dvar = dvar_in.to(dtype).contiguous();
+  const auto means = mean.contiguous();
   std::vector<at::Tensor> dinputs;
   int64_t first = 0;
   for (const auto& x : inputs) {
-    dinputs.push_back(layer_backward(dmean, dvar, x, mean, first, per_image));
+    dinputs.push_back(layer_backward(dmean, dvar, x, means, first, per_image));
     first += groups_of(x, per_image);
   }
   return dinputs;
@@ -225,7 +226,7 @@ at::Tensor batch_norm_bwd_cpu(
     double eps) {
   const auto dtype = accumulator(x);
   const auto dm = dmean.to(dtype).contiguous(), dv = dvar.to(dtype).contiguous();
-  return layer_backward(dm, dv, x, mean, 0, false, {dy, running_var, weight, eps});
+  return layer_backward(dm, dv, x, mean.contiguous(), 0, false, {dy, running_var, weight, eps});
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -188,6 +189,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> prior_fwd_cpu(const at::Tensor& i
   return {tv_l1, tv_l2, norms};
 }
 
+// gradient / norm, which scales what the norm was taken of; 0 for a norm of 0. Norms that are subnormal count as 0, and
+// the quotient is at most the inverse of the smallest other: times a difference of 0, an infinity would be NaN.
+template <typename acc_t>
+acc_t ratio(acc_t gradient, acc_t norm) {
+  constexpr acc_t least = std::numeric_limits<acc_t>::min();
+  return norm < least ? acc_t(0) : gradient / std::max(norm, std::abs(gradient) * least);
+}
+
 // What a difference adds to the pixel it ends in: a sign(d) + e d.
 template <typename acc_t>
 struct Slope {
@@ -299,6 +308,7 @@ at::Tensor prior_bwd_cpu(
   const auto dtype = accumulator(images);
   const auto dtv_l1 = dtv_l1_in.to(dtype).contiguous(), dtv_l2 = dtv_l2_in.to(dtype).contiguous();
   const auto dnorms = dnorms_in.to(dtype).contiguous();
+  const auto tv_norms = tv_l2.contiguous(), norm_of = norms.contiguous();
   const auto s = strides_of(images), d = strides_of(dimages);
   const int64_t bands = std::clamp<int64_t>(H * W / kGrain, 1, H);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, images.scalar_type(), "prior_bwd_cpu", [&] {
@@ -306,9 +316,9 @@ at::Tensor prior_bwd_cpu(
     const auto counts = counts_of(images);
     Slope<acc_t> slopes[kDirections];
     for (int64_t k = 0; k < kDirections; ++k) {
-      const acc_t norm = tv_l2.const_data_ptr<acc_t>()[k];
+      const acc_t norm = tv_norms.const_data_ptr<acc_t>()[k];
       slopes[k].a = dtv_l1.const_data_ptr<acc_t>()[k] / static_cast<acc_t>(counts[k]);
-      slopes[k].e = norm == 0 ? acc_t(0) : dtv_l2.const_data_ptr<acc_t>()[k] / norm;
+      slopes[k].e = ratio(dtv_l2.const_data_ptr<acc_t>()[k], norm);
     }
     const auto* x = images.const_data_ptr<scalar_t>();
     auto* dx = dimages.mutable_data_ptr<scalar_t>();
@@ -318,7 +328,6 @@ at::Tensor prior_bwd_cpu(
       const Rows<acc_t> rows(held.data(), W);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit / bands / C, c = unit / bands % C, band = unit % bands;
-        const acc_t norm = norms.const_data_ptr<acc_t>()[b];
         gradient_plane<scalar_t, acc_t>(
             x + b * s.b + c * s.c,
             s,
@@ -329,7 +338,7 @@ at::Tensor prior_bwd_cpu(
             H,
             W,
             slopes,
-            norm == 0 ? acc_t(0) : dnorms.const_data_ptr<acc_t>()[b] / norm,
+            ratio(dnorms.const_data_ptr<acc_t>()[b], norm_of.const_data_ptr<acc_t>()[b]),
             rows);
       }
     });

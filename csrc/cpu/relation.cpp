@@ -74,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor> relation_fwd_cpu(
     }
     loss = (algorithm == "gram" ? gram(term) : visit(term)) / elements;
   });
-  return {at::full({}, loss, student.options().dtype(acc)), dstudent};
+  return {scalar_of(loss, student.options().dtype(acc)), dstudent};
 }
 
 // Rows `index` of the flattened batch, as one group.

@@ -44,11 +44,11 @@ std::vector<at::Tensor> moments_bwd_cuda(
     const at::Tensor& dmean_in,   // all layers' channels end to end
     const at::Tensor& dvar_in,    // as dmean
     const at::TensorList inputs,  // per layer (B, C, ...), of one dtype
-    const at::Tensor& mean,       // as dmean
+    const at::Tensor& mean_in,    // as dmean
     bool per_image) {
   const c10::cuda::CUDAGuard guard(inputs[0].device());
   const auto acc = accumulator(inputs[0]), dtype = inputs[0].scalar_type();
-  const auto dmean = dmean_in.to(acc).contiguous(), dvar = dvar_in.to(acc).contiguous();
+  const auto dmean = dmean_in.to(acc).contiguous(), dvar = dvar_in.to(acc).contiguous(), mean = mean_in.contiguous();
   std::vector<at::Tensor> dinputs, held;
   std::vector<std::pair<size_t, at::Tensor>> copies;  // gradients of layers that do not fold
   Launch launch;
@@ -112,7 +112,7 @@ at::Tensor batch_norm_bwd_cuda(
     const at::Tensor& dmean_in,     // (C)
     const at::Tensor& dvar_in,      // (C)
     const at::Tensor& x,            // (B, C, ...)
-    const at::Tensor& mean,         // (C)
+    const at::Tensor& mean_in,      // (C)
     const at::Tensor& running_var,  // (C)
     const std::optional<at::Tensor>& weight,
     double eps) {
@@ -120,7 +120,7 @@ at::Tensor batch_norm_bwd_cuda(
   const auto acc = accumulator(x);
   auto dx = at::empty_like(x);
   if (x.numel() == 0) return dx;
-  const auto dmean = dmean_in.to(acc).contiguous(), dvar = dvar_in.to(acc).contiguous();
+  const auto dmean = dmean_in.to(acc).contiguous(), dvar = dvar_in.to(acc).contiguous(), mean = mean_in.contiguous();
   const auto scale = scale_of(weight, running_var, eps, acc);
   Launch launch;
   if (launch.add(x, dx, dy, 0, false)) {

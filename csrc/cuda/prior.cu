@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <vector>
 
 namespace fastkd {
@@ -163,9 +164,14 @@ at::Tensor prior_bwd_cuda(
   const auto counts = counts_of(images);
   std::vector<at::Tensor> of_sign;
   for (int k = 0; k < kDirections; ++k) of_sign.push_back(dtv_l1[k].to(acc) / counts[k]);
-  const auto of_difference = (dtv_l2.to(acc) / tv_l2).masked_fill_(tv_l2 == 0, 0);
+  // Subnormal norms count as 0; times a difference of 0, an infinite quotient would be NaN.
+  const double least = acc == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+  const auto ratio = [&](const at::Tensor& gradient, const at::Tensor& norm) {
+    return (gradient / at::maximum(norm, gradient.abs() * least)).masked_fill_(norm < least, 0);
+  };
+  const auto of_difference = ratio(dtv_l2.to(acc), tv_l2);
   const auto slopes = at::cat({at::stack(of_sign), of_difference});
-  const auto of_image = (dnorms.to(acc) / norms).masked_fill_(norms == 0, 0);
+  const auto of_image = ratio(dnorms.to(acc), norms);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, images.scalar_type(), "prior_bwd_cuda", [&] {
     using acc_t = acc_type<scalar_t>;

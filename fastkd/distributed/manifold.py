@@ -87,8 +87,6 @@ def manifold_over_ranks(call: ManifoldCall, group: Group) -> tuple[Tensor, Terms
 def _source(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
     """Return the generator, or PyTorch's default one for None."""
     if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         return generator
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 

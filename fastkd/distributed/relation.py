@@ -16,7 +16,7 @@ from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, resolve, resolve_plain
 from fastkd.ops._dispatch import call as run
-from fastkd.ops.relation import Algorithm, Maps, RelationCall, cheaper, check_relation, run_relation
+from fastkd.ops.relation import EPS_FLOOR, Algorithm, Maps, RelationCall, cheaper, check_relation, run_relation
 
 
 def pick_algorithm(n: int, student: Tensor, teacher: Tensor, rectify: str, fast_float64: bool) -> Algorithm:
@@ -191,7 +191,7 @@ def spanning(calls: Sequence[RelationCall], ranks: Ranks, agreed: Agreed) -> lis
         if scope == "inter" and chosen == "tile":
             together.setdefault((s.device, resolve(backend, "relation_fwd", s, t)), []).append(i)
         else:
-            rows = Rows(normalize, eps, accumulator(s, t))
+            rows = Rows(normalize, max(eps, EPS_FLOOR), accumulator(s, t))
             losses[i] = _Relation.apply(s, t, ranks, sizes, scope, rectify, chosen, rows, wants_grad(s))
     for (_, impl), layers in together.items():
         own, theirs = [calls[i].student for i in layers], [calls[i].teacher for i in layers]

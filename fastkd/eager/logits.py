@@ -36,22 +36,35 @@ def softmax_kl(
         if target is not None:
             y = target[i, None]
             p, q = (x.scatter(1, y, -math.inf) for x in (s, t))
-        m_s, m_t = (x.amax(-1, keepdim=True) for x in (p, q))
+        m_s, m_t = top_s, top_t = [x.amax(-1, keepdim=True) for x in (p, q)]
+        if target is not None:  # a network that has switched all other classes off has no distribution among them
+            none_s, none_t = top_s == -math.inf, top_t == -math.inf
+            m_s, m_t = top_s.masked_fill(none_s, 0), top_t.masked_fill(none_t, 0)
         p, q = (p - m_s).mul_(1 / temperature).exp_(), (q - m_t).mul_(1 / temperature).exp_()
         l_s, l_t = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
+        if target is not None:
+            l_s, l_t = l_s.masked_fill_(none_s, 1), l_t.masked_fill_(none_t, 1)
         p, q = p.mul_(1 / l_s), q.mul_(1 / l_t)
         # u = log p - log q: one rounding error for the whole row, none at a match
         a_s, a_t = _moves(m_s, m_t, temperature)
         shift = ((m_s - a_s) - (m_t - a_t)) / temperature + (l_s / l_t).log()
         u = (-shift).add((s - a_s).sub_(t - a_t), alpha=1 / temperature)
         excess = torch.where(u < 1, torch.expm1(u).mul_(q), p - q)  # p - q
-        kl[i] = beta * (excess - u.mul_(q).masked_fill_(q == 0, 0)).sum(-1)
+        among = (excess - u.mul_(q).masked_fill_(q == 0, 0)).sum(-1)
+        if target is not None:
+            among = among.masked_fill_(none_s[:, 0], math.inf).masked_fill_(none_t[:, 0], 0)
+            excess.masked_fill_(none_s | none_t, 0)
+        kl[i] = beta * among if beta != 0 else 0  # a term of weight 0 may be infinite
         # Σ (p - q) = 0: what is left of it is that error, harmless in the sum above but not in the gradient.
         of_p = -beta * excess.sum(-1, keepdim=True)
         if target is not None:
-            odds = ((x.gather(1, y) - m) / temperature - total.log() for x, m, total in ((s, m_s, l_s), (t, m_t, l_t)))
+            odds = (
+                (x.gather(1, y) - top) / temperature - total.log()
+                for x, top, total in ((s, top_s, l_s), (t, top_t, l_t))
+            )
             binary, difference = _binary_kl(*odds)
-            kl[i] += alpha * binary.squeeze(1)
+            if alpha != 0:
+                kl[i] += alpha * binary.squeeze(1)
             of_p -= alpha * difference
         if with_grad:
             torch.addcmul(excess.mul_(beta), p, of_p, out=dstudent[i])
@@ -76,5 +89,6 @@ def _binary_kl(of_p: Tensor, of_q: Tensor) -> tuple[Tensor, Tensor]:
     p, q = of_p.double(), of_q.double()
     kl = torch.zeros_like(p)
     for a, b in ((p, q), (-p, -q)):
-        kl += (b.sigmoid() * (F.logsigmoid(b) - F.logsigmoid(a))).masked_fill_(b == -math.inf, 0)
+        q_b = b.sigmoid()
+        kl += (q_b * (F.logsigmoid(b) - F.logsigmoid(a))).masked_fill_(q_b == 0, 0)
     return kl.to(of_p.dtype), (p.sigmoid() - q.sigmoid()).to(of_p.dtype)

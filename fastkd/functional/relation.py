@@ -1,10 +1,12 @@
 """Relation losses: signatures, formulas, and who runs a call, this process or the ranks of a group together."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastkd.ops import _checks as check
 from fastkd.ops._dispatch import Backend
 from fastkd.ops.relation import (
     Algorithm,
@@ -52,7 +54,7 @@ def relation_loss(
             Repeated rows are allowed. On the device of student, or moved there.
         normalize: relate unit vectors (cosines) rather than raw ones.
         rectify: clamp negative similarities to 0 in no map, "both" or the "teacher"'s alone.
-        eps: a row whose norm is at most eps relates as 0 and gets gradient 0.
+        eps: a row whose norm is at most eps, or 1e-18, relates as 0 and gets gradient 0.
         algorithm: "tile" visits the maps, O(n² D); "gram" needs D x D matrices only, O(n D²), and no rectification;
             "auto" takes the cheaper (pick_algorithm).
         backend: "auto", "eager", "native" or "triton".
@@ -80,8 +82,8 @@ def relation_loss(
 
 
 def manifold_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
     *,
     intra: float = 4.0,
     inter: float = 0.1,
@@ -93,19 +95,20 @@ def manifold_loss(
     backend: Backend = "auto",
     group: "Group" = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Fine-grained manifold distillation of one layer: Hao et al. 2022 (arXiv:2107.01378), weights of its code.
+    """Fine-grained manifold distillation: Hao et al. 2022 (arXiv:2107.01378), weights of its code.
 
-        L = intra L_intra + inter L_inter + random L_random
+        L = intra L_intra + inter L_inter + random L_random,  the mean over matched layers
 
     with L_intra, L_inter the relation_loss of those scopes and L_random that of K rows drawn from all B*N tokens.
 
     Args:
-        student: (B, N, Ds), float64 | float32 | bfloat16 | float16, any strides. Differentiable.
-        teacher: (B, N, Dt). A constant.
+        student: (B, N, Ds), or a list of one per matched layer, float64 | float32 | bfloat16 | float16, any strides.
+            Differentiable.
+        teacher: (B, N, Dt), or a list of as many. Constants.
         intra, inter, random: weights >= 0; a term of weight 0 is not computed unless return_terms.
-        num_samples: K distinct rows of the random term; all of them where K > B*N.
+        num_samples: K distinct rows of the random term; all of them where K > B*N. Drawn anew for each layer.
         generator: source of the draw (not under torch.compile); torch's default generator if None.
-        index: (K,) int64 rows to take instead of drawing them.
+        index: (K,) int64 rows to take instead: one draw for all layers.
         return_terms: also give the unweighted (intra, inter, random), each differentiable by itself; "detached" gives
             them as values to log, at no cost.
         backend: "auto", "eager", "native" or "triton".
@@ -118,9 +121,12 @@ def manifold_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as relation_loss; a weight < 0, num_samples < 1.
     """
-    indices = None if index is None else [index]
+    if group is None:
+        student, teacher = check.layers("student", student), check.layers("teacher", teacher)
+    students, teachers = check.unchecked_layers(student), check.unchecked_layers(teacher)
+    indices = None if index is None else [index] * len(students)
     call = ManifoldCall(
-        [student], [teacher], intra, inter, random, num_samples, generator, indices, return_terms, backend
+        students, teachers, intra, inter, random, num_samples, generator, indices, return_terms, backend
     )
     return manifold_layers(call, group)
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
+from fastkd.ops._autograd import savable
 
 
 def grid_side(name: str, N: int) -> int:
@@ -25,4 +26,4 @@ def check_tokens(name: str, x: Tensor, shape: tuple[int | None, ...], wanted: st
 def squared_error(x: Tensor, y: Tensor, reduction: str) -> Tensor:
     """In float32 or better; keeps nothing for backward but its two inputs."""
     acc = accumulator(x, y)
-    return nn.functional.mse_loss(x.to(acc), y.to(acc), reduction=reduction)
+    return nn.functional.mse_loss(x.to(acc), savable(y).to(acc), reduction=reduction)

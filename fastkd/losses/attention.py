@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastkd import functional as F
+from fastkd.ops import _checks as check
 from fastkd.ops._dispatch import Backend
 from fastkd.ops.attention import Divergence, Heads, Reduction
 
@@ -88,6 +89,7 @@ class QKVRelationLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        check.sequence("relations", relations, "pairs such as 'qk'")
         self.relations, self.relation_heads = tuple(relations), relation_heads
         self.weights, self.backend = weights, backend
 

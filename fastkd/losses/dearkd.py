@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastkd.losses._tokens import check_tokens, grid_side, squared_error
 from fastkd.ops import _checks as check
+from fastkd.ops._autograd import savable
 
 
 class EarlyDistillationLoss(nn.Module):
@@ -27,8 +28,11 @@ class EarlyDistillationLoss(nn.Module):
 
     def __init__(self, student_dims: int | Sequence[int], teacher_dims: int | Sequence[int]) -> None:
         super().__init__()
-        self.student_dims = [student_dims] if isinstance(student_dims, int) else list(student_dims)
-        self.teacher_dims = [teacher_dims] if isinstance(teacher_dims, int) else list(teacher_dims)
+        dims = {"student_dims": student_dims, "teacher_dims": teacher_dims}
+        for name, widths in dims.items():
+            if not isinstance(widths, int):
+                check.sequence(name, widths, "ints, one per layer, or an int")
+        self.student_dims, self.teacher_dims = ([x] if isinstance(x, int) else list(x) for x in dims.values())
         if len(self.student_dims) != len(self.teacher_dims) or not self.student_dims:
             raise ValueError(
                 "student_dims and teacher_dims must match layer by layer, "
@@ -57,8 +61,7 @@ class EarlyDistillationLoss(nn.Module):
             ValueError: another number of layers, shapes that do not fit or are empty, N that is no square, devices that
                 differ, a teacher that requires a gradient.
         """
-        students = [students] if isinstance(students, Tensor) else list(students)
-        teachers = [teachers] if isinstance(teachers, Tensor) else list(teachers)
+        students, teachers = check.layers("students", students), check.layers("teachers", teachers)
         layers = len(self.aligners)
         if len(students) != layers or len(teachers) != layers:
             raise ValueError(
@@ -73,7 +76,7 @@ class EarlyDistillationLoss(nn.Module):
             check.same_device(**{f"students[{i}]": s, f"teachers[{i}]": t})
             check.constant(f"teachers[{i}]", t)
             side = grid_side(f"students[{i}]", N)
-            x = aligner(s.to(next(aligner.parameters()).dtype)).mT.reshape(B, C, side, side)
+            x = aligner(savable(s).to(next(aligner.parameters()).dtype)).mT.reshape(B, C, side, side)
             if t.shape[2:] != (side, side):
                 x = nn.functional.interpolate(x, t.shape[2:], mode="bilinear", align_corners=False)
             terms.append(squared_error(x, t, "mean"))

@@ -4,20 +4,20 @@ from torch import Tensor, nn
 
 from fastkd import functional as F
 from fastkd.ops import _checks as check
-from fastkd.ops.logits import LogitReduction
+from fastkd.ops.logits import LogitReduction, RowReduction
 
 
 class SoftTargetLoss(nn.Module):
     """fastkd.soft_target_loss with its options fixed: loss(student (B, C), teacher (B, C)) -> scalar.
 
     Args:
-        temperature: T > 0; 1 as manifold distillation has it.
+        temperature: T, 1e-6 to 1e6; 1 as manifold distillation has it.
         reduction: "batchmean", "mean" (DeiT's division by B C), "sum" or "none".
     """
 
     def __init__(self, *, temperature: float = 1.0, reduction: LogitReduction = "batchmean") -> None:
         super().__init__()
-        check.number("temperature", temperature, low=0, open_low=True)
+        check.temperature(temperature)
         check.one_of("reduction", reduction, ("batchmean", "mean", "sum", "none"))
         self.temperature, self.reduction = temperature, reduction
 
@@ -33,20 +33,32 @@ class DKDLoss(nn.Module):
 
     Args:
         alpha, beta, temperature: 1, 4 and 1, as CIKD has them (on ImageNet without it 1, 0.5 and 1 are used).
+        reduction: "mean" over images, "sum" or "none".
     """
 
-    def __init__(self, *, alpha: float = 1.0, beta: float = 4.0, temperature: float = 1.0) -> None:
+    def __init__(
+        self, *, alpha: float = 1.0, beta: float = 4.0, temperature: float = 1.0, reduction: RowReduction = "mean"
+    ) -> None:
         super().__init__()
         check.number("alpha", alpha, low=0)
         check.number("beta", beta, low=0)
-        check.number("temperature", temperature, low=0, open_low=True)
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        check.temperature(temperature)
+        check.one_of("reduction", reduction, ("mean", "sum", "none"))
+        self.alpha, self.beta, self.temperature, self.reduction = alpha, beta, temperature, reduction
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, reduction={self.reduction!r}"
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor | int) -> Tensor:
-        return F.dkd_loss(student, teacher, label, alpha=self.alpha, beta=self.beta, temperature=self.temperature)
+        return F.dkd_loss(
+            student,
+            teacher,
+            label,
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+            reduction=self.reduction,
+        )
 
 
 class NKDLoss(nn.Module):
@@ -54,16 +66,20 @@ class NKDLoss(nn.Module):
 
     Args:
         gamma, temperature: 1 and 1, the code's for DeiT (ResNet on ImageNet 1.5, 1; CIFAR-100 3.5, 3).
+        reduction: "mean" over images, "sum" or "none".
     """
 
-    def __init__(self, *, gamma: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(self, *, gamma: float = 1.0, temperature: float = 1.0, reduction: RowReduction = "mean") -> None:
         super().__init__()
         check.number("gamma", gamma, low=0)
-        check.number("temperature", temperature, low=0, open_low=True)
-        self.gamma, self.temperature = gamma, temperature
+        check.temperature(temperature)
+        check.one_of("reduction", reduction, ("mean", "sum", "none"))
+        self.gamma, self.temperature, self.reduction = gamma, temperature, reduction
 
     def extra_repr(self) -> str:
-        return f"gamma={self.gamma}, temperature={self.temperature}"
+        return f"gamma={self.gamma}, temperature={self.temperature}, reduction={self.reduction!r}"
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor | int) -> Tensor:
-        return F.nkd_loss(student, teacher, label, gamma=self.gamma, temperature=self.temperature)
+        return F.nkd_loss(
+            student, teacher, label, gamma=self.gamma, temperature=self.temperature, reduction=self.reduction
+        )

@@ -13,6 +13,12 @@ from fastkd.ops._dispatch import Backend
 from fastkd.ops.moments import BnStatCall, Distance, Moments
 
 
+def _channels(inputs: Sequence[Tensor]) -> list[int]:
+    """Return the layers' channels; none if they are not tensors (B, C, ...), which bn_stat_loss refuses."""
+    are_layers = isinstance(inputs, Sequence) and all(isinstance(x, Tensor) and x.ndim > 1 for x in inputs)
+    return [x.shape[1] for x in inputs] if are_layers else []
+
+
 class BatchNormStatLoss(nn.Module):
     """fastkd.bn_stat_loss with its options fixed, and with the moving average of Fast-Datafree kept for it.
 
@@ -81,11 +87,12 @@ class BatchNormStatLoss(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as fastkd.bn_stat_loss; channels that are not those of the average.
         """
+        check.flag("update", update)
         momentum, ema = None, None
         if self.momentum and self.ema_mean is not None and self.ema_var is not None:
-            channels = [x.shape[1] for x in inputs]
+            channels = _channels(inputs)
             fits = sum(channels) == len(self.ema_mean)
-            if not fits and self.process_group is None:
+            if channels and not fits and self.process_group is None:
                 raise ValueError(
                     f"inputs must have the {len(self.ema_mean)} channels of the moving average, got {sum(channels)}"
                 )

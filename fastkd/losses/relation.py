@@ -59,7 +59,7 @@ class ManifoldLoss(nn.Module):
 
     Args:
         intra, inter, random: weights of the three terms.
-        num_samples: K rows of the random term, drawn anew for each layer and call.
+        num_samples: K rows of the random term, drawn anew for each layer and call unless they are given.
         backend: "auto", "eager", "native" or "triton".
         process_group: relate the images of all its ranks (fastkd.distributed; torch.distributed.group.WORLD for all,
             which is None before init_process_group); None, those of this process.
@@ -93,6 +93,7 @@ class ManifoldLoss(nn.Module):
         students: Tensor | Sequence[Tensor],
         teachers: Tensor | Sequence[Tensor],
         *,
+        index: Tensor | None = None,
         indices: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
         return_terms: ReturnTerms = False,
@@ -102,17 +103,22 @@ class ManifoldLoss(nn.Module):
         Args:
             students: per matched layer the student's tokens (B, N, Ds); one tensor for one layer.
             teachers: per matched layer the teacher's tokens (B, N, Dt).
-            indices: per layer the rows (K,) of the random term, instead of a draw.
+            index: rows (K,) of the random term, one draw for all layers; or indices: per layer the rows (K,).
             generator: source of the draws (not under torch.compile).
             return_terms: also give the layer means of the unweighted (intra, inter, random), each differentiable by
                 itself; "detached" gives them as values to log, at no cost.
 
         Raises:
-            ValueError: no layer, or lists of unequal length.
+            ValueError: no layer, lists of unequal length, or both index and indices.
             TypeError, ValueError, RuntimeError: as fastkd.manifold_loss.
         """
-        students = [students] if isinstance(students, Tensor) else list(students)
-        teachers = [teachers] if isinstance(teachers, Tensor) else list(teachers)
+        if self.process_group is None:
+            students, teachers = check.layers("students", students), check.layers("teachers", teachers)
+        students, teachers = check.unchecked_layers(students), check.unchecked_layers(teachers)
+        if index is not None:
+            if indices is not None:
+                raise ValueError("index is one draw for all layers and indices are one for each: give one of them")
+            indices = [index] * len(students)
         call = ManifoldCall(
             students,
             teachers,

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastkd.losses._tokens import check_tokens, grid_side, squared_error
 from fastkd.ops import _checks as check
+from fastkd.ops._autograd import savable
 
 
 class ViTKDLoss(nn.Module):
@@ -92,11 +93,13 @@ class ViTKDLoss(nn.Module):
             Scalar, float32 (float64 if an input is), or (scalar, (mimicking, generation)).
 
         Raises:
-            TypeError: not floating-point tensors, a mask that is no tensor.
+            TypeError: not floating-point tensors, a mask that is no tensor, a generator that is none.
             ValueError: shapes that do not fit or are empty, N that is no square, devices that differ, a teacher that
                 requires a gradient.
         """
         check_tokens("high_student", high_student, (None, None, self.student_dim), f"(B, N, {self.student_dim})")
+        check.source(generator)
+        check.flag("return_terms", return_terms)
         B, N, _ = high_student.shape
         Ds, Dt = self.student_dim, self.teacher_dim
         check_tokens("low_student", low_student, (B, 2, N, Ds), f"({B}, 2, {N}, {Ds})")
@@ -117,6 +120,7 @@ class ViTKDLoss(nn.Module):
         masked = (mask.to(high_student.device, non_blocking=True) != 0)[..., None]
 
         dtype = self.mask_token.dtype
+        low_student, high_student = savable(low_student), savable(high_student)
         mimic = torch.stack(
             [
                 squared_error(align(low_student[:, i].to(dtype)), low_teacher[:, i], "sum")

@@ -13,12 +13,34 @@ def wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def savable(x: Tensor) -> Tensor:
+    """Return x, or a copy of a tensor made under torch.inference_mode(), which autograd does not save for backward."""
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+
+
 def refuse_transforms(function: str) -> None:
     """Raise under vmap, torch.func.grad and other transforms, which cannot look inside a fused kernel."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{function} does not support torch.vmap or torch.func transforms; fastkd.reference.{function} does"
         )
+
+
+def refuse_batched(function: str, incoming: Tensor) -> None:
+    """Raise under is_grads_batched=True if an operator that returns a list, for which PyTorch has no loop, is next."""
+    if not torch.compiler.is_compiling() and _is_batched(incoming):
+        raise RuntimeError(
+            f"{function} takes no batched gradients (is_grads_batched=True, vectorize=True): call torch.autograd.grad "
+            f"once for each, or use fastkd.reference.{function}"
+        )
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Return whether x holds several gradients of is_grads_batched=True; private names, which may change."""
+    try:
+        return torch._C._functorch.is_legacy_batchedtensor(x)
+    except AttributeError:
+        return False
 
 
 def refuse_double_backward(function: str) -> None:

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LEAST, MOST = 1.1754943508222875e-38, 3.4028234663852886e38  # of float32, in which numbers meet tensors
+COLDEST, HOTTEST = 1e-6, 1e6  # temperatures whose square and inverse leave float32 room for logits
 
 
 def tensor(name: str, x: Tensor, ndim: int | Collection[int], shape: str) -> None:
     """Check for a floating-point tensor of the given rank; `shape` is its form in the message, e.g. "(B, N, D)"."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}: call to_dense() first")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.ndim not in ((ndim,) if isinstance(ndim, int) else ndim):
@@ -23,6 +27,32 @@ def integers(name: str, x: Tensor) -> None:
     """Check for a tensor of integers, such as class indices."""
     if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+
+
+def sequence(name: str, values: object, elements: str) -> None:
+    """Check for a list or tuple; `elements` says of what in the message, e.g. "tensors, one per layer"."""
+    if not isinstance(values, list | tuple) and (isinstance(values, str | bytes) or not isinstance(values, Sequence)):
+        cure = ": give [x] for one" if isinstance(values, Tensor) else ""
+        raise TypeError(f"{name} must be a list or tuple of {elements}, got {type(values).__name__}{cure}")
+
+
+def pair(name: str, values: object, elements: str) -> None:
+    """Check for a list or tuple of two; `elements` names them in the message, e.g. "(means, vars)"."""
+    sequence(name, values, f"two, {elements}")
+    if len(values) != 2:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be a pair {elements}, got {len(values)} elements")  # type: ignore[arg-type]
+
+
+def layers(name: str, values: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors of all layers; a single tensor is one layer."""
+    if not isinstance(values, Tensor):
+        sequence(name, values, "tensors, one per layer, or a tensor")
+    return unchecked_layers(values)
+
+
+def unchecked_layers(values: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return the layers, of which a wrong one is refused later: by all ranks, if they share the loss."""
+    return list(values) if isinstance(values, list | tuple) else [values]  # type: ignore[list-item]
 
 
 def not_empty(name: str, x: Tensor) -> None:
@@ -43,7 +73,7 @@ def constant(name: str, x: Tensor) -> None:
 
 
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -55,6 +85,28 @@ def number(name: str, value: float, *, low: float = -math.inf, open_low: bool = 
     if not -math.inf < value < math.inf or value < low or (open_low and value == low):
         bound = "" if low == -math.inf else f" {'>' if open_low else '>='} {low:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {value}")
+    if not -MOST <= value <= MOST or (open_low and value < low + LEAST):
+        raise ValueError(f"{name} must be a number that float32 holds, {LEAST:.2g} to {MOST:.2g} in size, got {value}")
+
+
+def temperature(value: float) -> None:
+    """Check for a temperature, by which scores are divided and by whose square losses are multiplied."""
+    number("temperature", value, low=0, open_low=True)
+    if not COLDEST <= value <= HOTTEST:
+        raise ValueError(f"temperature must lie between {COLDEST:g} and {HOTTEST:g}, got {value}")
+
+
+def flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def source(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}: "
+            "torch.Generator(device).manual_seed(seed) makes one"
+        )
 
 
 def positive_int(name: str, value: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd._precision import accumulator, has_fast_float64, matrix_gain
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
+from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, savable, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve
 
 Divergence = Literal["kl", "reverse_kl", "js", "ce", "mse", "score_mse"]
@@ -55,9 +55,9 @@ class _AttentionRows(torch.autograd.Function):
     """One loss per row, whose gradients come with weights of their own: backward forms the strips again."""
 
     @staticmethod
-    def forward(ctx: Any, impl: Backend, maps: Maps, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, impl: Backend, maps: Maps, *inputs: Tensor | None) -> Tensor:
         loss, *_ = call(impl, "attention_fwd", *inputs, "none", "tile", *maps, (False, False, False))
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*(None if x is None else savable(x) for x in inputs))
         ctx.impl, ctx.maps = impl, maps
         return cast(Tensor, loss)
 
@@ -101,7 +101,7 @@ def _check_options(
     for name, scale in (("scale_student", scale_student), ("scale_teacher", scale_teacher)):
         if scale is not None:
             check.number(name, scale)
-    check.number("temperature", temperature, low=0, open_low=True)
+    check.temperature(temperature)
 
 
 def _check_shapes(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, heads: str) -> None:
@@ -247,6 +247,7 @@ def attention_loss(
     _check_shapes(q_student, k_student, q_teacher, k_teacher, heads)
     B, _, N_q, d_s = q_student.shape
     N_k, d_t = k_student.shape[2], q_teacher.shape[3]
+    check.flag("is_causal", is_causal)
     if is_causal and N_q != N_k:
         raise ValueError(f"is_causal needs as many queries as keys, got {N_q} and {N_k}")
     _check_mask("key_mask", key_mask, (B, N_k), "(B, N_k)")
@@ -306,11 +307,13 @@ def attention_loss(
 
 
 def _check_relations(relations: Sequence[str], weights: Sequence[float] | None) -> Sequence[float]:
-    if isinstance(relations, str) or len(relations) == 0:
+    if isinstance(relations, str) or (isinstance(relations, list | tuple) and len(relations) == 0):
         raise ValueError(f"relations must list pairs such as 'qk', at least one, got {relations!r}")
+    check.sequence("relations", relations, "pairs such as 'qk'")
     for i, pair in enumerate(relations):
         check.one_of(f"relations[{i}]", pair, [a + b for a in "qkv" for b in "qkv"])
     weights = [1.0] * len(relations) if weights is None else weights
+    check.sequence("weights", weights, "numbers, one per relation")
     if len(weights) != len(relations):
         raise ValueError(f"weights must have one number per relation, got {len(weights)} for {len(relations)}")
     for i, w in enumerate(weights):
@@ -320,6 +323,7 @@ def _check_relations(relations: Sequence[str], weights: Sequence[float] | None) 
 
 def _split(name: str, triple: tuple[Tensor, Tensor, Tensor], heads: int) -> dict[str, Tensor]:
     """q, k, v (B, N, D) -> (B, heads, N, D/heads), views."""
+    check.sequence(name, triple, "three tensors (q, k, v)")
     if len(triple) != 3:
         raise ValueError(f"{name} must be a triple (q, k, v), got {len(triple)} tensors")
     out = {}

@@ -11,6 +11,7 @@ from fastkd.ops._autograd import once, refuse_transforms
 from fastkd.ops._dispatch import Backend, resolve_plain
 
 EPS = 1e-12  # a feature whose norm is at most this counts as 0 and gets gradient 0
+LEAST = 1e-30  # differences below count as 0: over the square root of their squares they would be NaN
 
 
 class DivergenceCall(NamedTuple):
@@ -56,8 +57,10 @@ def run_intra_divergence(call: DivergenceCall) -> Tensor:
         anchors = same.any(1)
 
     # vector_norm's gradient at 0 is 0: duplicates of an image get none from each other.
-    to_easy = torch.linalg.vector_norm(z - z[easy], dim=-1)
-    to_hard = torch.linalg.vector_norm(z - z[hard].detach(), dim=-1)
+    def length(d: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(d.masked_fill(d.abs() < LEAST, 0), dim=-1)
+
+    to_easy, to_hard = length(z - z[easy]), length(z - z[hard].detach())
     radius = (to_hard - to_boundary + boundary_margin).clamp_min(0)
     terms = radius - to_easy.clamp_max(spread_margin)
     return once(terms.masked_fill(~anchors, 0).sum() / anchors.sum().clamp_min(1), "intra_divergence_loss")

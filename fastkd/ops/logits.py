@@ -4,17 +4,18 @@ The divergence of two softmaxes has kernels, and the digits that the logits have
 """
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import once, refuse_transforms, scaled, wants_grad
+from fastkd.ops._autograd import once, refuse_transforms, savable, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
 
 LogitReduction = Literal["batchmean", "mean", "sum", "none"]
+RowReduction = Literal["mean", "sum", "none"]
 
 
 def _check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str], temperature: float) -> None:
@@ -26,7 +27,7 @@ def _check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str], temper
             f"{' and '.join(names)} must have the same shape, got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     check.same_device(**dict(zip(names, (student, teacher), strict=True)))
-    check.number("temperature", temperature, low=0, open_low=True)
+    check.temperature(temperature)
 
 
 def _target(label: Tensor | int, like: Tensor, mixed: bool) -> Tensor:
@@ -41,13 +42,24 @@ def _target(label: Tensor | int, like: Tensor, mixed: bool) -> Tensor:
             raise ValueError(f"label must lie in [0, C = {C}), got {label}")
         return torch.full((B, 1), label, device=like.device)
     if mixed and label.shape == (B, C):
-        return label.to(like.device, non_blocking=True).argmax(1, keepdim=True)
+        return label.to(like.device, non_blocking=True).argmax(1, keepdim=True)  # a new tensor
     check.integers("label", label)
     if label.shape != (B,):
         raise ValueError(f"label must have shape ({B},){f' or ({B}, {C})' if mixed else ''}, got {tuple(label.shape)}")
-    label = label.to(like.device, torch.int64, non_blocking=True)
+    label = savable(label).to(like.device, torch.int64, non_blocking=True)
     torch._assert_async(((label >= 0) & (label < C)).all(), f"label must lie in [0, C = {C})")
     return label[:, None]
+
+
+def _reduced(rows: Tensor, reduction: str) -> Tensor:
+    """(B,) -> the mean or sum over images, or the rows as they are."""
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
+def _log_softmax(z: Tensor) -> Tensor:
+    """Log-probabilities of rows; rows that are all -inf stay so, with gradient 0."""
+    has_class = (z != -math.inf).any(-1, keepdim=True)
+    return torch.where(has_class, torch.where(has_class, z, 0).log_softmax(-1), -math.inf)
 
 
 def _at_target(target: Tensor, C: int) -> Tensor:
@@ -98,7 +110,7 @@ def soft_target_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    temperature: float,
+    temperature: float = 1.0,
     reduction: LogitReduction = "batchmean",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -109,7 +121,7 @@ def soft_target_loss(
     Args:
         student: (B, C) logits, float64 | float32 | bfloat16 | float16. Differentiable.
         teacher: (B, C), its dtype may differ. A constant.
-        temperature: T > 0.
+        temperature: T, 1e-6 to 1e6.
         reduction: "batchmean" divides by B, "mean" by B C (DeiT's code), "sum" by nothing; "none" gives (B,).
         backend: "auto", "eager", "native" or "triton".
 
@@ -118,8 +130,8 @@ def soft_target_loss(
 
     Raises:
         TypeError: not floating-point tensors.
-        ValueError: shapes that differ or are empty, devices that differ, temperature <= 0, an unknown reduction, a
-            teacher that requires a gradient.
+        ValueError: shapes that differ or are empty, devices that differ, a temperature outside [1e-6, 1e6], an unknown
+            reduction, a teacher that requires a gradient.
         RuntimeError: the named backend cannot run here; differentiated twice; under vmap or torch.func.
     """
     _check_pair(student, teacher, ("student", "teacher"), temperature)
@@ -137,9 +149,10 @@ def dkd_loss(
     teacher: Tensor,
     label: Tensor | int,
     *,
-    alpha: float,
-    beta: float,
-    temperature: float,
+    alpha: float = 1.0,
+    beta: float = 4.0,
+    temperature: float = 1.0,
+    reduction: RowReduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
     """Decoupled distillation: Zhao et al. 2022 (arXiv:2203.08679), the reductions of its code.
@@ -147,34 +160,39 @@ def dkd_loss(
         L = T²/B Σ_b ( α KL( (q_y, 1 - q_y) ‖ (p_y, 1 - p_y) ) + β KL( q' ‖ p' ) )
 
     with p, q the softmax of student/T, teacher/T and p', q' that of the C - 1 classes beside the label y. The code
-    lowers the target's logit by 1000 instead of removing it: the same while no logit leads the rest by hundreds.
+    lowers the target's logit by 1000 instead of removing it: the same while no logit leads the rest by hundreds. A
+    teacher that has switched all other classes off (-inf) has no q': its second term is 0. A student that has done so
+    where the teacher has not costs infinitely much.
 
     Args:
         student: (B, C) logits, C >= 2, float64 | float32 | bfloat16 | float16. Differentiable.
         teacher: (B, C), its dtype may differ. A constant.
         label: (B,) class indices, or one int for all. On the device of student, or moved there.
-        alpha, beta: weights >= 0 of the two terms.
-        temperature: T > 0.
+        alpha, beta: weights >= 0 of the two terms; 1 and 4 as CIKD has them (on ImageNet without it 1 and 0.5).
+        temperature: T, 1e-6 to 1e6.
+        reduction: "mean" over images, "sum", or "none", which gives (B,).
         backend: "auto", "eager", "native" or "triton".
 
     Returns:
-        Scalar, float32 (float64 if an input is).
+        Scalar or (B,), float32 (float64 if an input is).
 
     Raises:
         TypeError: not floating-point tensors, label not of integers.
-        ValueError: shapes that do not fit or are empty, fewer than 2 classes, devices that differ, temperature <= 0, a
-            weight < 0, an int label outside [0, C), a teacher that requires a gradient.
+        ValueError: shapes that do not fit or are empty, fewer than 2 classes, devices that differ, a temperature
+            outside [1e-6, 1e6], a weight < 0, an int label outside [0, C), an unknown reduction, a teacher that
+            requires a gradient.
         RuntimeError: the named backend cannot run here; a label out of range; differentiated twice; under vmap or
             torch.func.
     """
     _check_pair(student, teacher, ("student", "teacher"), temperature)
     check.number("alpha", alpha, low=0)
     check.number("beta", beta, low=0)
+    check.one_of("reduction", reduction, get_args(RowReduction))
     check.constant("teacher", teacher)
     refuse_transforms("dkd_loss")
     target = _target(label, student, mixed=False).squeeze(1)
     kl = _kl(backend, student, teacher, temperature, target, alpha, beta)
-    return once(temperature**2 * kl.mean(), "dkd_loss")
+    return once(_reduced(temperature**2 * kl, reduction), "dkd_loss")
 
 
 def nkd_loss(
@@ -182,8 +200,9 @@ def nkd_loss(
     teacher: Tensor,
     label: Tensor | int,
     *,
-    gamma: float,
-    temperature: float,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    reduction: RowReduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
     """Normalised distillation: Yang et al. 2023 (arXiv:2303.13005), as its code has it since October 2023.
@@ -191,25 +210,28 @@ def nkd_loss(
         L = -1/B Σ_b ( q_y log p_y + γ T² Σ_{i≠y} q'_i log p'_i )
 
     with p, q the softmax of student and teacher and p', q' that of the C - 1 classes beside the label y, at T. A
-    cross-entropy: it does not vanish where student = teacher.
+    cross-entropy: it does not vanish where student = teacher. A teacher that has switched all other classes off (-inf)
+    has no q': its second term is 0.
 
     Args:
         student: (B, C) logits, C >= 2, float64 | float32 | bfloat16 | float16. Differentiable.
         teacher: (B, C), its dtype may differ. A constant.
         label: (B,) class indices, (B, C) mixed labels, whose largest entry counts, or one int for all. On the device
             of student, or moved there.
-        gamma: weight >= 0 of the other classes.
-        temperature: T > 0, of the other classes alone.
+        gamma: weight >= 0 of the other classes; 1 as the code has it for DeiT (ResNet on ImageNet 1.5).
+        temperature: T, 1e-6 to 1e6, of the other classes alone.
+        reduction: "mean" over images, "sum", or "none", which gives (B,).
         backend: "auto" or "eager": PyTorch operations alone.
 
     Returns:
-        Scalar, float32 (float64 if an input is).
+        Scalar or (B,), float32 (float64 if an input is).
 
     Raises:
         TypeError, ValueError, RuntimeError: as dkd_loss.
     """
     _check_pair(student, teacher, ("student", "teacher"), temperature)
     check.number("gamma", gamma, low=0)
+    check.one_of("reduction", reduction, get_args(RowReduction))
     check.constant("teacher", teacher)
     resolve_plain(backend, "nkd_loss")
     refuse_transforms("nkd_loss")
@@ -217,15 +239,24 @@ def nkd_loss(
     acc = accumulator(student, teacher)
     s, t = student.to(acc), teacher.to(acc)
     at_target = _at_target(target, s.shape[1])
-    of_target = t.softmax(-1).gather(1, target) * s.log_softmax(-1).gather(1, target)
-    log_p, q = ((z / temperature).masked_fill(at_target, -math.inf) for z in (s, t))
-    log_p, q = log_p.log_softmax(-1), q.softmax(-1)
-    of_others = (q * log_p.masked_fill(q == 0, 0)).sum(-1)  # 0 log 0 = 0
-    return once(-of_target.mean() - gamma * temperature**2 * of_others.mean(), "nkd_loss")
+
+    def cross_entropy(q: Tensor, log_p: Tensor) -> Tensor:
+        return -(q * log_p.masked_fill(q == 0, 0)).sum(-1)  # 0 log 0 = 0
+
+    rows = cross_entropy(t.softmax(-1).gather(1, target), s.log_softmax(-1).gather(1, target))
+    if gamma != 0:  # of a term that may be infinite
+        others_s, others_t = (_log_softmax((z / temperature).masked_fill(at_target, -math.inf)) for z in (s, t))
+        rows = rows + gamma * temperature**2 * cross_entropy(others_t.exp(), others_s)
+    return once(_reduced(rows, reduction), "nkd_loss")
 
 
 def competition_loss(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 3.0, backend: Backend = "auto"
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 3.0,
+    reduction: Literal["mean", "none"] = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Adaptive DeepInversion's competition of student and teacher (Yin et al. 2020, arXiv:1912.08795), as coded.
 
@@ -238,22 +269,25 @@ def competition_loss(
     Args:
         student_logits, teacher_logits: (B, C), float64 | float32 | bfloat16 | float16. Both differentiable: detach one
             to leave it out.
-        temperature: T > 0.
+        temperature: T, 1e-6 to 1e6.
+        reduction: "mean" is the loss above; "none" gives 1 - J of each image (B,), whose mean the loss clamps.
         backend: "auto" or "eager": PyTorch operations alone.
 
     Returns:
-        Scalar, float32 (float64 if an input is).
+        Scalar or (B,), float32 (float64 if an input is).
 
     Raises:
         TypeError: not floating-point tensors.
-        ValueError: shapes that differ or are empty, devices that differ, temperature <= 0.
+        ValueError: shapes that differ or are empty, devices that differ, a temperature outside [1e-6, 1e6], an unknown
+            reduction.
         RuntimeError: a backend that this loss has not; differentiated twice; under vmap or torch.func.
     """
     _check_pair(student_logits, teacher_logits, ("student_logits", "teacher_logits"), temperature)
+    check.one_of("reduction", reduction, ("mean", "none"))
     resolve_plain(backend, "competition_loss")
     refuse_transforms("competition_loss")
     acc = accumulator(student_logits, teacher_logits)
     p, q = ((z.to(acc) / temperature).softmax(-1) for z in (student_logits, teacher_logits))
     p, q, m = (x.clamp(0.01, 0.99) for x in (p, q, (p + q) / 2))
-    j = (m * (2 * m.log() - p.log() - q.log())).sum(-1).mean() / 2
-    return once(1 - j.clamp(0, 1), "competition_loss")
+    j = (m * (2 * m.log() - p.log() - q.log())).sum(-1) / 2
+    return once(1 - (j if reduction == "none" else j.mean().clamp(0, 1)), "competition_loss")

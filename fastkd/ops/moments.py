@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import refuse_double_backward, refuse_transforms
+from fastkd.ops._autograd import refuse_batched, refuse_double_backward, refuse_transforms, savable
 from fastkd.ops._dispatch import Backend, call, recorder, resolve
 
 Dims = Literal["batch", "image"]
@@ -35,13 +35,14 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, impl: Backend, per_image: bool, function: str, *inputs: Tensor) -> Moments:
         mean, var = call(impl, "moments_fwd", inputs, per_image)
-        ctx.save_for_backward(mean, *inputs)
+        ctx.save_for_backward(mean, *map(savable, inputs))
         ctx.impl, ctx.per_image, ctx.function = impl, per_image, function
         return mean, var
 
     @staticmethod
     def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward(ctx.function)
+        refuse_batched(ctx.function, dmean)
         mean, *inputs = ctx.saved_tensors
         return None, None, None, *call(ctx.impl, "moments_bwd", dmean, dvar, inputs, mean, ctx.per_image)
 
@@ -77,9 +78,9 @@ class _Distance(torch.autograd.Function):
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, impl: Backend, eps: float, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, impl: Backend, eps: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, var = call(impl, "batch_norm_fwd", *tensors, eps)
-        x, running_mean, running_var, weight, _ = tensors
+        x, running_mean, running_var, weight, _ = (None if t is None else savable(t) for t in tensors)
         ctx.save_for_backward(x, mean, running_mean, running_var, weight)
         ctx.impl, ctx.eps = impl, eps
         return y, mean, var
@@ -192,6 +193,7 @@ def _elements(x: Tensor, distance: Distance) -> int:
 
 
 def _check_layers(name: str, layers: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    check.sequence(name, layers, "tensors (C,), one per layer")
     if len(layers) != len(inputs):
         raise ValueError(f"{name} must have one tensor per layer, got {len(layers)} for {len(inputs)} inputs")
     for i, (v, x) in enumerate(zip(layers, inputs, strict=True)):
@@ -206,16 +208,20 @@ def _check_layers(name: str, layers: Sequence[Tensor], inputs: Sequence[Tensor])
 def _check_moments(moments: Sequence[Moments], inputs: Sequence[Tensor], distance: Distance) -> None:
     if distance == "image":
         raise ValueError('moments are those of a batch: use distance "l2" or "mse" with them, got "image"')
+    check.sequence("moments", moments, "pairs (mean, var), one per layer")
     if len(moments) != len(inputs):
         raise ValueError(f"moments must have one pair per layer, got {len(moments)} for {len(inputs)} inputs")
     for i, (pair, x) in enumerate(zip(moments, inputs, strict=True)):
+        check.pair(f"moments[{i}]", pair, "(mean, var)")
         for v in pair:
             check.tensor(f"moments[{i}]", v, 1, "(C,)")
+            check.same_device(**{f"inputs[{i}]": x, f"moments[{i}]": v})
             if v.shape[0] != x.shape[1]:
                 raise ValueError(f"moments[{i}] must have the {x.shape[1]} channels of its input, got {len(v)}")
 
 
 def _check_weights(layer_weights: Sequence[float], layers: int) -> None:
+    check.sequence("layer_weights", layer_weights, "numbers, one per layer")
     if len(layer_weights) != layers:
         raise ValueError(f"layer_weights must have one number per layer, got {len(layer_weights)} for {layers} inputs")
     for i, w in enumerate(layer_weights):
@@ -223,6 +229,7 @@ def _check_weights(layer_weights: Sequence[float], layers: int) -> None:
 
 
 def _check_inputs(inputs: Sequence[Tensor], distance: Distance, spans_ranks: bool) -> None:
+    check.sequence("inputs", inputs, "tensors (B, C, ...), one per layer")
     if len(inputs) == 0:
         raise ValueError("inputs must hold at least one layer, got none")
     for i, x in enumerate(inputs):
@@ -245,11 +252,13 @@ def check_bn_stat(call: BnStatCall, spans_ranks: bool = False) -> None:
     _check_layers("running_means", running_means, inputs)
     _check_layers("running_vars", running_vars, inputs)
     if (momentum is None) != (ema is None):
-        raise ValueError("momentum and ema go together: give both or neither")
+        given = f"momentum={momentum!r} and ema of type {type(ema).__name__}"
+        raise ValueError(f"momentum and ema go together: give both or neither, got {given}")
     if momentum is not None and ema is not None:
         check.number("momentum", momentum, low=0)
         if momentum >= 1:
             raise ValueError(f"momentum must be below 1, got {momentum}")
+        check.pair("ema", ema, "(means, vars)")
         _check_layers("ema[0]", ema[0], inputs)
         _check_layers("ema[1]", ema[1], inputs)
     if moments is not None:

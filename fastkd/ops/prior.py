@@ -55,7 +55,7 @@ def total_variation(images: Tensor, *, p: Literal[1, 2], backend: Backend = "aut
         ValueError: not 4 dimensions, an empty tensor, fewer than 2 rows or columns, p other than 1 and 2.
         RuntimeError: the named backend cannot run here; differentiated twice; under vmap or torch.func.
     """
-    if p not in (1, 2):
+    if isinstance(p, bool | Tensor) or p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p!r}")
     tv_l1, tv_l2, _ = _terms(images, "total_variation", backend, has_tv=True)
     return (tv_l1 if p == 1 else tv_l2).sum()
@@ -93,7 +93,10 @@ def image_prior(
     """
     for name, weight in (("tv_l1", tv_l1), ("tv_l2", tv_l2), ("l2", l2)):
         check.number(name, weight, low=0)
+    check.flag("l2_per_image", l2_per_image)
     absolute, squared, norms = _terms(images, "image_prior", backend, has_tv=tv_l1 > 0 or tv_l2 > 0)
-    # vector_norm's gradient at 0 is 0, which a sqrt of a sum would not give.
-    norm = norms.mean() if l2_per_image else torch.linalg.vector_norm(norms)
-    return tv_l1 * absolute.sum() + tv_l2 * squared.sum() + l2 * norm
+    # vector_norm's gradient at 0 is 0, which a sqrt of a sum would not give. At subnormal norms it would be infinite.
+    least = torch.finfo(norms.dtype).tiny
+    norm = norms.mean() if l2_per_image else torch.linalg.vector_norm(norms.masked_fill(norms < least, 0).double())
+    terms = ((tv_l1, absolute.sum()), (tv_l2, squared.sum()), (l2, norm.to(norms.dtype)))
+    return torch.stack([w * term for w, term in terms if w != 0] or [0 * norms.sum()]).sum()  # infinite ones times 0

@@ -11,6 +11,8 @@ from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve
 
+EPS_FLOOR = 1e-18  # of a row's norm: below, products of two inverse norms are beyond float32
+
 Scope = Literal["intra", "inter", "batch"]
 Rectify = Literal["none", "both", "teacher"]
 Algorithm = Literal["tile", "gram", "auto"]
@@ -42,7 +44,7 @@ class RelationCall(NamedTuple):
 
     def maps(self, algorithm: Algorithm) -> Maps:
         """Return the operator's options, with the algorithm that was chosen."""
-        return Maps(self.scope, self.normalize, self.rectify, float(self.eps), algorithm)
+        return Maps(self.scope, self.normalize, self.rectify, max(float(self.eps), EPS_FLOOR), algorithm)
 
 
 class ManifoldCall(NamedTuple):
@@ -138,33 +140,38 @@ def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x[index // N, index % N].unsqueeze(0)
 
 
-def check_relation(call: RelationCall, function: str = "relation_loss") -> None:
-    """Check the arguments of relation_loss, for the public function of this name."""
-    student, teacher, scope, index, _, rectify, eps, algorithm, _ = call
-    check.tensor("student", student, 3, "(B, N, Ds)")
-    check.tensor("teacher", teacher, 3, "(B, N, Dt)")
-    check.not_empty("student", student)
-    check.not_empty("teacher", teacher)
+def check_relation(
+    call: RelationCall,
+    function: str = "relation_loss",
+    names: tuple[str, str, str] = ("student", "teacher", "index"),
+) -> None:
+    """Check the arguments of relation_loss, for the public function and by the argument names given."""
+    student, teacher, scope, index, normalize, rectify, eps, algorithm, _ = call
+    check.tensor(names[0], student, 3, "(B, N, Ds)")
+    check.tensor(names[1], teacher, 3, "(B, N, Dt)")
+    check.not_empty(names[0], student)
+    check.not_empty(names[1], teacher)
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(
-            "student and teacher must agree in images and tokens (B, N), "
+            f"{names[0]} and {names[1]} must agree in images and tokens (B, N), "
             f"got {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])}: drop class tokens or resize a grid first"
         )
-    check.same_device(student=student, teacher=teacher)
+    check.same_device(**{names[0]: student, names[1]: teacher})
     check.one_of("scope", scope, ("intra", "inter", "batch"))
     check.one_of("rectify", rectify, ("none", "both", "teacher"))
     check.one_of("algorithm", algorithm, ("tile", "gram", "auto"))
     check.number("eps", eps, low=0)
-    check.constant("teacher", teacher)
+    check.constant(names[1], teacher)
     if algorithm == "gram" and rectify != "none":
         raise ValueError(f"algorithm='gram' never forms the similarities that rectify={rectify!r} clamps; use 'tile'")
     if index is not None:
         if scope != "batch":
             raise ValueError(f"index needs scope='batch', got {scope!r}")
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            raise TypeError(f"index must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+            raise TypeError(f"{names[2]} must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
         if index.ndim != 1 or index.numel() == 0:
-            raise ValueError(f"index must have shape (K,) with K >= 1, got {tuple(index.shape)}")
+            raise ValueError(f"{names[2]} must have shape (K,) with K >= 1, got {tuple(index.shape)}")
+    check.flag("normalize", normalize)
     refuse_transforms(function)
 
 
@@ -204,16 +211,23 @@ def check_manifold(call: ManifoldCall) -> None:
     for name, weight in call.weights.items():
         check.number(name, weight, low=0)
     check.positive_int("num_samples", call.num_samples)
-    if call.return_terms != "detached" and not isinstance(call.return_terms, bool):
-        raise ValueError(f"return_terms must be True, False or 'detached', got {call.return_terms!r}")
+    check.source(call.generator)
+    form = call.return_terms
+    if not isinstance(form, bool) and (not isinstance(form, str) or form != "detached"):
+        raise ValueError(f"return_terms must be True, False or 'detached', got {form!r}")
     if len(students) != len(teachers) or len(students) == 0:
         raise ValueError(
             f"students and teachers must match layer by layer, got {len(students)} and {len(teachers)} layers"
         )
+    if indices is not None:
+        check.sequence("indices", indices, "int64 tensors, one per layer")
     if indices is not None and len(indices) != len(students):
         raise ValueError(f"indices must have one tensor per layer, got {len(indices)} for {len(students)} layers")
     for i, pair in enumerate(call.pairs):
-        check_relation(pair._replace(scope="batch", rows=None if indices is None else indices[i]), "manifold_loss")
+        layer = f"[{i}]" if len(students) > 1 else ""
+        names = (f"student{layer}", f"teacher{layer}", f"index{layer}")
+        pair = pair._replace(scope="batch", rows=None if indices is None else indices[i])
+        check_relation(pair, "manifold_loss", names)
 
 
 def run_manifold(call: ManifoldCall) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:

@@ -11,7 +11,7 @@ NEVER = float("-inf")
 
 def _log_softmax(z: Tensor) -> Tensor:
     """Rows that are all -inf stay so, with gradient 0."""
-    has_key = (z > NEVER).any(-1, keepdim=True)
+    has_key = (z != NEVER).any(-1, keepdim=True)
     return torch.where(has_key, torch.where(has_key, z, 0).log_softmax(-1), NEVER)
 
 
@@ -87,8 +87,10 @@ def attention_loss(
         log_s, log_t = _log_softmax(z_s), _log_softmax(z_t)
         if heads == "mean":
             log_s, log_t = _log_mean_of_heads(log_s), _log_mean_of_heads(log_t)
-        has_target = (log_t > NEVER).any(-1)
-        loss = torch.where(has_target, _divergence(divergence, log_s, log_t), 0)
+        has_target = (log_t != NEVER).any(-1, keepdim=True)
+        # A finite value in place of such rows: that of an infinite one would be multiplied by 0 in backward.
+        log_t = torch.where(has_target, log_t, 0)
+        loss = torch.where(has_target[..., 0], _divergence(divergence, log_s, log_t), 0)
 
     counted = torch.ones_like(loss[:, :1], dtype=torch.bool)
     if query_mask is not None:
