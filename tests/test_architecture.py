@@ -23,7 +23,7 @@ ALLOWED = {
     "fastkd/capture": OPS | {"fastkd.capture"},
     "fastkd/distributed": OPS | {"fastkd.distributed"},
     "fastkd/losses": OPS | {"fastkd.distributed", "fastkd.losses"},
-    "fastkd/compat.py": OPS | {"fastkd.losses", "fastkd.capture"},
+    "fastkd/compat": OPS | {"fastkd.compat", "fastkd.losses", "fastkd.capture", "fastkd.distributed"},
     "fastkd/testing.py": {"fastkd._C", "fastkd.ops"},
     "fastkd/info.py": {"fastkd._extension", "fastkd._version", "fastkd.ops"},
     "fastkd/train": {
