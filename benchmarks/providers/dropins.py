@@ -216,11 +216,13 @@ def nkd_fastkd(s: Tensor, t: Tensor, label: Tensor) -> Tensor:
     return compat.NKDLoss("loss_nkd", True)(s, t, label)
 
 
-Z: Any = ("loss_vitkd", True)  # a config's name and use_this
+@cache
+def vitkd_module(Ds: int, Dt: int) -> nn.Module:
+    return compat.ViTKDLoss("loss_vitkd", True, Ds, Dt)
 
 
 def vitkd_shapes(Ds: int, Dt: int) -> list[tuple[str, torch.Size]]:
-    return [(name, p.shape) for name, p in compat.ViTKDLoss(*Z, Ds, Dt).named_parameters()]
+    return [(name, p.shape) for name, p in vitkd_module(Ds, Dt).named_parameters()]
 
 
 def vitkd(Ds: int, Dt: int, *tensors: Tensor) -> Tensor:
@@ -248,13 +250,11 @@ def vitkd(Ds: int, Dt: int, *tensors: Tensor) -> Tensor:
 
 def vitkd_fastkd(Ds: int, Dt: int, *tensors: Tensor) -> Tensor:
     (low_s, high_s), (low_t, high_t, noise) = tensors[:2], tensors[-3:]
-    with torch.device("meta"):
-        module = compat.ViTKDLoss(*Z, Ds, Dt)
-    parameters = dict(zip((name for name, _ in module.named_parameters()), tensors[2:-3], strict=True))
+    parameters = dict(zip((name for name, _ in vitkd_shapes(Ds, Dt)), tensors[2:-3], strict=True))
     half = noise.shape[1] // 2
     mask = torch.ones_like(noise, dtype=torch.bool).scatter(1, noise.argsort(1)[:, :half], False)
     arguments = ([low_s, high_s], [low_t, high_t])
-    loss: Tensor = torch.func.functional_call(module, parameters, arguments, {"mask": mask})
+    loss: Tensor = torch.func.functional_call(vitkd_module(Ds, Dt), parameters, arguments, {"mask": mask})
     return loss
 
 

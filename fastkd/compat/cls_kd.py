@@ -5,12 +5,13 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastkd import functional as F
 from fastkd import losses
 from fastkd._precision import accumulator
+from fastkd.ops import _checks as check
+from fastkd.ops.logits import check_pair, cross_entropy
 
 
 class KDLoss(nn.Module):
@@ -39,13 +40,13 @@ class KDLoss(nn.Module):
             logit_t: (B, C) teacher logits. A constant: where the original would differentiate it, an error.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as fastkd.soft_target_loss.
+            TypeError, ValueError: as fastkd.soft_target_loss.
         """
-        T = self.temp
-        divergence = F.soft_target_loss(logit_s, logit_t, temperature=T)
-        q = (logit_t.to(accumulator(logit_s, logit_t)) / T).softmax(1)
-        entropy = torch.special.entr(q).sum() / len(q)
-        return 1 - self.alpha, self.alpha * (divergence + T**2 * entropy)
+        check_pair(logit_s, logit_t, ("logit_s", "logit_t"), self.temp)
+        check.constant("logit_t", logit_t)
+        q = (logit_t.to(accumulator(logit_s, logit_t)) / self.temp).softmax(1)
+        loss = cross_entropy("KDLoss", logit_s, q, temperature=self.temp)
+        return 1 - self.alpha, loss.sum() * (self.alpha * self.temp**2 / len(loss))
 
 
 class DKDLoss(nn.Module):

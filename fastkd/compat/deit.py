@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastkd import functional as F
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
+from fastkd.ops.logits import cross_entropy
 
 
 class DistillationLoss(nn.Module):
@@ -104,8 +105,5 @@ def tinyvit_distill_loss(outputs: Tensor, logits_index: Tensor, logits_value: Te
             f"logits_index and logits_value must be (B, K) with B = {B} and 0 < K < C = {C}, got "
             f"{tuple(logits_index.shape)} and {tuple(logits_value.shape)}"
         )
-    acc = accumulator(outputs)
-    log_p, value = outputs.log_softmax(1, dtype=acc), logits_value.to(acc)
-    rest = (1 - value.sum(1)) / (C - K)
-    stored = ((value - rest[:, None]) * log_p.gather(1, logits_index.long())).sum(1)
-    return -(stored + rest * log_p.sum(1)).mean()
+    q = logits_value.to(accumulator(outputs))
+    return cross_entropy("tinyvit_distill_loss", outputs, q, logits_index.long()).mean()

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import once, refuse_transforms, scaled, wants_grad
+from fastkd.ops._autograd import once, refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
 
 LogitReduction = Literal["batchmean", "mean", "sum", "none"]
 
 
-def _check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str], temperature: float) -> None:
+def check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str], temperature: float) -> None:
     for name, x in zip(names, (student, teacher), strict=True):
         check.tensor(name, x, 2, "(B, C)")
         check.not_empty(name, x)
@@ -64,19 +64,68 @@ class _KL(torch.autograd.Function):
         beta: float,
         temperature: float,
         with_grad: bool,
+        function: str,
     ) -> Tensor:
         kl, dstudent = call(impl, "softmax_kl", student, teacher, target, alpha, beta, temperature, with_grad)
         ctx.save_for_backward(dstudent)
-        ctx.dtype = student.dtype
+        ctx.dtype, ctx.function = student.dtype, function
         return cast(Tensor, kl)
 
     @staticmethod
     def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward(ctx.function)
         (dstudent,) = ctx.saved_tensors
-        return scaled(dstudent, dkl[:, None], ctx.dtype), None, None, None, None, None, None, None
+        return scaled(dstudent, dkl[:, None], ctx.dtype), None, None, None, None, None, None, None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(B,) cross-entropies -Σ_c q_c log p_c = log Σ_c e^z_c - Σ_c q_c z_c, with z = student/T less its maximum.
+
+    q is dense, (B, C); or, with an index (B, K), the K classes there, and the rest of 1 spread over the others. The one
+    copy of the logits becomes z, then e^z, then the gradient p - q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, q: Tensor, index: Tensor | None, temperature: float, function: str
+    ) -> Tensor:
+        z = student.to(q.dtype) - student.amax(1, keepdim=True).to(q.dtype)
+        if temperature != 1:
+            z.mul_(1 / temperature)
+        if index is None:
+            of_teacher = torch.linalg.vecdot(q, z)
+        else:
+            rest = (1 - q.sum(1, keepdim=True)) / (z.shape[1] - q.shape[1])
+            q = q - rest
+            of_teacher = (q * z.gather(1, index)).sum(1) + (rest * z.sum(1, keepdim=True)).squeeze(1)
+        total = z.exp_().sum(1, keepdim=True)
+        loss = total.log().squeeze(1) - of_teacher
+        z.mul_(1 / total)
+        z = z.sub_(q) if index is None else z.sub_(rest).scatter_add_(1, index, -q)
+        ctx.save_for_backward(z)
+        ctx.temperature, ctx.dtype, ctx.function = temperature, student.dtype, function
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward(ctx.function)
+        (dstudent,) = ctx.saved_tensors
+        return scaled(dstudent, dloss[:, None] / ctx.temperature, ctx.dtype), None, None, None, None
+
+
+def cross_entropy(
+    function: str, student: Tensor, q: Tensor, index: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Return (B,) cross-entropies of logits (B, C) with probabilities: dense (B, C), or K of them at an index (B, K).
+
+    The caller, whose name `function` is for messages, checks the arguments. q is in float32 or better.
+    """
+    refuse_transforms(function)
+    return cast(Tensor, _CrossEntropy.apply(student, q, index, temperature, function))
 
 
 def _kl(
+    function: str,
     backend: Backend,
     student: Tensor,
     teacher: Tensor,
@@ -86,7 +135,8 @@ def _kl(
     beta: float = 1.0,
 ) -> Tensor:
     impl = resolve(backend, "softmax_kl", student, teacher)
-    return cast(Tensor, _KL.apply(student, teacher, target, impl, alpha, beta, temperature, wants_grad(student)))
+    options = (impl, alpha, beta, temperature, wants_grad(student), function)
+    return cast(Tensor, _KL.apply(student, teacher, target, *options))
 
 
 def soft_target_loss(
@@ -117,14 +167,14 @@ def soft_target_loss(
             teacher that requires a gradient.
         RuntimeError: the named backend cannot run here; differentiated twice; under vmap or torch.func.
     """
-    _check_pair(student, teacher, ("student", "teacher"), temperature)
+    check_pair(student, teacher, ("student", "teacher"), temperature)
     check.one_of("reduction", reduction, ("batchmean", "mean", "sum", "none"))
     check.constant("teacher", teacher)
     refuse_transforms("soft_target_loss")
-    loss = temperature**2 * _kl(backend, student, teacher, temperature)
-    if reduction != "none":
-        loss = loss.sum() / {"batchmean": student.shape[0], "mean": student.numel(), "sum": 1}[reduction]
-    return once(loss, "soft_target_loss")
+    kl = _kl("soft_target_loss", backend, student, teacher, temperature)
+    if reduction == "none":
+        return temperature**2 * kl
+    return kl.sum() * (temperature**2 / {"batchmean": student.shape[0], "mean": student.numel(), "sum": 1}[reduction])
 
 
 def dkd_loss(
@@ -162,14 +212,14 @@ def dkd_loss(
         RuntimeError: the named backend cannot run here; a label out of range; differentiated twice; under vmap or
             torch.func.
     """
-    _check_pair(student, teacher, ("student", "teacher"), temperature)
+    check_pair(student, teacher, ("student", "teacher"), temperature)
     check.number("alpha", alpha, low=0)
     check.number("beta", beta, low=0)
     check.constant("teacher", teacher)
     refuse_transforms("dkd_loss")
     target = _target(label, student, mixed=False).squeeze(1)
-    kl = _kl(backend, student, teacher, temperature, target, alpha, beta)
-    return once(temperature**2 * kl.mean(), "dkd_loss")
+    kl = _kl("dkd_loss", backend, student, teacher, temperature, target, alpha, beta)
+    return temperature**2 * kl.mean()
 
 
 def nkd_loss(
@@ -203,7 +253,7 @@ def nkd_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as dkd_loss.
     """
-    _check_pair(student, teacher, ("student", "teacher"), temperature)
+    check_pair(student, teacher, ("student", "teacher"), temperature)
     check.number("gamma", gamma, low=0)
     check.constant("teacher", teacher)
     refuse_transforms("nkd_loss")
@@ -214,8 +264,8 @@ def nkd_loss(
     # A cross-entropy is a divergence and the teacher's entropy.
     q = (t / temperature).scatter(1, target, -math.inf).softmax(-1)
     entropy = torch.special.entr(q).sum(-1)
-    kl = _kl(backend, student, teacher, temperature, target.squeeze(1))
-    return once(gamma * temperature**2 * (kl + entropy).mean() - of_target.mean(), "nkd_loss")
+    kl = _kl("nkd_loss", backend, student, teacher, temperature, target.squeeze(1))
+    return gamma * temperature**2 * (kl + entropy).mean() - of_target.mean()
 
 
 def competition_loss(
@@ -243,7 +293,7 @@ def competition_loss(
         ValueError: shapes that differ or are empty, devices that differ, temperature <= 0.
         RuntimeError: a backend that this loss has not; differentiated twice; under vmap or torch.func.
     """
-    _check_pair(student_logits, teacher_logits, ("student_logits", "teacher_logits"), temperature)
+    check_pair(student_logits, teacher_logits, ("student_logits", "teacher_logits"), temperature)
     resolve_plain(backend, "competition_loss")
     refuse_transforms("competition_loss")
     acc = accumulator(student_logits, teacher_logits)
