@@ -211,8 +211,8 @@ def dropins() -> str:
         ]
         measured = f"{machine(found['header'])}\n{sum(reached)} of {len(reached)} goals reached."
         parts.append(
-            f"{table(head, lines)}\nForward and backward; medians of interleaved rounds. The errors of loss and gradient are "
-            f"relative to float64. {measured}\n"
+            f"{table(head, lines)}\nForward and backward; medians of interleaved rounds. The errors of loss and gradient "
+            f"are relative to float64. {measured}\n"
         )
     return "\n".join(parts) or NONE
 
