@@ -128,7 +128,7 @@ def provider_json(f: Figures) -> dict[str, Any]:
 
 
 def rows(cases: Sequence[Measured]) -> dict[str, Any]:
-    """Return the cases as JSON, in seconds, bytes, bytes/s and FLOP/s; those of the drop-ins in a table of their own."""
+    """Return the cases as JSON, in seconds, bytes, bytes/s and FLOP/s; the drop-ins in a table of their own."""
     tables: dict[str, Any] = {}
     for m in cases:
         row = {

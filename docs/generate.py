@@ -210,10 +210,8 @@ def dropins() -> str:
             "its errors",
         ]
         measured = f"{machine(found['header'])}\n{sum(reached)} of {len(reached)} goals reached."
-        parts.append(
-            f"{table(head, lines)}\nForward and backward; medians of interleaved rounds. The errors of loss and gradient "
-            f"are relative to float64. {measured}\n"
-        )
+        about = "Forward and backward; medians of interleaved rounds; errors of loss and gradient against float64."
+        parts.append(f"{table(head, lines)}\n{about} {measured}\n")
     return "\n".join(parts) or NONE
 
 
