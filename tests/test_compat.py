@@ -698,3 +698,40 @@ X = torch.randn(2, 9, 12)
 def test_errors(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+INDEX = torch.arange(7, device=DEVICE)
+PADDED = torch.zeros(TOKENS.shape, device=DEVICE).masked_fill(~TOKENS, -1e4)
+COMPILED: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "mf_loss": (
+        lambda s, t: torch.stack(compat.mf_loss([s], [t], [0], [0], 7, max_patch_num=4, indices=[INDEX])).sum(),
+        [(2, 17, 4), (2, 16, 6)],
+    ),
+    "GramLoss": (lambda s, t: compat.GramLoss()(s, t, img_level=False), [(3, 9, 4), (27, 4)]),
+    "minilmv2_loss": (lambda s, t: compat.minilmv2_loss(s, t, THREE_EQUAL, 2, PADDED), [(3, 6, 24), (3, 6, 48)]),
+    "tinymim_loss": (lambda s, t: sum(compat.tinymim_loss(s, t, 2)), [(3, 6, 24), (3, 6, 48)]),
+    "KDLoss": (lambda s, t: compat.KDLoss("", True)(s, t)[1], [(4, 9), (4, 9)]),
+    "tinyvit_distill_loss": (
+        lambda s, t: compat.tinyvit_distill_loss(s, torch.arange(3, device=DEVICE).expand(4, 3), t.softmax(1)[:, :3]),
+        [(4, 9), (4, 9)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_whole(name: str) -> None:
+    call, (shape_s, shape_t) = COMPILED[name]
+    s, t = randn(*shape_s), randn(*shape_t)
+    expected = loss_and_gradients(lambda s: call(s, t), (s,))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    actual = loss_and_gradients(lambda s: compiled(s, t), (s,))
+    for a, b in zip(actual, expected, strict=True):
+        assert close(a, b)
+
+
+@pytest.mark.parametrize("name", ["KDLoss", "tinyvit_distill_loss"])
+def test_cross_entropies_are_differentiated_once(name: str) -> None:
+    call, (shape_s, shape_t) = COMPILED[name]
+    s = randn(*shape_s).requires_grad_()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(call(s, randn(*shape_t)), s, create_graph=True)

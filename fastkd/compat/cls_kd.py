@@ -45,7 +45,7 @@ class KDLoss(nn.Module):
         check_pair(logit_s, logit_t, ("logit_s", "logit_t"), self.temp)
         check.constant("logit_t", logit_t)
         q = (logit_t.to(accumulator(logit_s, logit_t)) / self.temp).softmax(1)
-        loss = cross_entropy("KDLoss", logit_s, q, temperature=self.temp)
+        loss = cross_entropy(logit_s, q, temperature=self.temp)
         return 1 - self.alpha, loss.sum() * (self.alpha * self.temp**2 / len(loss))
 
 

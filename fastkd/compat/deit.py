@@ -106,4 +106,4 @@ def tinyvit_distill_loss(outputs: Tensor, logits_index: Tensor, logits_value: Te
             f"{tuple(logits_index.shape)} and {tuple(logits_value.shape)}"
         )
     q = logits_value.to(accumulator(outputs))
-    return cross_entropy("tinyvit_distill_loss", outputs, q, logits_index.long()).mean()
+    return cross_entropy(outputs, q, logits_index.long()).mean()

@@ -86,9 +86,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, q: Tensor, index: Tensor | None, temperature: float, function: str
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, q: Tensor, index: Tensor | None, temperature: float) -> Tensor:
         z = student.to(q.dtype) - student.amax(1, keepdim=True).to(q.dtype)
         if temperature != 1:
             z.mul_(1 / temperature)
@@ -103,25 +101,23 @@ class _CrossEntropy(torch.autograd.Function):
         z.mul_(1 / total)
         z = z.sub_(q) if index is None else z.sub_(rest).scatter_add_(1, index, -q)
         ctx.save_for_backward(z)
-        ctx.temperature, ctx.dtype, ctx.function = temperature, student.dtype, function
+        ctx.temperature, ctx.dtype = temperature, student.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward(ctx.function)
+        refuse_double_backward("soft_target_loss")
         (dstudent,) = ctx.saved_tensors
-        return scaled(dstudent, dloss[:, None] / ctx.temperature, ctx.dtype), None, None, None, None
+        return scaled(dstudent, dloss[:, None] / ctx.temperature, ctx.dtype), None, None, None
 
 
-def cross_entropy(
-    function: str, student: Tensor, q: Tensor, index: Tensor | None = None, temperature: float = 1.0
-) -> Tensor:
+def cross_entropy(student: Tensor, q: Tensor, index: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """Return (B,) cross-entropies of logits (B, C) with probabilities: dense (B, C), or K of them at an index (B, K).
 
-    The caller, whose name `function` is for messages, checks the arguments. q is in float32 or better.
+    The caller checks the arguments. q is in float32 or better. Their gradients are those of soft_target_loss.
     """
-    refuse_transforms(function)
-    return cast(Tensor, _CrossEntropy.apply(student, q, index, temperature, function))
+    refuse_transforms("soft_target_loss")
+    return cast(Tensor, _CrossEntropy.apply(student, q, index, temperature))
 
 
 def _kl(
