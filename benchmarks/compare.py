@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+TABLES = ("cases", "dropins")
 SAME = ("machine", "gpu", "versions")
 
 
@@ -25,8 +26,13 @@ class Change(NamedTuple):
         return self.after / self.before if self.before else float("inf")
 
 
+def _rows(results: Row) -> Iterator[Row]:
+    for table in TABLES:
+        yield from results.get(table, ())
+
+
 def _providers(results: Row) -> dict[tuple[str, str], Row]:
-    return {(row["case"], name): p for row in results["cases"] for name, p in row["providers"].items()}
+    return {(row["case"], name): p for row in _rows(results) for name, p in row["providers"].items()}
 
 
 def _apart(before: Row, after: Row) -> bool:
@@ -58,7 +64,7 @@ def lost_bars(before: Row, after: Row) -> list[str]:
     """Return the bars that were reached before and are missed after."""
 
     def reached(results: Row) -> dict[tuple[str, ...], bool]:
-        bars = ((row["case"], bar) for row in results["cases"] for bar in row["bars"])
+        bars = ((row["case"], bar) for row in _rows(results) for bar in row["bars"])
         return {(case, b["rival"], b["what"], f"{b['at_least']:.3g}"): b["passed"] for case, b in bars}
 
     old, new = reached(before), reached(after)

@@ -128,24 +128,23 @@ def provider_json(f: Figures) -> dict[str, Any]:
 
 
 def rows(cases: Sequence[Measured]) -> dict[str, Any]:
-    """Return the cases as JSON, in seconds, bytes, bytes/s and FLOP/s."""
-    return {
-        "cases": [
-            {
-                "case": m.case.name,
-                "device": m.case.device,
-                "dtype": str(m.case.dtype).removeprefix("torch."),
-                "backward": m.case.backward,
-                "bytes": m.bytes,
-                "flops": m.case.flops,
-                "copy": m.copy,
-                "matmul": m.matmul,
-                "providers": {name: provider_json(f) for name, f in m.figures.items()},
-                "bars": [{**v.bar._asdict(), "ratio": v.ratio, "passed": v.passed} for v in m.verdicts()],
-            }
-            for m in cases
-        ]
-    }
+    """Return the cases as JSON, in seconds, bytes, bytes/s and FLOP/s; the drop-ins in a table of their own."""
+    tables: dict[str, Any] = {}
+    for m in cases:
+        row = {
+            "case": m.case.name,
+            "device": m.case.device,
+            "dtype": str(m.case.dtype).removeprefix("torch."),
+            "backward": m.case.backward,
+            "bytes": m.bytes,
+            "flops": m.case.flops,
+            "copy": m.copy,
+            "matmul": m.matmul,
+            "providers": {name: provider_json(f) for name, f in m.figures.items()},
+            "bars": [{**v.bar._asdict(), "ratio": v.ratio, "passed": v.passed} for v in m.verdicts()],
+        }
+        tables.setdefault("dropins" if m.case.name.startswith("dropins/") else "cases", []).append(row)
+    return tables
 
 
 def write(path: Path, head: dict[str, Any], body: dict[str, Any], prefix: str = "") -> Path:

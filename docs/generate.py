@@ -181,6 +181,40 @@ def study() -> str:
     return "\n".join(parts)
 
 
+def dropins() -> str:
+    """Return milliseconds, extra memory and errors of each drop-in beside the official form that it replaces."""
+
+    def cost(p: Row) -> str:
+        if not p.get("median"):
+            return "too inaccurate" if p.get("failure", "").startswith("AssertionError") else "does not run"
+        return ms(p["median"]) + ("" if p["memory"] is None else f", {p['memory'] / 2**20:.0f}")
+
+    parts = []
+    for found in results("dropins"):
+        lines = []
+        for row in found["dropins"]:
+            official, compiled, ours = (row["providers"][name] for name in ("eager", "compile", "fastkd"))
+            goals = [bar for bar in row["bars"] if bar["rival"] == "eager"]
+            errors = ", ".join(f"{ours[key]:.0e}" for key in ("loss_error", "gradient_error"))
+            ratio = f"{official['median'] / ours['median']:.2f}x"
+            goal = "".join(f" (goal {bar['at_least']:g})" for bar in goals)
+            costs = [cost(p) for p in (official, compiled, ours)]
+            lines.append([row["case"].removeprefix("dropins/"), *costs, f"{ratio}{goal}", errors])
+        reached = [bar["passed"] for row in found["dropins"] for bar in row["bars"]]
+        head = [
+            "drop-in",
+            "official form: ms, extra MB",
+            "torch.compile of it",
+            "drop-in",
+            "times faster",
+            "its errors",
+        ]
+        measured = f"{machine(found['header'])}\n{sum(reached)} of {len(reached)} goals reached."
+        about = "Forward and backward; medians of interleaved rounds; errors of loss and gradient against float64."
+        parts.append(f"{table(head, lines)}\n{about} {measured}\n")
+    return "\n".join(parts) or NONE
+
+
 def headline() -> str:
     """Return milliseconds and extra memory of one case of each kind: official form, compiled form, fastkd."""
     parts = []
@@ -352,6 +386,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         demo_datafree,
         study,
         headline,
+        dropins,
         cases,
         bars,
         scaling,

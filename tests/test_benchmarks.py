@@ -173,7 +173,8 @@ def test_cases_are_well_formed() -> None:
     assert len(set(names)) == len(names)
     for c in CASES:
         assert (
-            c.name.startswith(("relation/", "moments/", "attention/", "prior/", "logits/")) and "fastkd" in c.providers
+            c.name.startswith(("relation/", "moments/", "attention/", "prior/", "logits/", "dropins/"))
+            and "fastkd" in c.providers
         )
         assert all(b.rival in {*c.providers, "others", "copy", "matmul", "allowance"} for b in c.bars), c.name
         assert c.flops > 0 and (c.allowance is not None or all(b.rival != ALLOWANCE for b in c.bars))

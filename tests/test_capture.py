@@ -1,6 +1,7 @@
 """What capture collects, checked against the models themselves: their intermediates, hooks and unfused maps."""
 
 import contextlib
+import copy
 import gc
 import weakref
 
@@ -339,6 +340,31 @@ def test_each_pass_replaces_the_last():
         captured.clear()
         with pytest.raises(RuntimeError, match="never fired"):
             captured[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "enter", "first"),
+    [
+        ("vit_small", lambda model: capture.tokens(model, [0]), lambda captured: captured[0]),
+        ("vit_small", lambda model: capture.qkv(model, [0]), lambda captured: captured[0]),
+        ("swin_small", lambda model: capture.qkv(model, ["layers.0.blocks.0"]), lambda captured: captured[0]),
+        ("resnet", capture.bn_inputs, lambda captured: captured.inputs[0]),
+        ("resnet", lambda model: capture.bn_inputs(model, fused=True), lambda captured: captured.inputs[0]),
+    ],
+    ids=["tokens", "qkv", "windows", "bn_inputs", "fused"],
+)
+def test_a_deep_copy_is_not_captured(kind, enter, first):
+    """A copy made inside the `with` computes as the model does, and what the model gave stays."""
+    model = build(kind)
+    x = images_for(model)
+    with enter(model) as captured, torch.no_grad():
+        expected = model(x)
+        found = first(captured)
+        twin = copy.deepcopy(model)
+        assert not torch.equal(twin(2 * x), expected)
+        torch.testing.assert_close(twin(x), expected)
+        assert first(captured) is found
+    torch.testing.assert_close(twin(x), expected)
 
 
 def test_reading_outside_a_pass():

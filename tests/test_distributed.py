@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import distributed, reference
+from fastkd.compat import DeepInversionFeatureHook
 from fastkd.losses import BatchNormStatLoss, IntraDivergenceLoss, ManifoldLoss, RelationLoss
 from fastkd.testing import assert_matches_oracle, relative_difference, strided
 
@@ -573,6 +574,21 @@ def modules(rank: Rank) -> None:
 
     both(lambda **o: BatchNormStatLoss(momentum=0.6, **o), twice)
     both(lambda **o: BatchNormStatLoss(distance="image", **o), lambda m, s, own: m([s.mT], *running))
+
+    class Hooked(nn.Module):
+        def __init__(self, process_group) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(WIDTH, dtype=torch.float64).eval()
+            self.norm.running_mean, self.norm.running_var = (x[0] for x in running)
+            self.watch = DeepInversionFeatureHook(self.norm, process_group)
+
+        def forward(self, s: Tensor) -> Tensor:
+            self.norm(s.mT)
+            if rank.rank == 0:
+                _ = self.watch.r_feature  # a read for a log alone, of which the other ranks know nothing
+            return self.watch.r_feature
+
+    both(Hooked, lambda m, s, own: m(s))
 
 
 def far_mean(rank: Rank) -> None:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 # What each example imports beside torch; the extra `examples` brings it, and `test` brings that.
 NEEDS = {
+    "dropins": (),
     "pytorch_loop": ("timm", "sklearn"),
     "dinov3_gram": ("timm", "sklearn"),
     "deepinversion_hook": ("timm", "sklearn"),

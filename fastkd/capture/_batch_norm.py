@@ -1,14 +1,16 @@
 """Capture the inputs of BatchNorm layers, or collect their moments while the layers normalise."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from fastkd.capture._hooks import Captured, Moments, ReplacedForward, Slot, State, hooked, is_recomputing
+from fastkd.capture._hooks import Captured, Moments, ReplacedForward, Slot, State, hooked, is_recomputing, only_of
 from fastkd.capture._modules import unwrap
 from fastkd.ops.moments import normalised_with_moments
 
@@ -97,6 +99,11 @@ class FusedBatchNormStat:
             y = layer.act(layer.drop(y))
         return y
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Tensor]:
+        """Return the plain forward pass of the copied layer: a copy of a model is not captured."""
+        layer = copy.deepcopy(self._layer, memo)
+        return MethodType(type(layer).forward, layer)
+
 
 def _held(table: dict[str, Any], name: str, module: nn.Module) -> Any:
     """Return module.<name> from the table that usually has it. A module's own search, in Python, takes longer than the
@@ -135,8 +142,7 @@ def bn_inputs(
 
     def attach(slot: Slot, state: State) -> list[RemovableHandle | ReplacedForward]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not is_recomputing():
-                slot.put(args[0] if args else kwargs["input"], state)
+            slot.put(args[0] if args else kwargs["input"], state)
 
         def keep(x: Tensor, moments: Moments) -> None:
             if not is_recomputing():
@@ -144,7 +150,7 @@ def bn_inputs(
 
         if fused:
             return [ReplacedForward(slot.module, FusedBatchNormStat(slot.module, keep))]
-        return [slot.module.register_forward_pre_hook(before, with_kwargs=True)]
+        return [slot.module.register_forward_pre_hook(only_of(slot.module, before), with_kwargs=True)]
 
     def finish(slot: Slot) -> tuple[Tensor, Moments | None]:
         return slot.value if fused else (slot.value, None)

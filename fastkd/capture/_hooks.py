@@ -147,21 +147,19 @@ def hooked(
     state = State()
 
     def before(module: nn.Module, args: Any) -> None:
-        if not is_recomputing():
-            state.leave()
-            state.grad = torch.is_grad_enabled()
-            state.input_grad = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-            for slot in slots:
-                slot.reset()
+        state.leave()
+        state.grad = torch.is_grad_enabled()
+        state.input_grad = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        for slot in slots:
+            slot.reset()
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        if not is_recomputing():
-            state.leave()
+        state.leave()
 
     # No always_call: torch.compile guards the hooks' ids and would recompile each time the `with` is entered.
     handles: list[RemovableHandle | ReplacedForward] = [
-        root.register_forward_pre_hook(before),
-        root.register_forward_hook(after),
+        root.register_forward_pre_hook(only_of(root, before)),
+        root.register_forward_hook(only_of(root, after)),
     ]
     try:
         for slot in slots:
@@ -181,6 +179,19 @@ def hooked(
 
 def _is_trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
+
+
+def only_of(module: nn.Module, hook: Callable[..., None]) -> Callable[..., None]:
+    """Return the hook for the module's own runs, without the recomputation of checkpointing and without deep copies.
+
+    A deep copy of a module carries the very functions that are registered on it.
+    """
+
+    def own(called: nn.Module, *args: Any) -> None:
+        if called is module and not is_recomputing():
+            hook(called, *args)
+
+    return own
 
 
 def is_recomputing() -> bool:

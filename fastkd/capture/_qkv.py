@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from fastkd.capture._hooks import Captured, Slot, State, hooked, is_recomputing
+from fastkd.capture._hooks import Captured, Slot, State, hooked, only_of
 from fastkd.capture._modules import module_order, resolve, unwrap
 
 _SDPA = F.scaled_dot_product_attention
@@ -124,14 +124,15 @@ def _attach_sdpa(slot: Slot, state: State) -> list[RemovableHandle]:
     state.watches.append(watch)
 
     def before(module: nn.Module, args: Any) -> None:
-        if not is_recomputing():
-            watch.start()
+        watch.start()
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        if not is_recomputing():
-            watch.stop()
+        watch.stop()
 
-    return [slot.module.register_forward_pre_hook(before), slot.module.register_forward_hook(after, prepend=True)]
+    return [
+        slot.module.register_forward_pre_hook(only_of(slot.module, before)),
+        slot.module.register_forward_hook(only_of(slot.module, after), prepend=True),
+    ]
 
 
 def _sdpa_arguments(
@@ -162,16 +163,15 @@ def _attach_window(slot: Slot, state: State) -> list[RemovableHandle]:
     masks: list[Tensor | None] = [None]
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not is_recomputing():
-            masks[0] = kwargs["mask"] if "mask" in kwargs else args[1] if len(args) > 1 else None
+        masks[0] = kwargs["mask"] if "mask" in kwargs else args[1] if len(args) > 1 else None
 
     def projected(module: nn.Module, args: Any, output: Tensor) -> None:
-        if not is_recomputing():
-            slot.put((_from_window, output, masks[0], torch.is_grad_enabled()), state)
+        slot.put((_from_window, output, masks[0], torch.is_grad_enabled()), state)
 
+    projection = slot.module.get_submodule("qkv")
     return [
-        slot.module.register_forward_pre_hook(before, with_kwargs=True),
-        slot.module.get_submodule("qkv").register_forward_hook(projected),
+        slot.module.register_forward_pre_hook(only_of(slot.module, before), with_kwargs=True),
+        projection.register_forward_hook(only_of(projection, projected)),
     ]
 
 

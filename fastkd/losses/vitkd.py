@@ -128,7 +128,8 @@ class ViTKDLoss(nn.Module):
             ]
         ).sum()
         x = torch.where(masked, self.mask_token, self.align(high_student.to(dtype)))
-        x = self.generation(x.mT.reshape(B, Dt, side, side)).flatten(2).mT
+        x = x.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # channels-last as it is, which convolutions take
+        x = self.generation(x).flatten(2).mT
         generate = squared_error(x.masked_fill(~masked, 0), high_teacher.masked_fill(~masked, 0), "sum")
         # Divided by λ, not by the share that was really masked.
         terms = (self.alpha / B * mimic, self.beta / (self.mask_ratio * B) * generate)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import once, refuse_transforms, savable, scaled, wants_grad
+from fastkd.ops._autograd import once, refuse_double_backward, refuse_transforms, savable, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
 
 LogitReduction = Literal["batchmean", "mean", "sum", "none"]
 RowReduction = Literal["mean", "sum", "none"]
 
 
-def _check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str], temperature: float) -> None:
+def check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str], temperature: float) -> None:
     for name, x in zip(names, (student, teacher), strict=True):
         check.tensor(name, x, 2, "(B, C)")
         check.not_empty(name, x)
@@ -56,17 +56,6 @@ def _reduced(rows: Tensor, reduction: str) -> Tensor:
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 
-def _log_softmax(z: Tensor) -> Tensor:
-    """Log-probabilities of rows; rows that are all -inf stay so, with gradient 0."""
-    has_class = (z != -math.inf).any(-1, keepdim=True)
-    return torch.where(has_class, torch.where(has_class, z, 0).log_softmax(-1), -math.inf)
-
-
-def _at_target(target: Tensor, C: int) -> Tensor:
-    """(B, C) True at the target class."""
-    return target == torch.arange(C, device=target.device)
-
-
 class _KL(torch.autograd.Function):
     """(B,) divergences of the rows."""
 
@@ -81,19 +70,64 @@ class _KL(torch.autograd.Function):
         beta: float,
         temperature: float,
         with_grad: bool,
+        function: str,
     ) -> Tensor:
         kl, dstudent = call(impl, "softmax_kl", student, teacher, target, alpha, beta, temperature, with_grad)
         ctx.save_for_backward(dstudent)
-        ctx.dtype = student.dtype
+        ctx.dtype, ctx.function = student.dtype, function
         return cast(Tensor, kl)
 
     @staticmethod
     def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward(ctx.function)
         (dstudent,) = ctx.saved_tensors
-        return scaled(dstudent, dkl[:, None], ctx.dtype), None, None, None, None, None, None, None
+        return scaled(dstudent, dkl[:, None], ctx.dtype), None, None, None, None, None, None, None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(B,) cross-entropies -Σ_c q_c log p_c = log Σ_c e^z_c - Σ_c q_c z_c, with z = student/T less its maximum.
+
+    q is dense, (B, C); or, with an index (B, K), the K classes there, and the rest of 1 spread over the others. The one
+    copy of the logits becomes z, then e^z, then the gradient p - q.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, q: Tensor, index: Tensor | None, temperature: float) -> Tensor:
+        z = student.to(q.dtype) - student.amax(1, keepdim=True).to(q.dtype)
+        if temperature != 1:
+            z.mul_(1 / temperature)
+        if index is None:
+            of_teacher = torch.linalg.vecdot(q, z)
+        else:
+            rest = (1 - q.sum(1, keepdim=True)) / (z.shape[1] - q.shape[1])
+            q = q - rest
+            of_teacher = (q * z.gather(1, index)).sum(1) + (rest * z.sum(1, keepdim=True)).squeeze(1)
+        total = z.exp_().sum(1, keepdim=True)
+        loss = total.log().squeeze(1) - of_teacher
+        z.mul_(1 / total)
+        z = z.sub_(q) if index is None else z.sub_(rest).scatter_add_(1, index, -q)
+        ctx.save_for_backward(z)
+        ctx.temperature, ctx.dtype = temperature, student.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("soft_target_loss")
+        (dstudent,) = ctx.saved_tensors
+        return scaled(dstudent, dloss[:, None] / ctx.temperature, ctx.dtype), None, None, None
+
+
+def cross_entropy(student: Tensor, q: Tensor, index: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Return (B,) cross-entropies of logits (B, C) with probabilities: dense (B, C), or K of them at an index (B, K).
+
+    The caller checks the arguments. q is in float32 or better. Their gradients are those of soft_target_loss.
+    """
+    refuse_transforms("soft_target_loss")
+    return cast(Tensor, _CrossEntropy.apply(student, q, index, temperature))
 
 
 def _kl(
+    function: str,
     backend: Backend,
     student: Tensor,
     teacher: Tensor,
@@ -103,7 +137,8 @@ def _kl(
     beta: float = 1.0,
 ) -> Tensor:
     impl = resolve(backend, "softmax_kl", student, teacher)
-    return cast(Tensor, _KL.apply(student, teacher, target, impl, alpha, beta, temperature, wants_grad(student)))
+    options = (impl, alpha, beta, temperature, wants_grad(student), function)
+    return cast(Tensor, _KL.apply(student, teacher, target, *options))
 
 
 def soft_target_loss(
@@ -134,14 +169,14 @@ def soft_target_loss(
             reduction, a teacher that requires a gradient.
         RuntimeError: the named backend cannot run here; differentiated twice; under vmap or torch.func.
     """
-    _check_pair(student, teacher, ("student", "teacher"), temperature)
+    check_pair(student, teacher, ("student", "teacher"), temperature)
     check.one_of("reduction", reduction, ("batchmean", "mean", "sum", "none"))
     check.constant("teacher", teacher)
     refuse_transforms("soft_target_loss")
-    loss = temperature**2 * _kl(backend, student, teacher, temperature)
-    if reduction != "none":
-        loss = loss.sum() / {"batchmean": student.shape[0], "mean": student.numel(), "sum": 1}[reduction]
-    return once(loss, "soft_target_loss")
+    kl = _kl("soft_target_loss", backend, student, teacher, temperature)
+    if reduction == "none":
+        return temperature**2 * kl
+    return kl.sum() * (temperature**2 / {"batchmean": student.shape[0], "mean": student.numel(), "sum": 1}[reduction])
 
 
 def dkd_loss(
@@ -184,15 +219,15 @@ def dkd_loss(
         RuntimeError: the named backend cannot run here; a label out of range; differentiated twice; under vmap or
             torch.func.
     """
-    _check_pair(student, teacher, ("student", "teacher"), temperature)
+    check_pair(student, teacher, ("student", "teacher"), temperature)
     check.number("alpha", alpha, low=0)
     check.number("beta", beta, low=0)
     check.one_of("reduction", reduction, get_args(RowReduction))
     check.constant("teacher", teacher)
     refuse_transforms("dkd_loss")
     target = _target(label, student, mixed=False).squeeze(1)
-    kl = _kl(backend, student, teacher, temperature, target, alpha, beta)
-    return once(_reduced(temperature**2 * kl, reduction), "dkd_loss")
+    kl = _kl("dkd_loss", backend, student, teacher, temperature, target, alpha, beta)
+    return _reduced(temperature**2 * kl, reduction)
 
 
 def nkd_loss(
@@ -221,7 +256,7 @@ def nkd_loss(
         gamma: weight >= 0 of the other classes; 1 as the code has it for DeiT (ResNet on ImageNet 1.5).
         temperature: T, 1e-6 to 1e6, of the other classes alone.
         reduction: "mean" over images, "sum", or "none", which gives (B,).
-        backend: "auto" or "eager": PyTorch operations alone.
+        backend: "auto", "eager", "native" or "triton".
 
     Returns:
         Scalar or (B,), float32 (float64 if an input is).
@@ -229,24 +264,24 @@ def nkd_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as dkd_loss.
     """
-    _check_pair(student, teacher, ("student", "teacher"), temperature)
+    check_pair(student, teacher, ("student", "teacher"), temperature)
     check.number("gamma", gamma, low=0)
     check.one_of("reduction", reduction, get_args(RowReduction))
     check.constant("teacher", teacher)
-    resolve_plain(backend, "nkd_loss")
     refuse_transforms("nkd_loss")
     target = _target(label, student, mixed=True)
     acc = accumulator(student, teacher)
     s, t = student.to(acc), teacher.to(acc)
-    at_target = _at_target(target, s.shape[1])
-
-    def cross_entropy(q: Tensor, log_p: Tensor) -> Tensor:
-        return -(q * log_p.masked_fill(q == 0, 0)).sum(-1)  # 0 log 0 = 0
-
-    rows = cross_entropy(t.softmax(-1).gather(1, target), s.log_softmax(-1).gather(1, target))
+    log_p = s.log_softmax(-1).gather(1, target)
+    of_target = t.softmax(-1).gather(1, target)
+    rows = -(of_target * log_p.masked_fill(of_target == 0, 0)).squeeze(1)  # 0 log 0 = 0
     if gamma != 0:  # of a term that may be infinite
-        others_s, others_t = (_log_softmax((z / temperature).masked_fill(at_target, -math.inf)) for z in (s, t))
-        rows = rows + gamma * temperature**2 * cross_entropy(others_t.exp(), others_s)
+        # A cross-entropy is a divergence and the teacher's entropy.
+        others = (t / temperature).scatter(1, target, -math.inf)
+        has_class = (others != -math.inf).any(-1, keepdim=True)
+        entropy = torch.special.entr(others.masked_fill(~has_class, 0).softmax(-1)).sum(-1)
+        kl = _kl("nkd_loss", backend, student, teacher, temperature, target.squeeze(1))
+        rows = rows + gamma * temperature**2 * (kl + torch.where(has_class.squeeze(1), entropy, 0))
     return once(_reduced(rows, reduction), "nkd_loss")
 
 
@@ -282,7 +317,7 @@ def competition_loss(
             reduction.
         RuntimeError: a backend that this loss has not; differentiated twice; under vmap or torch.func.
     """
-    _check_pair(student_logits, teacher_logits, ("student_logits", "teacher_logits"), temperature)
+    check_pair(student_logits, teacher_logits, ("student_logits", "teacher_logits"), temperature)
     check.one_of("reduction", reduction, ("mean", "none"))
     resolve_plain(backend, "competition_loss")
     refuse_transforms("competition_loss")

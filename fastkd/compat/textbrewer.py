@@ -1,119 +1,13 @@
-"""Signatures that people already call, so that a migration is one changed import."""
+"""Attention losses of TextBrewer and TinyBERT, from queries and keys."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd import functional as F
-from fastkd.capture import BatchNormInputs, bn_inputs
-
-
-def layer_mf_loss(F_s: Tensor, F_t: Tensor, K: int, *, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The three terms of Hao et al. 2022 under the name and signature of their code (losses.py, layer_mf_loss).
-
-    Args:
-        F_s: (B, N, Ds) student tokens. Differentiable.
-        F_t: (B, N, Dt) teacher tokens. A constant.
-        K: rows of the random term; all of them where K > B*N.
-        index: (K,) int64 rows to take instead of drawing them (not in the original).
-
-    Returns:
-        (patch, sample, rand): the intra, inter and random terms, unweighted element means.
-
-    Raises:
-        ValueError: as fastkd.manifold_loss; a teacher that requires a gradient; token counts that differ
-            (the original slices and silently relates the wrong tokens when only the teacher has a class token).
-    """
-    _, terms = F.manifold_loss(F_s, F_t, num_samples=K, index=index, return_terms=True)
-    return terms
-
-
-class GramLoss(nn.Module):
-    """DINOv3's Gram loss under the name and signature of its code (dinov3/loss/gram_loss.py).
-
-    Args:
-        apply_norm: relate unit vectors.
-        img_level: accepted and unused, as in the original: forward's argument of the same name decides.
-        remove_neg: clamp negative similarities of both networks to 0.
-        remove_only_teacher_neg: clamp those of the teacher alone.
-
-    Raises:
-        ValueError: both remove_neg and remove_only_teacher_neg.
-    """
-
-    def __init__(
-        self,
-        apply_norm: bool = True,
-        img_level: bool = True,
-        remove_neg: bool = True,
-        remove_only_teacher_neg: bool = False,
-    ) -> None:
-        super().__init__()
-        if remove_neg and remove_only_teacher_neg:
-            raise ValueError("remove_neg and remove_only_teacher_neg exclude each other")
-        self.apply_norm, self.remove_neg = apply_norm, remove_neg
-        self.remove_only_teacher_neg = remove_only_teacher_neg
-
-    def forward(self, output_feats: Tensor, target_feats: Tensor, img_level: bool = True) -> Tensor:
-        """Mean squared difference of the Gram matrices, per image or over the whole batch.
-
-        Args:
-            output_feats: (B, N, D) student tokens; (B*N, D) too if not img_level. Differentiable.
-            target_feats: (B, N, D') teacher tokens. A constant: where the original would differentiate it, an error.
-            img_level: one map per image, else one over the batch.
-
-        Raises:
-            ValueError: shapes that do not fit, or target_feats that requires a gradient.
-        """
-        if not img_level and output_feats.ndim == 2 and target_feats.ndim == 2:
-            output_feats, target_feats = output_feats.unsqueeze(0), target_feats.unsqueeze(0)
-        return F.relation_loss(
-            output_feats,
-            target_feats,
-            scope="intra" if img_level else "batch",
-            normalize=self.apply_norm,
-            rectify="both" if self.remove_neg else "teacher" if self.remove_only_teacher_neg else "none",
-        )
-
-
-class DeepInversionFeatureHook:
-    """DeepInversion's batch-norm hook under the name and signature of its code (deepinversion.py).
-
-        r_feature = ‖running_var - var‖ + ‖running_mean - mean‖,  moments of what enters the layer, var biased
-
-    Args:
-        module: a batch norm layer with running statistics, in eval mode.
-
-    Raises:
-        ValueError: a module that is no batch norm layer, or keeps no running statistics.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._capture = bn_inputs(module)
-        self._layer: BatchNormInputs | None = self._capture.__enter__()
-
-    @property
-    def r_feature(self) -> Tensor:
-        """The distance for the latest forward pass, computed when read; gradients flow to the layer's input.
-
-        Raises:
-            RuntimeError: before a forward pass, or after close.
-        """
-        layer = self._layer
-        if layer is None:
-            raise RuntimeError("r_feature is read after close(), which let go of the layer's input: read it before")
-        return F.bn_stat_loss(layer.inputs, layer.running_means, layer.running_vars)
-
-    def close(self) -> None:
-        """Take the hook off the module and let go of its input."""
-        # A layer that never ran is an error at the end of a `with`, not here.
-        self._layer = None
-        with contextlib.suppress(RuntimeError):
-            self._capture.__exit__(None, None, None)
-
+from fastkd.compat._masks import token_mask
 
 # TextBrewer's attention losses (textbrewer/losses.py) under their names, from queries and keys where the originals take
 # scores q kᵀ d^-1/2 (B, H, N, N). Two things differ. Without a mask the originals drop every score <= -1e-3, meant for
@@ -137,7 +31,7 @@ def _att_loss(
     scale_T: float,
 ) -> Tensor:
     """Mean over heads and the batch's valid pairs ("score_mse") or queries ("ce")."""
-    valid = None if mask is None else mask != 0
+    valid = token_mask("mask", mask, (k_S.shape[0], k_S.shape[-2]))
     loss = F.attention_loss(
         q_S,
         k_S,
@@ -241,7 +135,8 @@ def tinybert_att_loss(
             f"teachers must be a multiple of students in layers, got {len(teachers)} for {len(students)} layers"
         )
     every = len(teachers) // len(students)
-    key_mask = None if attention_mask is None else attention_mask != 0
+    k_S = students[0][1]
+    key_mask = token_mask("attention_mask", attention_mask, (k_S.shape[0], k_S.shape[-2]))
     terms = [
         F.attention_loss(*student, *teacher, divergence="score_mse", key_mask=key_mask)
         for student, teacher in zip(students, teachers[every - 1 :: every], strict=True)
