@@ -24,29 +24,42 @@ def unwrap(model: nn.Module) -> Any:
             return inner
 
 
-def resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
+def check_blocks(blocks: Sequence[int | str]) -> None:
     if isinstance(blocks, str) or not isinstance(blocks, Sequence):
         raise TypeError(f"blocks must be a list of block indices or module names, got {blocks!r}")
     if not blocks:
         raise ValueError("blocks is empty: name at least one")
-    modules = dict(root.named_modules())
-    numbered = block_names(root)
-    kind = type(root).__name__
-    names = []
     for block in blocks:
         if isinstance(block, bool) or not isinstance(block, (int, str)):
             raise TypeError(f"blocks must hold ints or strings, got {block!r}")
+
+
+def unknown_block(root: nn.Module, block: str, numbered: list[str]) -> ValueError:
+    """Return the error for a name that no module has."""
+    close = difflib.get_close_matches(block, [name for name, _ in root.named_modules()], n=8, cutoff=0.5)
+    other = [name for name, _ in root.named_children() if name not in numbered]
+    return ValueError(
+        f"block {block!r} is not in {type(root).__name__}. Blocks: {', '.join(numbered)}. "
+        f"Other modules: {', '.join(other)}" + (f". Did you mean {', '.join(close)}?" if close else "")
+    )
+
+
+def resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
+    """Return the names of blocks given by name, or by number among `block_names`."""
+    check_blocks(blocks)
+    modules = dict(root.named_modules())
+    numbered = block_names(root)
+    names = []
+    for block in blocks:
         if isinstance(block, int):
             if not -len(numbered) <= block < len(numbered):
-                raise ValueError(f"block {block} is not among the {len(numbered)} of {kind}: {', '.join(numbered)}")
+                raise ValueError(
+                    f"block {block} is not among the {len(numbered)} blocks of {type(root).__name__}: "
+                    f"{', '.join(numbered)}"
+                )
             block = numbered[block]
         elif block not in modules or not block:
-            close = difflib.get_close_matches(block, modules, n=8, cutoff=0.5)
-            other = [name for name, _ in root.named_children() if name not in numbered]
-            raise ValueError(
-                f"block {block!r} is not in {kind}. Blocks: {', '.join(numbered)}. Other modules: {', '.join(other)}"
-                + (f". Did you mean {', '.join(close)}?" if close else "")
-            )
+            raise unknown_block(root, block, numbered)
         names.append(block)
     return names
 

@@ -72,7 +72,7 @@ def tokens(
         return _as_tokens(root, slot.name, slot.module, slot.value, prefix, layout)
 
     slots = [Slot(name, root.get_submodule(name)) for name in dict.fromkeys(names)]
-    with hooked(root, slots, attach):
+    with hooked(model, root, slots, attach):
         yield Captured(slots, module_order(slots, names), finish)
 
 
