@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fastkd.capture._code import attending
 from fastkd.capture._hooks import Slot
 
 
@@ -82,7 +83,19 @@ def block_names(model: nn.Module) -> list[str]:
         if names and all(has_heads(modules[name]) for name in names):
             return names
     names = [name for name in feature_channels(root) if name in modules]
-    return names or [name for name, _ in root.named_children()]
+    return names or _attention_blocks(root, modules) or [name for name, _ in root.named_children()]
+
+
+def _attention_blocks(root: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Return the members of lists that hold attention (Hugging Face's layers); none if some attention is in no list."""
+    found: dict[str, None] = {}
+    for name, _ in attending(root):
+        parts = name.split(".")
+        prefixes = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+        homes = [p for p in prefixes if isinstance(modules[p.rpartition(".")[0]], (nn.ModuleList, nn.Sequential))]
+        if homes:
+            found[homes[0]] = None
+    return list(found)
 
 
 def feature_channels(root: Any) -> dict[str, int]:
