@@ -47,22 +47,23 @@ def _randomised(model: nn.Module) -> nn.Module:
     """Draw what is initialised to a constant: it would hide a bias, a scale or a norm that is left out."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(
-                word in name for word in ("bias_table", "rel_pos", "logit_scale", "attention_bias", "_norm.", "rel_")
-            ):
+            if any(word in name for word in ("bias_table", "rel_", "logit_scale", "attention_bias", "_norm.")):
                 parameter.normal_()
     return model.eval()
 
 
+SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 3)}
 VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+VIT64 = VIT | {"img_size": 64}
+
 TIMM = (
     _timm("vision_transformer", 32, "vit_tiny_patch16_224", **VIT, qk_norm=True),
     _timm("deit", 32, "deit_tiny_distilled_patch16_224", **VIT),
     _timm("beit", 32, "beit_base_patch16_224", **VIT),
     _timm("eva", 28, "eva02_tiny_patch14_224", **VIT | {"img_size": 28}),
     _timm("vision_transformer_relpos", 32, "vit_relpos_small_patch16_224", **VIT),
-    _timm("vision_transformer_sam", 64, "samvit_base_patch16", **VIT | {"img_size": 64}, window_size=2, global_attn_indexes=(1,)),
-    _timm("vision_transformer_hybrid", 64, "vit_tiny_r_s16_p8_224", **VIT | {"img_size": 64}),
+    _timm("vision_transformer_sam", 64, "samvit_base_patch16", **VIT64, window_size=2, global_attn_indexes=(1,)),
+    _timm("vision_transformer_hybrid", 64, "vit_tiny_r_s16_p8_224", **VIT64),
     _timm("naflexvit", 32, "naflexvit_base_patch16_gap", embed_dim=48, depth=2, num_heads=3),
     _timm("vitamin", 64, "vitamin_small_224", img_size=64),
     _timm("cait", 32, "cait_xxs24_224", **VIT | {"num_heads": 4}),
@@ -72,18 +73,18 @@ TIMM = (
     _timm("pit", 64, "pit_ti_224", img_size=64),
     _timm("tnt", 32, "tnt_s_legacy_patch16_224", img_size=32, embed_dim=48, depth=2),
     _timm("volo", 32, "volo_d1_224", img_size=32),
-    _timm("swin_transformer", 64, "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 3)),
-    _timm("swin_transformer_v2", 64, "swinv2_tiny_window8_256", img_size=64, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 3)),
-    _timm("swin_transformer_v2_cr", 64, "swinv2_cr_tiny_224", img_size=64, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 3)),
+    _timm("swin_transformer", 64, "swin_tiny_patch4_window7_224", **SWIN),
+    _timm("swin_transformer_v2", 64, "swinv2_tiny_window8_256", **SWIN),
+    _timm("swin_transformer_v2_cr", 64, "swinv2_cr_tiny_224", **SWIN),
     _timm("twins (local)", 64, "twins_svt_small", img_size=64, depths=(2, 2, 2, 2)),
     _timm("twins (pyramid)", 64, "twins_pcpvt_small", img_size=64, depths=(1, 1, 1, 1)),
     _timm("pvt_v2", 64, "pvt_v2_b0", depths=(1, 1, 1, 1)),
     _timm("mvitv2", 64, "mvitv2_tiny", img_size=64),
     _timm("hiera", 64, "hiera_tiny_224", img_size=64, stages=(1, 1, 1, 1), embed_dim=24),
-    _timm("hieradet_sam2", 128, "sam2_hiera_tiny"),
+    _timm("hieradet_sam2", 64, "sam2_hiera_tiny"),
     _timm("nest", 64, "nest_tiny", img_size=64),
     _timm("coat", 32, "coat_lite_tiny", img_size=32),
-    _timm("davit", 64, "davit_tiny", depths=(1, 1, 1, 1)),
+    _timm("davit", 32, "davit_tiny", depths=(1, 1, 1, 1)),
     _timm("gcvit", 64, "gcvit_xxtiny", img_size=64),
     _timm("focalnet", 32, "focalnet_tiny_srf"),
     _timm("maxxvit (maxvit)", 64, "maxvit_pico_rw_256", img_size=64),
@@ -99,19 +100,19 @@ TIMM = (
     _timm("mobilevit", 64, "mobilevit_xxs"),
     _timm("mobilevit (v2)", 64, "mobilevitv2_050"),
     _timm("fastvit", 64, "fastvit_sa12", layers=(1, 1, 1, 1)),
-    _timm("nextvit", 64, "nextvit_small"),
+    _timm("nextvit", 32, "nextvit_small"),
     _timm("tiny_vit", 64, "tiny_vit_5m_224"),
     _timm("visformer", 64, "visformer_tiny", img_size=64),
-    _timm("metaformer (caformer)", 64, "caformer_s18"),
+    _timm("metaformer (caformer)", 32, "caformer_s18"),
     _timm("metaformer (poolformer)", 32, "poolformer_s12"),
     _timm("iformer", 64, "iformer_t"),
     _timm("lowformer", 64, "lowformer_b0"),
     _timm("shvit", 64, "shvit_s1"),
     _timm("cpubone", 64, "cpubone_nano"),
-    _timm("csatv2", 256, "csatv2"),
+    _timm("csatv2", 128, "csatv2"),
     _timm("mobilenetv4", 64, "mobilenetv4_hybrid_medium"),
     _timm("byoanet (botnet)", 64, "botnet26t_256", img_size=64),
-    _timm("byoanet (halonet)", 256, "halonet26t"),
+    _timm("byoanet (halonet)", 192, "halonet26t"),
     _timm("byoanet (lambda)", 64, "lambda_resnet26t", img_size=64),
     _timm("swiftformer", 32, "swiftformer_xs"),
     _timm("qwen3_vit", 64, "qwen3_vit_88m", img_size=64, embed_dim=96, depth=2, num_heads=3),

@@ -195,8 +195,8 @@ def _head_axis(lead: Shape, strides: Shape, heads: int | None) -> int | None:
 def projected(args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return q, k, v (B,H,N,d) and the mask of an nn.MultiheadAttention, projected from its inputs once more."""
     names = (
-        "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v",
-        "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask",
+        "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k",
+        "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask",
         "need_weights", "attn_mask",
     )  # fmt: skip
     given = dict(zip(names, args, strict=False)) | kwargs

@@ -115,6 +115,8 @@ class Watch(TorchFunctionMode):
         if name == "__getitem__" and root == "scores":
             self._follow(output, ("part", node, y))  # its whole is followed on
             return
+        if name == "softmax" and root == "scores" and torch.compiler.is_compiling():
+            node = self._assigned(node)
         after = _next(name, node, root, x, y, args, kwargs)
         if after[0] == "other" != node[0]:
             self._follow(output, after)  # it may be beside the way: the maximum that is subtracted from scores
@@ -180,6 +182,13 @@ class Watch(TorchFunctionMode):
         if node is not None:
             made = ("other", node, "an assignment") if part is None else ("put", node, index, part)
             self._advance(value, whole, made)
+
+    def _assigned(self, whole: Node) -> Node:
+        """Return scores with the part of them that was taken and changed, for torch.compile hides its assignment."""
+        for _, node in self.followed:
+            if node[0] != "part" and _part(node) is not None:
+                return ("put", whole, _part(node), node)
+        return whole
 
     def _node(self, x: Any) -> Node | None:
         if isinstance(x, Tensor):
@@ -264,6 +273,15 @@ def _root(node: Node) -> str:
     while node[0] not in ("leaf", "scores", "map"):
         node = node[1]
     return str(node[0])
+
+
+def _part(node: Node) -> Any:
+    """Return the index of the part of the scores that a chain is about, None for all of them."""
+    while node[0] not in ("leaf", "scores", "map", "put"):
+        if node[0] == "part":
+            return node[2]
+        node = node[1]
+    return None
 
 
 def _other(node: Node) -> str:
