@@ -141,8 +141,11 @@ def bn_inputs(
     found = _batch_norms(root, layers, fused)
 
     def attach(slot: Slot, state: State) -> list[RemovableHandle | ReplacedForward]:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            slot.put(args[0] if args else kwargs["input"], state)
+        def before(module: nn.Module, args: Any) -> None:
+            if args:
+                slot.put(args[0], state)
+            else:
+                slot.refuse(f"{slot.name!r} is called with its input as a keyword, which only fused=True can read")
 
         def keep(x: Tensor, moments: Moments) -> None:
             if not is_recomputing():
@@ -150,13 +153,13 @@ def bn_inputs(
 
         if fused:
             return [ReplacedForward(slot.module, FusedBatchNormStat(slot.module, keep))]
-        return [slot.module.register_forward_pre_hook(only_of(slot.module, before), with_kwargs=True)]
+        return [slot.module.register_forward_pre_hook(only_of(slot.module, before))]
 
     def finish(slot: Slot) -> tuple[Tensor, Moments | None]:
         return slot.value if fused else (slot.value, None)
 
     slots = [Slot(name, module, "; name the layers that are with layers=") for name, module in found.items()]
-    with hooked(root, slots, attach):
+    with hooked(model, root, slots, attach):
         yield BatchNormInputs(Captured(slots, list(range(len(slots))), finish), list(found.values()))
 
 

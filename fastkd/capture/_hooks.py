@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
@@ -16,14 +17,15 @@ Moments = tuple[Tensor, Tensor]  # mean and biased variance per channel
 class Captured(Sequence[T], Generic[T]):
     """Values captured in the latest forward pass, in the requested order: by position, by module name, by iteration.
 
-    Each forward pass replaces the values of the one before (for a module that runs twice, the last run counts); the
-    recomputation of activation checkpointing replaces nothing. Read it inside the `with`, which releases it at its end.
+    Each forward pass inside the `with` replaces the values of the one before (for a module that runs twice, the last
+    run counts); the recomputation of activation checkpointing replaces nothing. Read it inside the `with` or after it:
+    it holds the values, and the graph of their gradients, until it is dropped or cleared.
 
     names: the modules' names.
 
     Raises:
-        RuntimeError: read before a forward pass, after the `with`, for a module that never ran, or after the captured
-            value was overwritten in place.
+        RuntimeError: read before a forward pass, for a module that did not run, or after the captured value was
+            overwritten in place.
         KeyError, IndexError: nothing captured under that name or position.
     """
 
@@ -50,17 +52,18 @@ class Captured(Sequence[T], Generic[T]):
         return self._read(self._slots[self._order[index]])
 
     def clear(self) -> None:
-        """Let go of the captured tensors now, for a `with` that spans many steps."""
+        """Let go of the captured tensors now."""
         for slot in self._slots:
             slot.reset()
+            slot.is_cleared = True
 
     def _read(self, slot: "Slot") -> T:
-        if not slot.is_open:
-            raise RuntimeError(
-                f"{slot.name!r} is read after its `with`, which lets go of what it captured; read inside"
-            )
+        if slot.problem:
+            raise RuntimeError(slot.problem)
+        if slot.is_cleared:
+            raise RuntimeError(f"what {slot.name!r} gave was let go of by clear()")
         if slot.value is None:
-            raise RuntimeError(never_fired([slot.name], slot.hint))
+            raise RuntimeError(slot.why_empty())
         if slot.result is None:
             if slot.version is not None and slot.version != slot.value._version:
                 raise RuntimeError(
@@ -102,6 +105,8 @@ class State:
         self.grad = False  # inside a forward pass of the model that records gradients ..
         self.input_grad = False  # .. and whose input wants one
         self.watches: list[Stoppable] = []
+        self.passes = 0  # of the model inside the `with` ..
+        self.calls = 0  # .. and calls of what wraps it
 
     def leave(self) -> None:
         self.grad = False
@@ -116,8 +121,10 @@ class Slot:
         self.name = name
         self.module = module
         self.hint = hint
-        self.is_open = True
+        self.why_empty: Callable[[], str] = str
         self.has_fired = False
+        self.problem = ""
+        self.is_cleared = False
         self.value: Any = None
         self.version: int | None = None
         self.result: Any = None
@@ -128,13 +135,21 @@ class Slot:
                 f"{self.name!r} runs without gradients inside a pass that records them, so a loss on it would train "
                 "nothing; use non-reentrant activation checkpointing (use_reentrant=False)"
             )
+        self.reset()
         self.value = value
-        self.result = self.version = None
         self.has_fired = True
         if isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference():
             self.version = value._version
 
+    def refuse(self, problem: str) -> None:
+        """Put the reason why the module's latest run gave nothing."""
+        self.reset()
+        self.has_fired = True
+        self.problem = problem
+
     def reset(self) -> None:
+        self.problem = ""
+        self.is_cleared = False
         self.value = None
         self.result = None
         self.version = None
@@ -142,12 +157,20 @@ class Slot:
 
 @contextmanager
 def hooked(
-    root: nn.Module, slots: list[Slot], attach: Callable[[Slot, State], Sequence[RemovableHandle | ReplacedForward]]
+    model: nn.Module,
+    root: nn.Module,
+    slots: list[Slot],
+    attach: Callable[[Slot, State], Sequence[RemovableHandle | ReplacedForward]],
 ) -> Iterator[None]:
+    """Attach hooks for the slots to `root`, which `model` is or wraps, until the `with` ends."""
     state = State()
+
+    def called(module: nn.Module, args: Any) -> None:
+        state.calls += 1
 
     def before(module: nn.Module, args: Any) -> None:
         state.leave()
+        state.passes += 1
         state.grad = torch.is_grad_enabled()
         state.input_grad = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         for slot in slots:
@@ -156,25 +179,63 @@ def hooked(
     def after(module: nn.Module, args: Any, output: Any) -> None:
         state.leave()
 
-    # No always_call: torch.compile guards the hooks' ids and would recompile each time the `with` is entered.
+    # No always_call and no with_kwargs: torch.compile guards the ids of such hooks, which are new at each entry.
     handles: list[RemovableHandle | ReplacedForward] = [
         root.register_forward_pre_hook(only_of(root, before)),
         root.register_forward_hook(only_of(root, after)),
     ]
+    if model is not root:
+        handles.append(model.register_forward_pre_hook(called))
+    for slot in slots:
+        slot.why_empty = partial(_why_silent, [slot.name], model, root, state, slots)
     try:
         for slot in slots:
             handles += attach(slot, state)
         yield
-        silent = [slot for slot in slots if not slot.has_fired]
-        if silent:
-            raise RuntimeError(never_fired([slot.name for slot in silent], silent[0].hint))
+        _check_all_ran(model, root, state, slots)
     finally:
         state.leave()
+        state.watches.clear()
+        for slot in slots:  # a cycle would keep what was captured alive
+            slot.why_empty = partial(str, slot.why_empty() if slot.value is None else "")
         for handle in handles:
             handle.remove()
-        for slot in slots:
-            slot.reset()
-            slot.is_open = False
+
+
+def _check_all_ran(model: nn.Module, root: nn.Module, state: State, slots: list[Slot]) -> None:
+    silent = [slot.name for slot in slots if not slot.has_fired]
+    if silent:
+        raise RuntimeError(_why_silent(silent, model, root, state, slots))
+    for slot in slots:
+        if slot.problem:
+            raise RuntimeError(slot.problem)
+
+
+def _why_silent(names: list[str], model: nn.Module, root: nn.Module, state: State, slots: list[Slot]) -> str:
+    """Return why modules gave nothing: the one reason that applies, as far as it can be seen from outside."""
+    listed, kind = ", ".join(names), type(root).__name__
+    late = (
+        "was compiled and called before the `with` (PyTorch ignores later hooks): enter before the first compiled call"
+    )
+    is_compiled = any(hasattr(m, "_orig_mod") for m in model.modules()) or any(_is_compiled(root, n) for n in names)
+    # A model that was compiled without hooks fires none of them.
+    if is_compiled and not any(slot.has_fired for slot in slots):
+        if state.passes or state.calls:
+            return f"{listed} did not fire: {kind} {late}"
+        return f"{listed} did not fire: no forward pass of {kind} inside the `with`, or {kind} {late}"
+    if state.passes or any(slot.has_fired for slot in slots):
+        return f"{listed} did not run in the forward pass of {kind}, which took another branch{slots[0].hint}"
+    return (
+        f"{listed} did not run: no forward pass of {kind} inside the `with` "
+        "(if a compiled function calls it, enter before the function's first call)"
+    )
+
+
+def _is_compiled(root: Any, name: str) -> bool:
+    """Return whether a module or one around it was compiled in place."""
+    parts = name.split(".")
+    around = [root] + [root.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))]
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in around)
 
 
 def _is_trained(module: nn.Module) -> bool:
@@ -197,10 +258,3 @@ def only_of(module: nn.Module, hook: Callable[..., None]) -> Callable[..., None]
 def is_recomputing() -> bool:
     # Checkpointing runs modules again from within backward, where the autograd engine has a task id.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def never_fired(names: list[str], hint: str) -> str:
-    return (
-        f"{', '.join(names)} never fired: no forward pass inside the `with`, or the model was compiled and called "
-        f"before it (PyTorch ignores later hooks: enter before the first compiled call), or it is not used{hint}"
-    )

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fastkd.capture._code import attending
 from fastkd.capture._hooks import Slot
 
 
@@ -24,29 +25,42 @@ def unwrap(model: nn.Module) -> Any:
             return inner
 
 
-def resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
+def check_blocks(blocks: Sequence[int | str]) -> None:
     if isinstance(blocks, str) or not isinstance(blocks, Sequence):
         raise TypeError(f"blocks must be a list of block indices or module names, got {blocks!r}")
     if not blocks:
         raise ValueError("blocks is empty: name at least one")
-    modules = dict(root.named_modules())
-    numbered = block_names(root)
-    kind = type(root).__name__
-    names = []
     for block in blocks:
         if isinstance(block, bool) or not isinstance(block, (int, str)):
             raise TypeError(f"blocks must hold ints or strings, got {block!r}")
+
+
+def unknown_block(root: nn.Module, block: str, numbered: list[str]) -> ValueError:
+    """Return the error for a name that no module has."""
+    close = difflib.get_close_matches(block, [name for name, _ in root.named_modules()], n=8, cutoff=0.5)
+    other = [name for name, _ in root.named_children() if name not in numbered]
+    return ValueError(
+        f"block {block!r} is not in {type(root).__name__}. Blocks: {', '.join(numbered)}. "
+        f"Other modules: {', '.join(other)}" + (f". Did you mean {', '.join(close)}?" if close else "")
+    )
+
+
+def resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
+    """Return the names of blocks given by name, or by number among `block_names`."""
+    check_blocks(blocks)
+    modules = dict(root.named_modules())
+    numbered = block_names(root)
+    names = []
+    for block in blocks:
         if isinstance(block, int):
             if not -len(numbered) <= block < len(numbered):
-                raise ValueError(f"block {block} is not among the {len(numbered)} of {kind}: {', '.join(numbered)}")
+                raise ValueError(
+                    f"block {block} is not among the {len(numbered)} blocks of {type(root).__name__}: "
+                    f"{', '.join(numbered)}"
+                )
             block = numbered[block]
         elif block not in modules or not block:
-            close = difflib.get_close_matches(block, modules, n=8, cutoff=0.5)
-            other = [name for name, _ in root.named_children() if name not in numbered]
-            raise ValueError(
-                f"block {block!r} is not in {kind}. Blocks: {', '.join(numbered)}. Other modules: {', '.join(other)}"
-                + (f". Did you mean {', '.join(close)}?" if close else "")
-            )
+            raise unknown_block(root, block, numbered)
         names.append(block)
     return names
 
@@ -69,7 +83,19 @@ def block_names(model: nn.Module) -> list[str]:
         if names and all(has_heads(modules[name]) for name in names):
             return names
     names = [name for name in feature_channels(root) if name in modules]
-    return names or [name for name, _ in root.named_children()]
+    return names or _attention_blocks(root, modules) or [name for name, _ in root.named_children()]
+
+
+def _attention_blocks(root: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Return the members of lists that hold attention (Hugging Face's layers); none if some attention is in no list."""
+    found: dict[str, None] = {}
+    for name, _ in attending(root):
+        parts = name.split(".")
+        prefixes = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+        homes = [p for p in prefixes if isinstance(modules[p.rpartition(".")[0]], (nn.ModuleList, nn.Sequential))]
+        if homes:
+            found[homes[0]] = None
+    return list(found)
 
 
 def feature_channels(root: Any) -> dict[str, int]:

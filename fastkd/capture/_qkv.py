@@ -1,29 +1,21 @@
-"""Capture queries, keys and values with their scale and bias, with fused attention left on."""
+"""Capture queries, keys and values with their scale and bias, of fused and of unfused attention."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from fastkd.capture import _replay
 from fastkd.capture._hooks import Captured, Slot, State, hooked, only_of
-from fastkd.capture._modules import module_order, resolve, unwrap
+from fastkd.capture._layers import resolve_attention
+from fastkd.capture._modules import module_order, unwrap
+from fastkd.capture._watch import Watch, several
 
-_SDPA = F.scaled_dot_product_attention
 
-
-class QKV(NamedTuple):
-    """Inputs of an attention, which computes softmax(q k^T * scale + bias) v.
-
-    q, k, v are (B,H,N,d), with windows folded into B and grouped heads repeated. bias broadcasts to (B,H,N,N) and is
-    -inf where a boolean mask is False; None if there is no bias.
-    """
-
+class _Operands(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
@@ -32,154 +24,128 @@ class QKV(NamedTuple):
     is_causal: bool
 
 
+class QKV(_Operands):
+    """Inputs of an attention, which computes softmax(q k^T * scale + bias) v.
+
+    q, k, v are (B',H,N,d), with windows folded into B' and grouped heads repeated. bias broadcasts to (B',H,N,N) and is
+    -inf where a boolean mask is False; None if there is no bias. With is_causal, the keys after a query are hidden too.
+
+    batch_shape: the dimensions that were folded into B', in the model's order: x.unflatten(0, record.batch_shape).
+    """
+
+    batch_shape: tuple[int, ...]
+
+    def __new__(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        is_causal: bool,
+        batch_shape: tuple[int, ...] | None = None,
+    ) -> "QKV":
+        record = super().__new__(cls, q, k, v, scale, bias, is_causal)
+        record.batch_shape = (q.shape[0],) if batch_shape is None else batch_shape
+        return record
+
+
 @contextmanager
 def qkv(model: nn.Module, blocks: Sequence[int | str]) -> Iterator[Captured[QKV]]:
     """Collect q, k and v of the attention in each of `blocks` while `model` runs. Gradients flow through them.
 
-    They are the operands of the attention, after q/k norm and rotary embedding and before the scale. Fused attention
-    stays on, the output keeps its bits, and no map is formed. They are the arguments of
-    `scaled_dot_product_attention`; Swin's come from its projection, fused or not, with its windows folded into B (the
-    windows of an image adjacent) and relative position bias and shifted window mask as `bias`.
+    They are the operands of the attention, after q/k norm and rotary embedding and before the scale, and the same
+    whether attention is fused or not; the output keeps its bits. Fused attention is read at
+    scaled_dot_product_attention; unfused attention is recognised as a product of queries and keys that is scaled,
+    biased or masked, put through a softmax and multiplied by values. Nothing is copied while the model runs. When a
+    record is read, a scale that is a tensor (SwinV2's) is multiplied into q, operations on the scores are repeated on
+    the bias alone, and windows that lie between heads and tokens (Hiera's) are copied into the batch.
 
     Args:
         model: as in tokens.
-        blocks: as in tokens; each holds one attention or is one.
+        blocks: as in tokens, but integers count the attention layers in the order in which they run (the pooling of a
+            classifier is not one); a named module holds one attention layer or is one.
 
     Returns:
         Captured[QKV], filled by the forward pass.
 
     Raises:
-        TypeError, ValueError: at entry, as tokens; a block that mixes heads around the softmax (CaiT), or has fused
-            attention switched off.
-        RuntimeError: as tokens; a block that runs more than one attention.
+        TypeError, ValueError: at entry, as tokens; a model without softmax attention; a module with several attention
+            layers; a layer whose maps queries and keys do not make: channel, linear and outlook attention, and heads
+            mixed around the softmax (CaiT).
+        RuntimeError: as tokens; a layer that runs several attentions, or changes scores or map by other operations.
     """
     root = unwrap(model)
-    names = resolve(root, blocks)
-    hint = ", or its attention does not call scaled_dot_product_attention"
-    slots = [Slot(name, _attention(name, root.get_submodule(name)), hint) for name in dict.fromkeys(names)]
+    layers = resolve_attention(root, blocks)
+    slots = [Slot(name, module) for name, module in dict(layers).items()]
 
     def attach(slot: Slot, state: State) -> list[RemovableHandle]:
-        return _attach_window(slot, state) if _is_window(slot.module) else _attach_sdpa(slot, state)
+        watch = Watch(slot, state, _heads(slot.module))
+        state.watches.append(watch)
 
-    with hooked(root, slots, attach):
-        yield Captured(slots, module_order(slots, names), lambda slot: slot.value[0](slot.module, *slot.value[1:]))
+        def before(module: nn.Module, args: Any) -> None:
+            watch.start(tuple(args[0].shape) if args and isinstance(args[0], Tensor) else ())
 
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            watch.finish()
 
-def _is_window(module: nn.Module) -> bool:
-    swin = sys.modules.get("timm.models.swin_transformer")
-    return swin is not None and isinstance(module, swin.WindowAttention)
+        return [
+            slot.module.register_forward_pre_hook(only_of(slot.module, before)),
+            slot.module.register_forward_hook(only_of(slot.module, after), prepend=True),
+        ]
 
-
-def _attention(name: str, block: nn.Module) -> nn.Module:
-    """Return the module in `block` to watch: its attention if it is known, otherwise the block."""
-    found = []
-    for module in block.modules():
-        if hasattr(module, "proj_l") and hasattr(module, "proj_w"):
-            raise ValueError(
-                f"{name!r} mixes heads around the softmax ({type(module).__name__}), so q and k do not make its maps; "
-                "use capture.tokens, or a model with plain attention"
-            )
-        if _is_window(module) or hasattr(module, "fused_attn"):
-            found.append(module)
-    if found and not any(_is_window(m) or m.fused_attn for m in found):
-        raise ValueError(
-            f"{name!r} has fused attention switched off, where q and k are read; set fused_attn = True on its "
-            f"{type(found[0]).__name__}, or timm.layers.set_fused_attn(True) before the model is built"
-        )
-    return next((m for m in found if _is_window(m)), block)
+    with hooked(model, root, slots, attach):
+        yield Captured(slots, module_order(slots, [name for name, _ in layers]), _record)
 
 
-class _Watch(TorchFunctionMode):
-    """Recorder of the arguments of the first scaled_dot_product_attention in a block's run."""
-
-    def __init__(self, slot: Slot, state: State) -> None:
-        self.slot = slot
-        self.state = state
-        self.is_on = False
-        self.has_seen = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is _SDPA:
-            if self.has_seen:
-                raise RuntimeError(f"{self.slot.name!r} runs more than one attention; name the attention module itself")
-            self.has_seen = True
-            self.slot.put((_from_sdpa, *_sdpa_arguments(*args, **kwargs)), self.state)
-        return func(*args, **kwargs)
-
-    def start(self) -> None:
-        self.has_seen = False
-        if not self.is_on:
-            self.is_on = True
-            self.__enter__()
-
-    def stop(self) -> None:
-        if self.is_on:
-            self.is_on = False
-            self.__exit__(None, None, None)
-
-
-def _attach_sdpa(slot: Slot, state: State) -> list[RemovableHandle]:
-    watch = _Watch(slot, state)
-    state.watches.append(watch)
-
-    def before(module: nn.Module, args: Any) -> None:
-        watch.start()
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        watch.stop()
-
-    return [
-        slot.module.register_forward_pre_hook(only_of(slot.module, before)),
-        slot.module.register_forward_hook(only_of(slot.module, after), prepend=True),
-    ]
-
-
-def _sdpa_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Any, ...]:
-    return query, key, value, attn_mask, is_causal, scale
-
-
-def _from_sdpa(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
-) -> QKV:
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    return QKV(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, mask, is_causal)
-
-
-def _attach_window(slot: Slot, state: State) -> list[RemovableHandle]:
-    masks: list[Tensor | None] = [None]
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        masks[0] = kwargs["mask"] if "mask" in kwargs else args[1] if len(args) > 1 else None
-
-    def projected(module: nn.Module, args: Any, output: Tensor) -> None:
-        slot.put((_from_window, output, masks[0], torch.is_grad_enabled()), state)
-
-    projection = slot.module.get_submodule("qkv")
-    return [
-        slot.module.register_forward_pre_hook(only_of(slot.module, before), with_kwargs=True),
-        projection.register_forward_hook(only_of(projection, projected)),
-    ]
-
-
-def _from_window(module: Any, projection: Tensor, mask: Tensor | None, grad: bool) -> QKV:
-    windows, n, _ = projection.shape
-    q, k, v = projection.reshape(windows, n, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+def _record(slot: Slot) -> QKV:
+    found, shape, grad = slot.value
     with torch.set_grad_enabled(grad):
-        bias = module._get_rel_pos_bias()  # (1,H,n,n)
-    if mask is not None:  # (windows of one image,n,n); images are the slower index
-        bias = (bias + mask.unsqueeze(1)).repeat(windows // mask.shape[0], 1, 1, 1)
-    return QKV(q, k, v, module.scale, bias, False)
+        if len(found) == 1:
+            return _one(slot.module, found[0], shape, _heads(slot.module))
+        # EfficientViT runs its heads in turn, each on the output of the one before.
+        records = [_one(slot.module, attention, shape, None) for attention in found]
+        biases = [record.bias for record in records if record.bias is not None]
+        if any(record.q.shape[1] != 1 for record in records) or len(biases) not in (0, len(records)):
+            raise RuntimeError(several(slot.name, len(records)))
+        q, k, v = (torch.cat(x, dim=1) for x in zip(*(record[:3] for record in records), strict=True))
+        bias = torch.cat(biases, dim=1) if biases else None
+        return QKV(q, k, v, records[0].scale, bias, False, records[0].batch_shape)
+
+
+def _one(module: nn.Module, attention: tuple[Any, ...], shape: tuple[int, ...], heads: int | None) -> QKV:
+    kind, *found = attention
+    is_causal = False
+    if kind == "sdpa":
+        q, k, v, bias, is_causal, scale = found
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        bias = None if bias is None else _replay.as_bias(bias, q)
+    elif kind == "mha":
+        q, k, v, bias = _replay.projected(*found)
+        scale = q.shape[-1] ** -0.5
+    else:
+        q, k, v, scale, bias = _replay.from_map(*found)
+    if heads and _is_over_channels(q, k, heads, shape):
+        raise RuntimeError(
+            f"{type(module).__name__} attends over channels: its maps are of the {q.shape[-2]} channels of a head, "
+            "not of tokens"
+        )
+    if not q.dtype == k.dtype == v.dtype:  # autocast rounds them to the type of v
+        q, k = q.to(v.dtype), k.to(v.dtype)
+    q, k, v, bias, batch_shape = _replay.fold(q, k, v, bias, heads)
+    return QKV(q, k, v, scale, bias, is_causal, batch_shape)
+
+
+def _heads(module: Any) -> int | None:
+    """Return the number of heads that an attention module tells, by the names that models use."""
+    for owner in (module, getattr(module, "config", None)):
+        for name in ("num_heads", "num_attention_heads", "heads", "n_heads", "nhead"):
+            heads = getattr(owner, name, None)
+            if isinstance(heads, int):
+                return heads
+    return None
+
+
+def _is_over_channels(q: Tensor, k: Tensor, heads: int, shape: tuple[int, ...]) -> bool:
+    """Return whether the rows of q are the channels of a head of the (B, N, C) input, and not its tokens."""
+    return len(shape) == 3 and q.shape[-2] == k.shape[-2] != shape[1] and q.shape[-2] * heads == shape[2]

@@ -12,6 +12,7 @@ from fastkd.capture._hooks import Captured, Slot, State, hooked, only_of
 from fastkd.capture._modules import feature_channels, has_heads, module_order, nearest, resolve, unwrap
 
 _CLASS_TOKENS = ("cls_token", "dist_token", "class_token", "class_embedding")
+_HF_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
 
 @contextmanager
@@ -58,8 +59,13 @@ def tokens(
         raise ValueError(f"prefix must be 'drop', 'keep' or a number of tokens to drop, got {prefix!r}")
     root = unwrap(model)
     names = resolve(root, blocks)
-    if hasattr(root, "reroll"):
-        raise ValueError(f"{type(root).__name__} keeps its tokens unrolled, not row-major: use its `reroll` instead")
+    # Hiera keeps the tokens of a mask unit together.
+    rerolled = [f"blocks.{i}" for i in range(len(getattr(root, "blocks", ())))] if hasattr(root, "reroll") else []
+    if any(hasattr(m, "reroll") for m in root.modules()) and not set(names) <= set(rerolled):
+        raise ValueError(
+            f"{type(root).__name__} keeps its tokens unrolled, not row-major: "
+            + (f"its blocks alone can be put in order ({rerolled[0]} ..)" if rerolled else "use its `reroll` instead")
+        )
 
     def attach(slot: Slot, state: State) -> list[RemovableHandle]:
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -71,7 +77,7 @@ def tokens(
         return _as_tokens(root, slot.name, slot.module, slot.value, prefix, layout)
 
     slots = [Slot(name, root.get_submodule(name)) for name in dict.fromkeys(names)]
-    with hooked(root, slots, attach):
+    with hooked(model, root, slots, attach):
         yield Captured(slots, module_order(slots, names), finish)
 
 
@@ -83,6 +89,8 @@ def _as_tokens(root: Any, name: str, module: nn.Module, output: Any, prefix: str
     if not isinstance(x, Tensor) or x.dim() not in (3, 4):
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(output).__name__
         raise ValueError(f"{name!r} gives {got}; tokens need one tensor: (B,N,D), (B,D,H,W) or (B,H,W,D)")
+    if hasattr(root, "reroll"):
+        return root.reroll(x, int(name.removeprefix("blocks."))).flatten(1, 2)
     if layout == "auto":
         layout = "NLC" if x.dim() == 3 else _grid_layout(root, name, module, x)
     if (layout == "NLC") != (x.dim() == 3):
@@ -118,6 +126,10 @@ def _prefix_tokens(root: Any, name: str) -> int:
     if "patch_embed" in name.split(".") or _is_before_class_token(root, name):
         return 0
     count = nearest(root, name, "num_prefix_tokens")
+    if count is None and type(root).__module__.startswith("transformers."):
+        # Its embeddings put these in front of the patches.
+        leading = (p for n, p in root.named_parameters() if n.rsplit(".", 1)[-1] in _HF_TOKENS)
+        return sum(p.shape[-2] if p.dim() > 1 else 1 for p in leading)
     if count is None and any(n.rsplit(".", 1)[-1].startswith(_CLASS_TOKENS) for n, _ in root.named_parameters()):
         raise ValueError(
             f"{type(root).__name__} has a class token but does not tell num_prefix_tokens; "

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastkd import functional as F
+from fastkd.functional.relation import manifold_layers
 from fastkd.ops import _checks as check
-from fastkd.ops.relation import manifold_layers
+from fastkd.ops.relation import ManifoldCall
 
 
 def layer_mf_loss(F_s: Tensor, F_t: Tensor, K: int, *, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +108,7 @@ def mf_loss(
         )
     students = [_merge("block_outs_s", block_outs_s[i][:, extra:], max_patch_num) for i in layer_ids_s]
     teachers = [_merge("block_outs_t", block_outs_t[i], max_patch_num) for i in layer_ids_t]
-    _, (patch, sample, rand) = manifold_layers(
+    call = ManifoldCall(
         students,
         teachers,
         intra=1.0,
@@ -119,4 +120,5 @@ def mf_loss(
         return_terms=True,
         backend="auto",
     )
+    _, (patch, sample, rand) = manifold_layers(call, None)
     return w_sample * sample, w_patch * patch, w_rand * rand
