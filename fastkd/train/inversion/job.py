@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +26,9 @@ from ..loop import AMP_DTYPES
 from ..models import check_one_image, create_model, input_size, load_weights
 from ..prepare import choose_device
 from ..settings import Settings
-from .presets import PRESETS, Preset
+from .settings import Inversion, write_settings
 from .store import GRID, Store
 from .synthesis import Inverter, normalisation
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """All options of `fastkd invert`."""
-
-    teacher: str | None = None  # None: the model named in the checkpoint
-    teacher_args: dict[str, Any] = field(default_factory=dict)
-    teacher_checkpoint: str | None = None
-    teacher_pretrained: bool = False
-    num_classes: int | None = None  # None: that of the weights
-    img_size: int | None = None  # None: the teacher's own
-    preset: Preset = PRESETS["imagenet-0"]
-    images: int = 1000
-    labels: tuple[int, ...] | None = None  # None: all, in turn
-    student: str | None = None  # for the competition
-    student_args: dict[str, Any] = field(default_factory=dict)
-    student_checkpoint: str | None = None
-    student_steps: int = 100  # training steps after each batch, on all images so far
-    student_lr: float = 1e-3
-    device: str = "auto"
-    amp: str = "none"
-    seed: int = 0
-    out: str = "synthetic"
-    resume: bool = False
 
 
 def invert(settings: Inversion) -> dict[str, Any]:
@@ -81,6 +55,7 @@ def invert(settings: Inversion) -> dict[str, Any]:
     with alone(Path(settings.out)):
         store = open_store(settings, wanted)
         try:
+            write_settings(settings, Path(settings.out))
             if rival is not None and store.batches:
                 rival.load(store.student)
             make_batches(settings, inverter, rival, store, labels)
