@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from fastkd import backend
 from fastkd.train import InputError, cli, job, report
 from fastkd.train.checkpoint import replacing
-from fastkd.train.options import values_of
-from fastkd.train.settings import DIGITS, Settings, Stage
+from fastkd.train.parser import values_of
+from fastkd.train.settings import DIGITS, Settings, Stage, settings_from
 
 ALONE = "none"
 
@@ -276,7 +276,7 @@ def _bases(data: str, options: list[str]) -> dict[str, Settings]:
     if data == "digits" and not options:
         return {kind: dataclasses.replace(base, epochs=10, warmup_epochs=1) for kind, base in TEACHERS.items()}
     found = cli.parser().parse_args(["train", "--data", data, *options], defaults=False)
-    return {"given": cli.settings_from(values_of(found.train))}
+    return {"given": settings_from(values_of(found.train))}
 
 
 if __name__ == "__main__":

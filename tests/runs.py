@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from fastkd.train import checkpoint, cli, job, ranks
+from fastkd.train import checkpoint, job, ranks
 from fastkd.train.settings import Settings
 
 # What the library imports only when it needs it, seconds of each process that starts without.
@@ -90,6 +90,8 @@ class Result(NamedTuple):
 
 def invoke(*arguments: str) -> Result:
     """Run `fastkd` with these arguments in this process."""
+    from fastkd.train import cli
+
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:

@@ -24,11 +24,21 @@ from safetensors.torch import load_file  # noqa: E402
 
 from fastkd._version import __version__  # noqa: E402
 from fastkd.train import checkpoint  # noqa: E402
-from fastkd.train.cli import settings_from  # noqa: E402
 from fastkd.train.inversion.settings import GROUPS as INVERT_GROUPS  # noqa: E402
-from fastkd.train.options import read_file, write_file  # noqa: E402
+from fastkd.train.parser import read_file  # noqa: E402
 from fastkd.train.recipes import RECIPES, recipe  # noqa: E402
-from fastkd.train.settings import DIGITS, FOLDER, GROUPS, Settings, Stage, plain, read_stages  # noqa: E402
+from fastkd.train.settings import (  # noqa: E402
+    DIGITS,
+    FOLDER,
+    GROUPS,
+    Settings,
+    Stage,
+    read_recipe,
+    read_settings,
+    read_stages,
+    settings_from,
+    write_settings,
+)
 
 SMALL = [
     "--device=cpu",
@@ -336,15 +346,21 @@ def test_config_holds_every_option(tmp_path):
         settings_from({"recipe": RECIPES[3]}),
     ):
         path = tmp_path / "config.yaml"
-        write_file(path, plain(settings))
+        write_settings(path, settings)
         read = read_file(str(path), *GROUPS)
-        assert read.keys() == {item.name for item in dataclasses.fields(Settings)}
-        assert Settings(**read) == settings
-        assert {name: type(value) for name, value in read.items()} == {
-            name: type(value) for name, value in vars(settings).items()
-        }
+        own = {name: value for name, value in vars(settings).items() if name not in ("out", "overwrite")}
+        assert read == own
+        assert read_settings(path) == settings
+        assert {name: type(value) for name, value in read.items()} == {name: type(value) for name, value in own.items()}
         for base in (DIGITS, FOLDER):  # nothing of what it is applied to is left
             assert settings_from({}, base, read) == settings
+
+
+def test_recipes_are_configs():
+    for name in RECIPES:
+        read = read_file(str(recipe(name)), *GROUPS)
+        assert read.keys() == read_recipe(name).keys()
+        assert repr({key: read[key] for key in read_recipe(name)}) == repr(read_recipe(name))
 
 
 def test_command_line_overrides_the_config(tmp_path):

@@ -13,11 +13,9 @@ from torch import nn
 timm = pytest.importorskip("timm")
 pytest.importorskip("timm.task")
 
-from fastkd.train.cli import settings_from  # noqa: E402
 from fastkd.train.models import create_model  # noqa: E402
-from fastkd.train.options import read_file  # noqa: E402
 from fastkd.train.recipes import RECIPES, recipe  # noqa: E402
-from fastkd.train.settings import FOLDER, GROUPS, Settings  # noqa: E402
+from fastkd.train.settings import FOLDER, Settings, read_recipe, settings_from  # noqa: E402
 from fastkd.train.tasks import DistillationTask, create_task, task_options  # noqa: E402
 
 CLASSES = 10
@@ -143,7 +141,7 @@ def test_recipe_runs_a_step_of_each_stage_with_its_real_networks(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_complete(name):
-    settings, given = settings_of(name), read_file(str(recipe(name)), *GROUPS)
+    settings, given = settings_of(name), read_recipe(name)
     own = {key: getattr(settings, key) for key in given}
     assert own == given
     assert {key for key, value in vars(settings).items() if value != getattr(FOLDER, key) and key not in given} == {
@@ -168,7 +166,7 @@ def test_recipe_is_complete(name):
 def test_recipe_is_a_configuration_file(name):
     """It gives the same settings by its name and as a file."""
     settings = settings_of(name)
-    config = read_file(str(recipe(name)), *GROUPS)
+    config = read_recipe(name)
     assert dataclasses.replace(settings_from({"data": "images"}, config=config), recipe=name) == settings
     assert settings.epochs == sum(stage.epochs for stage in settings.stages) >= 300
     assert settings.teacher_epochs == (0 if settings.teacher_pretrained else FOLDER.teacher_epochs)

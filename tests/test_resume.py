@@ -12,7 +12,6 @@ import torch
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("timm.task")
-pytest.importorskip("jsonargparse")
 
 from runs import finish, places, run_with_kills, same  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402

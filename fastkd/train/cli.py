@@ -1,7 +1,6 @@
 """The command line: `fastkd train | invert | info`, with the options that settings.py and the presets define."""
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -12,11 +11,11 @@ from jsonargparse import set_parsing_settings
 
 from fastkd._version import __version__
 
-from . import InputError, RunError
+from . import RunError
 from .inversion import cli as inversion
-from .options import Parser, add_options, near, read_file, values_of
-from .recipes import RECIPES, recipe
-from .settings import DIGITS, FOLDER, GROUPS, Settings
+from .parser import Parser, add_options, read_file, values_of
+from .recipes import recipe
+from .settings import DIGITS, FOLDER, GROUPS, Settings, read_recipe, settings_from
 
 TRAIN = """Distil a timm student from a timm teacher.
 
@@ -104,54 +103,10 @@ def run(given: dict[str, Any]) -> None:
         _print_results(_run(given, config, resume))
 
 
-def settings_from(
-    given: dict[str, Any], base: Settings | None = None, config: dict[str, Any] | None = None
-) -> Settings:
-    """Return the base's settings, updated by the values of a file, then by the given ones.
-
-    Without a base, the settings of the recipe or of the kind of data are the base. Naming a network drops the options
-    of the base's network. A file's mapping replaces the base's, a given one is added to it.
-    """
-    config = config or {}
-    if base is None:
-        base = _base(config | given)
-    replaced: dict[str, Any] = {name: {} for name in config if name.endswith("_args")}
-    return _updated(_updated(dataclasses.replace(base, **replaced), config), given)
-
-
-def _updated(base: Settings, given: dict[str, Any]) -> Settings:
-    given = dict(given)
-    for role in ("student", "teacher"):
-        if role in given:
-            own: dict[str, Any] = {f"{role}_args": {}, f"{role}_layers": None}
-            base = dataclasses.replace(base, **own)
-    if "task" in given:
-        base = dataclasses.replace(base, task_args={})
-    if {"task", "task_args", "epochs"} & given.keys():
-        given.setdefault("stages", ())
-    for name in given:
-        if name.endswith("_args"):
-            given[name] = getattr(base, name) | given[name]
-    if given.get("teacher_checkpoint") is not None or given.get("teacher_pretrained"):
-        given.setdefault("teacher_epochs", 0)
-    if given.get("teacher_checkpoint") is not None:
-        given.setdefault("teacher_pretrained", False)  # the recipe's pretrained weights would be downloaded in vain
-    return dataclasses.replace(base, **given)
-
-
-def _base(given: dict[str, Any]) -> Settings:
-    name = given.get("recipe")
-    if name is None:
-        return DIGITS if given.get("data", "digits") == "digits" else FOLDER
-    if name not in RECIPES:
-        raise InputError(f"--recipe: needs one of {', '.join(RECIPES)}, got {name!r}{near(name, RECIPES)}")
-    return dataclasses.replace(settings_from({}, FOLDER, read_file(str(recipe(name)), *GROUPS)), recipe=name)
-
-
 def describe_recipe(name: str, settings: Settings) -> str:
     """Return the text of a recipe: its file, the other settings, and the options that were given."""
-    text, plain = recipe(name).read_text(), _base({"recipe": name})
-    told = {"data", "recipe", "task", "task_args", *read_file(str(recipe(name)), *GROUPS)}
+    text, plain = recipe(name).read_text(), settings_from({"recipe": name})
+    told = {"data", "recipe", "task", "task_args", *read_recipe(name)}
     rest = [f"{key}: {value}" for key, value in vars(plain).items() if key not in told]
     changed = [f"{key}: {value}" for key, value in vars(settings).items() if value != getattr(plain, key)]
     lines = [text, "# The rest, as for any folder:", *rest]

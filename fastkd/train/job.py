@@ -27,10 +27,9 @@ from . import DataError, DivergedError, InputError, InterruptedRun, checkpoint, 
 from .evaluate import not_finite
 from .loop import Trainee
 from .models import pretrained_cfg
-from .options import read_file, write_file
 from .prepare import Setup, choose_device, fingerprint, prepare
 from .report import Row
-from .settings import GROUPS, Settings, anchored, differences, plain, stages
+from .settings import Settings, anchored, differences, plain, read_settings, stages, write_settings
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -107,7 +106,7 @@ def saved_settings(out: str) -> Settings:
     """
     if not (Path(out) / "config.json").is_file():
         raise InputError(f"--resume: {out} holds no run (no config.json)")
-    return Settings(**read_file(str(Path(out) / CONFIG), *GROUPS) | {"out": out})
+    return dataclasses.replace(read_settings(Path(out) / CONFIG), out=out)
 
 
 def check_resume(now: Settings, before: Settings) -> None:
@@ -178,8 +177,7 @@ def start_folder(out: Path, config: dict[str, Any], settings: Settings) -> None:
         for name in (CHECKPOINTS, EVENTS):
             shutil.rmtree(out / name, ignore_errors=True)
         with checkpoint.replacing(out / CONFIG) as partial:  # config.json, the sign of a run, comes last
-            values = plain(settings)
-            write_file(partial, {name: values[name] for name in values if name not in ("out", "overwrite")})
+            write_settings(partial, settings)
         report.write_json(out / "config.json", config)
     except OSError as error:
         raise InputError(f"--out: {out} cannot be written: {error.strerror}") from error

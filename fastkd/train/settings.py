@@ -6,9 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
+
+from . import InputError
 from .options import BadValueError, kind_of, mapping, names, near, option, tuples
+from .recipes import RECIPES, recipe
 
 
 @dataclass(frozen=True)
@@ -251,13 +256,13 @@ def anchored(settings: Settings) -> Settings:
 
 
 def plain(settings: Settings) -> dict[str, Any]:
-    """Return the settings as a dictionary, the inverse of from_plain."""
+    """Return the settings as a dictionary for JSON or YAML."""
     return dataclasses.asdict(settings)
 
 
-def from_plain(values: Mapping[str, Any]) -> Settings:
-    """Return settings from JSON or YAML; lists become tuples."""
-    return Settings(**tuples(values) | {"stages": read_stages(values.get("stages", ()))})
+def from_plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of settings from JSON or YAML; lists become tuples."""
+    return tuples(values) | ({"stages": read_stages(values["stages"])} if "stages" in values else {})
 
 
 def differences(now: Settings, before: Settings) -> list[str]:
@@ -265,3 +270,68 @@ def differences(now: Settings, before: Settings) -> list[str]:
     new, old = vars(now), vars(before)
     changed = (name for name in new if name not in FREE and new[name] != old[name])
     return [f"{name}: {new[name]} (the run has {old[name]})" for name in changed]
+
+
+def settings_from(
+    given: dict[str, Any], base: Settings | None = None, config: dict[str, Any] | None = None
+) -> Settings:
+    """Return the base's settings, updated by the values of a file, then by the given ones.
+
+    Without a base, the settings of the recipe or of the kind of data are the base. Naming a network drops the options
+    of the base's network. A file's mapping replaces the base's, a given one is added to it.
+    """
+    config = config or {}
+    if base is None:
+        base = _base(config | given)
+    replaced: dict[str, Any] = {name: {} for name in config if name.endswith("_args")}
+    return _updated(_updated(dataclasses.replace(base, **replaced), config), given)
+
+
+def _updated(base: Settings, given: dict[str, Any]) -> Settings:
+    given = dict(given)
+    for role in ("student", "teacher"):
+        if role in given:
+            own: dict[str, Any] = {f"{role}_args": {}, f"{role}_layers": None}
+            base = dataclasses.replace(base, **own)
+    if "task" in given:
+        base = dataclasses.replace(base, task_args={})
+    if {"task", "task_args", "epochs"} & given.keys():
+        given.setdefault("stages", ())
+    for name in given:
+        if name.endswith("_args"):
+            given[name] = getattr(base, name) | given[name]
+    if given.get("teacher_checkpoint") is not None or given.get("teacher_pretrained"):
+        given.setdefault("teacher_epochs", 0)
+    if given.get("teacher_checkpoint") is not None:
+        given.setdefault("teacher_pretrained", False)  # the recipe's pretrained weights would be downloaded in vain
+    return dataclasses.replace(base, **given)
+
+
+def _base(given: dict[str, Any]) -> Settings:
+    name = given.get("recipe")
+    if name is None:
+        return DIGITS if given.get("data", "digits") == "digits" else FOLDER
+    if name not in RECIPES:
+        raise InputError(f"--recipe: needs one of {', '.join(RECIPES)}, got {name!r}{near(name, RECIPES)}")
+    return dataclasses.replace(settings_from({}, FOLDER, read_recipe(name)), recipe=name)
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return the values of a recipe's file."""
+    return _read(recipe(name))
+
+
+def read_settings(path: Path) -> Settings:
+    """Return the settings of a file that write_settings has written."""
+    return Settings(**_read(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return from_plain(yaml.safe_load(path.read_text()))
+
+
+def write_settings(path: Path, settings: Settings) -> None:
+    """Write all settings but the output folder as a YAML file, which starts the same run again."""
+    values = plain(settings)
+    del values["out"], values["overwrite"]
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..options import Parser, add_options, read_file
+from ..parser import Parser, add_options, read_file
 from .settings import GROUPS, Inversion, settings_from
 
 INTERRUPTED = "interrupted; the finished batches stay, --resume goes on with them"

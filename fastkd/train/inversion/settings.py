@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .. import InputError
 from ..checkpoint import replacing
-from ..options import BadValueError, mapping, near, option, write_file
+from ..options import BadValueError, mapping, near, option
 from .presets import PRESETS, Loss, Preset, Schedule
 from .store import CONFIG
 
@@ -108,4 +110,4 @@ def write_settings(settings: Inversion, out: Path) -> None:
     for name in ("out", "resume"):
         del values[name]
     with replacing(out / CONFIG) as partial:
-        write_file(partial, values)
+        partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
