@@ -335,7 +335,13 @@ def test_config_starts_the_same_run_again(tmp_path, monkeypatch):
 
 def test_config_holds_every_option(tmp_path):
     """What a run writes is read as the same settings; every option is a line of it."""
-    changed = {"layer_decay": 0.5, "warmup_lr": 1e-7, "train_fraction": 0.1 + 0.2, "data": "a folder: #1"}
+    changed = {
+        "layer_decay": 0.5,
+        "warmup_lr": 1e-7,
+        "train_fraction": 0.1 + 0.2,
+        "data": "a folder: #1",
+        "student_args": {"a": "1e3", "b": "1.5e-3"},
+    }
     stages = (
         Stage("dkd", 2, {"logit_options": {"alpha": 1e-5}}, augment_args={"scale": (0.08, 1.0)}),
         Stage("none", 1),
@@ -373,6 +379,8 @@ def test_command_line_overrides_the_config(tmp_path):
     assert (settings.lr, settings.opt_args, settings.batch_size) == (0.1, {"eps": 1e-6, "betas": (0.8, 0.9)}, 64)
     assert settings.stages == (Stage("soft", 3),)
     assert settings_from({"task": "dkd"}, config=config).stages == ()
+    assert settings_from({"task": "soft"}, config={"task": "dkd", "task_args": {"weight": 2}}).task_args == {}
+    assert settings_from({"task": "dkd"}, config={"task": "dkd", "task_args": {"weight": 2}}).task_args == {"weight": 2}
     recipe_and_file = settings_from({"recipe": "cikd-vit-tiny"}, config={"opt_args": {}})
     assert recipe_and_file.opt_args == {}
 

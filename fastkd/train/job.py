@@ -19,6 +19,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
+from yaml import YAMLError
 
 from fastkd._version import __version__
 from fastkd.info import cpu_name
@@ -106,7 +107,11 @@ def saved_settings(out: str) -> Settings:
     """
     if not (Path(out) / "config.json").is_file():
         raise InputError(f"--resume: {out} holds no run (no config.json)")
-    return dataclasses.replace(read_settings(Path(out) / CONFIG), out=out)
+    try:
+        return dataclasses.replace(read_settings(Path(out) / CONFIG), out=out)
+    except (OSError, YAMLError, ValueError, TypeError, AttributeError) as error:
+        detail = " ".join(str(error).split())
+        raise InputError(f"--resume: {Path(out) / CONFIG} cannot be read as the settings of a run: {detail}") from error
 
 
 def check_resume(now: Settings, before: Settings) -> None:

@@ -3,10 +3,13 @@
 import argparse
 import ast
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field
 from types import NoneType
 from typing import Any, get_args
+
+import yaml
 
 
 class BadValueError(argparse.ArgumentTypeError, ValueError):
@@ -76,6 +79,17 @@ def tuples(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(tuples(x) for x in value)
     return {key: tuples(x) for key, x in value.items()} if isinstance(value, Mapping) else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML 1.1, with quotes around texts such as 1e3 that YAML 1.2, and with it jsonargparse, reads as numbers."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[\d.]+[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def near(name: str, known: Sequence[str]) -> str:

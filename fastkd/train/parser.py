@@ -47,7 +47,7 @@ class Parser(ArgumentParser):
             raise InputError(f"{unknown[1]}: there is no such option{near(unknown[1], known)}") from ex
         if wrong := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
             action = next(action for action in self._actions if action.dest == wrong[1])
-            value = re.search(r"Given value: (.*)", wrong[2], re.DOTALL)
+            value = re.search(r"(?:Given|Got) value: (.*)", wrong[2], re.DOTALL)  # jsonargparse 4 and 5
             text = f"needs {self.needs[wrong[1]][0]}, got {value[1]}" if value else wrong[2]
             message = f"argument {action.option_strings[0]}: {text}"
         if chosen := re.match(r"argument \w+: invalid choice: '(.+?)' \(choose from (.*)\)", message):

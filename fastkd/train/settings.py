@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from . import InputError
-from .options import BadValueError, kind_of, mapping, names, near, option, tuples
+from .options import BadValueError, as_yaml, kind_of, mapping, names, near, option, tuples
 from .recipes import RECIPES, recipe
 
 
@@ -293,7 +293,7 @@ def _updated(base: Settings, given: dict[str, Any]) -> Settings:
         if role in given:
             own: dict[str, Any] = {f"{role}_args": {}, f"{role}_layers": None}
             base = dataclasses.replace(base, **own)
-    if "task" in given:
+    if "task" in given and ("task_args" in given or given["task"] != base.task):
         base = dataclasses.replace(base, task_args={})
     if {"task", "task_args", "epochs"} & given.keys():
         given.setdefault("stages", ())
@@ -334,4 +334,4 @@ def write_settings(path: Path, settings: Settings) -> None:
     """Write all settings but the output folder as a YAML file, which starts the same run again."""
     values = plain(settings)
     del values["out"], values["overwrite"]
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    path.write_text(as_yaml(values))

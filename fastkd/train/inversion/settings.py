@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .. import InputError
 from ..checkpoint import replacing
-from ..options import BadValueError, mapping, near, option
+from ..options import BadValueError, as_yaml, mapping, near, option
 from .presets import PRESETS, Loss, Preset, Schedule
 from .store import CONFIG
 
@@ -110,4 +108,4 @@ def write_settings(settings: Inversion, out: Path) -> None:
     for name in ("out", "resume"):
         del values[name]
     with replacing(out / CONFIG) as partial:
-        partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        partial.write_text(as_yaml(values))
