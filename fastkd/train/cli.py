@@ -11,8 +11,7 @@ from jsonargparse import set_parsing_settings
 
 from fastkd._version import __version__
 
-from . import RunError
-from .inversion import cli as inversion
+from . import InterruptedRun, RunError
 from .parser import Parser, add_options, read_file, values_of
 from .recipes import recipe
 from .settings import DIGITS, FOLDER, GROUPS, Settings, read_recipe, settings_from
@@ -32,51 +31,70 @@ Ctrl-C finishes the step and writes a checkpoint. On several GPUs: torchrun --np
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    commands = parser()
-    if not arguments:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = arguments[0] if arguments else ""
+    commands = parser("" if command.startswith("--print_completion") else command)
+    if not command:
         commands.print_help()
         return 2
-    prog = f"fastkd {arguments[0]}" if arguments[0] in ("train", "invert") else "fastkd"
-    teller: int | None = None
-    code, message = 0, ""
+    code, teller = 0, None
     try:
-        found = commands.parse_args(list(arguments), defaults=False)
-        if found.command == "info":
-            from fastkd.info import main as info
-
-            return info([])
-        given = values_of(found[found.command])
-        inversion.run(given) if found.command == "invert" else run(given)
+        found = commands.parse_args(arguments, defaults=False)
+        _run(found.command, values_of(found[found.command]))
     except RunError as error:
-        code, teller, message = error.code, error.teller, str(error)
-    except KeyboardInterrupt:
-        code = 130
-        message = inversion.INTERRUPTED if prog.endswith("invert") else "interrupted before the first step"
+        code, teller = error.code, error.teller
+        if teller in (None, _rank()):
+            prog = f"fastkd {command}" if command in COMMANDS else "fastkd"
+            print(f"{prog}: {error}", file=sys.stderr)
     finally:
         _leave(together=teller is not None)
-    if message and teller in (None, _rank()):
-        print(f"{prog}: {message}", file=sys.stderr)
     return code
 
 
-def parser() -> Parser:
-    """Return the parser of all commands."""
+COMMANDS = {
+    "train": "Distil a timm student from a timm teacher.",
+    "invert": "Synthesise labelled images from a trained CNN.",
+    "info": "Print the versions and the backends of this installation.",
+}
+
+
+def parser(command: str = "") -> Parser:
+    """Return the parser of all commands; with a command, the others have no options, which saves time."""
     set_parsing_settings(add_print_completion_argument=True)
-    commands = Parser(
+    top = Parser(
         prog="fastkd",
         description="Distil vision transformers with fused losses.",
         version=__version__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    chosen = commands.add_subcommands(dest="command", metavar="COMMAND")
-    chosen.add_subcommand("train", train_parser(), help="Distil a timm student from a timm teacher.")
-    chosen.add_subcommand("invert", inversion.parser(), help="Synthesise labelled images from a trained CNN.")
-    information = Parser(description="Print the versions, the backends and the extension of this installation.")
-    information.add_argument("--json", action="store_true", help="Print them as JSON.")
-    chosen.add_subcommand("info", information, help="Print the versions and the backends of this installation.")
-    return commands
+    chosen = top.add_subcommands(dest="command", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        own = Parser(description=text)
+        if name == "train" and command in (name, ""):
+            own = train_parser()
+        elif name == "invert" and command in (name, ""):
+            from .inversion.cli import parser as invert_parser
+
+            own = invert_parser()
+        chosen.add_subcommand(name, own, help=text)
+    return top
+
+
+def _run(command: str, given: dict[str, Any]) -> None:
+    if command == "train":
+        try:
+            train(given)
+        except KeyboardInterrupt as error:
+            raise InterruptedRun("interrupted before the first step", 130) from error
+    elif command == "invert":
+        from .inversion.cli import run
+
+        run(given)
+    else:
+        from fastkd.info import main as info
+
+        info([])
 
 
 def train_parser() -> Parser:
@@ -89,7 +107,7 @@ def train_parser() -> Parser:
     return own
 
 
-def run(given: dict[str, Any]) -> None:
+def train(given: dict[str, Any]) -> None:
     """Run `fastkd train` with the options that were given."""
     given = dict(given)
     dry_run, resume = given.pop("dry_run", False), given.pop("resume", None)
@@ -100,7 +118,7 @@ def run(given: dict[str, Any]) -> None:
     elif dry_run:
         _plan(settings_from(given, config=config))
     else:
-        _print_results(_run(given, config, resume))
+        _print_results(_train(given, config, resume))
 
 
 def describe_recipe(name: str, settings: Settings) -> str:
@@ -121,16 +139,16 @@ def _default(name: str) -> str:
     return str(folder) if digits == folder else f"digits {digits}, folder {folder}"
 
 
-def _run(given: dict[str, Any], config: dict[str, Any], resume: str | None) -> dict[str, Any]:
-    from .job import check_resume, saved_settings, train
+def _train(given: dict[str, Any], config: dict[str, Any], resume: str | None) -> dict[str, Any]:
+    from . import job
 
     if resume is None:
-        return train(settings_from(given, config=config))
-    before = saved_settings(resume)
+        return job.train(settings_from(given, config=config))
+    before = job.saved_settings(resume)
     given = {name: value for name, value in given.items() if name not in ("out", "overwrite")}
     now = settings_from(given, before, config)
-    check_resume(now, before)
-    return train(now, resume=True)
+    job.check_resume(now, before)
+    return job.train(now, resume=True)
 
 
 def _plan(settings: Settings) -> None:
@@ -147,8 +165,8 @@ def _rank() -> int:
 
 
 def _leave(together: bool) -> None:
-    """End the process group, if torch was imported and may have started one."""
-    if "torch" in sys.modules:
+    """End the process group, if a run may have joined one."""
+    if f"{__package__}.ranks" in sys.modules:
         from .ranks import leave
 
         leave(together)

@@ -9,8 +9,6 @@ from dataclasses import MISSING, field
 from types import NoneType
 from typing import Any, get_args
 
-import yaml
-
 
 class BadValueError(argparse.ArgumentTypeError, ValueError):
     """A value that an option cannot have. argparse shows the message of the one class, jsonargparse of the other."""
@@ -81,15 +79,16 @@ def tuples(value: Any) -> Any:
     return {key: tuples(x) for key, x in value.items()} if isinstance(value, Mapping) else value
 
 
-class _Dumper(yaml.SafeDumper):
-    """YAML 1.1, with quotes around texts such as 1e3 that YAML 1.2, and with it jsonargparse, reads as numbers."""
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[\d.]+[eE][-+]?\d+$"), list("-+.0123456789"))
-
-
 def as_yaml(values: Mapping[str, Any]) -> str:
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """Return YAML, with quotes around texts such as 1e3, which jsonargparse would read as numbers."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    number = re.compile(r"[-+]?[\d.]+[eE][-+]?\d+$")
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def near(name: str, known: Sequence[str]) -> str:

@@ -9,8 +9,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from . import InputError
 from .options import BadValueError, as_yaml, kind_of, mapping, names, near, option, tuples
 from .recipes import RECIPES, recipe
@@ -327,6 +325,8 @@ def read_settings(path: Path) -> Settings:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
     return from_plain(yaml.safe_load(path.read_text()))
 
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from .. import InterruptedRun
 from ..parser import Parser, add_options, read_file
 from .settings import GROUPS, Inversion, settings_from
 
-INTERRUPTED = "interrupted; the finished batches stay, --resume goes on with them"
 INVERT = """Synthesise labelled images from a trained CNN and its batch-norm statistics (DeepInversion).
 
 The images are written to class folders below train/, as `fastkd train --data` reads them, with a manifest, a grid of
@@ -31,7 +31,11 @@ def run(given: dict[str, Any]) -> None:
     for name in ("teacher_args", "student_args"):
         if name in given:
             given[name] = config.get(name, {}) | given[name]
-    summary = invert(settings_from(config | given))
+    try:
+        summary = invert(settings_from(config | given))
+    except KeyboardInterrupt as error:
+        message = "interrupted; the finished batches stay, --resume goes on with them"
+        raise InterruptedRun(message, 130) from error
     terms = ", ".join(f"{name} {value:.3g}" for name, value in summary["terms"].items())
     print(f"\nimages      {summary['images']} in {summary['batches']} batches, {summary['out']}/train")
     print(f"teacher     gives its label more than half in {summary['sure']:.1%}")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from fastkd._version import __version__
 from fastkd.functional import soft_target_loss
 
 from .. import DataError, InputError
-from ..checkpoint import alone, write_weights
+from ..checkpoint import alone, replacing, write_weights
 from ..data import seed_all
 from ..loop import AMP_DTYPES
 from ..models import check_one_image, create_model, input_size, load_weights
+from ..options import as_yaml
 from ..prepare import choose_device
 from ..settings import Settings
-from .settings import Inversion, write_settings
-from .store import GRID, Store
+from .settings import Inversion
+from .store import CONFIG, GRID, Store
 from .synthesis import Inverter, normalisation
 
 
@@ -168,6 +170,18 @@ def open_store(settings: Inversion, wanted: dict[str, Any]) -> Store:
             + ", ".join(f"{n} {store.header.get(n)!r}, not {wanted.get(n)!r}" for n in sorted(differing))[:300]
         )
     return store
+
+
+def write_settings(settings: Inversion, out: Path) -> None:
+    """Write the options to a file, which makes the same images again in another folder."""
+    values = dataclasses.asdict(settings)
+    values |= values.pop("preset")
+    for name in ("teacher_checkpoint", "student_checkpoint"):
+        values[name] = values[name] and os.path.abspath(values[name])
+    for name in ("out", "resume"):
+        del values[name]
+    with replacing(out / CONFIG) as partial:
+        partial.write_text(as_yaml(values))
 
 
 def make_batches(

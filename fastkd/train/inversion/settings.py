@@ -1,17 +1,13 @@
 """Settings of `fastkd invert`: every option with its help."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .. import InputError
-from ..checkpoint import replacing
-from ..options import BadValueError, as_yaml, mapping, near, option
+from ..options import BadValueError, mapping, near, option
 from .presets import PRESETS, Loss, Preset, Schedule
-from .store import CONFIG
 
 
 def labels(value: Any) -> tuple[int, ...] | None:
@@ -97,15 +93,3 @@ def settings_from(given: Mapping[str, Any]) -> Inversion:
     own = {item.name for item in dataclasses.fields(Preset)} & given.keys()
     preset = dataclasses.replace(PRESETS[name], **{key: given[key] for key in own})
     return Inversion(preset=preset, **{key: value for key, value in given.items() if key not in own})
-
-
-def write_settings(settings: Inversion, out: Path) -> None:
-    """Write the options to a file, which makes the same images again in another folder."""
-    values = dataclasses.asdict(settings)
-    values |= values.pop("preset")
-    for name in ("teacher_checkpoint", "student_checkpoint"):
-        values[name] = values[name] and os.path.abspath(values[name])
-    for name in ("out", "resume"):
-        del values[name]
-    with replacing(out / CONFIG) as partial:
-        partial.write_text(as_yaml(values))
