@@ -113,6 +113,15 @@ def test_the_student_trains(whole, place):
     assert first[1] != then[1]
 
 
+def test_config_makes_the_same_images_again(whole, place):
+    out = place / "again"
+    result = invoke("invert", "--config", str(whole / "config.yaml"), "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert_same(out, whole)
+    result = invoke("invert", "--config", str(whole / "config.yaml"), "--out", str(out), "--resume", "--no-flip")
+    assert (result.exit_code, "made with other settings" in result.output) == (2, True), result.output
+
+
 def test_training_takes_the_folder(whole, place):
     teacher = place / "teacher.safetensors"
     arguments = f"--data {whole} --out {place / 'run'} --device cpu --img-size 32 --batch-size 4 --epochs 1 --workers 0"
