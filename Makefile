@@ -43,10 +43,10 @@ demo: $(ENV)
 	$(BIN)/fastkd train
 
 demo-datafree: $(ENV)
-	$(BIN)/python -m fastkd.train.inversion.demo
+	$(BIN)/python -m experiments.data_free
 
 study: $(ENV)
-	$(BIN)/python -m fastkd.train.study
+	$(BIN)/python -m experiments.study
 
 test: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive'

@@ -33,9 +33,8 @@ from benchmarks.providers.relation import manifold_by_maps
 from fastkd import capture
 from fastkd.losses import ManifoldLoss
 from fastkd.train import ranks
-from fastkd.train.cli import settings_from
 from fastkd.train.prepare import Setup, prepare
-from fastkd.train.settings import DIGITS, FOLDER, Settings, as_json, from_json
+from fastkd.train.settings import DIGITS, FOLDER, Settings, from_plain, plain, settings_from
 from fastkd.train.tasks import FeatureLoss, renormalisation
 
 T = TypeVar("T")
@@ -242,7 +241,7 @@ class Processes:
         Raises:
             RuntimeError: the processes have ended, or exceed the time limit.
         """
-        self._tell({"settings": as_json(settings), "steps": steps})
+        self._tell({"settings": plain(settings), "steps": steps})
         keys = [f"{self.world}/{self._turn}/{rank}" for rank in range(self.world)]
         late = time.monotonic() + LATE
         while not self.store.check(keys):
@@ -276,7 +275,7 @@ def work(port: int) -> None:
         if not told:
             break
         if trainer is None or told["settings"] != made_of:
-            trainer, made_of = Trainer(from_json(told["settings"])), told["settings"]
+            trainer, made_of = Trainer(Settings(**from_plain(told["settings"]))), told["settings"]
         store.set(f"{world}/{turn}/{rank}", str(trainer.take(told["steps"]).seconds))
     ranks.leave()
 

@@ -20,6 +20,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = ROOT / "benchmarks/results"
 PICTURES = DOCS / "pictures"
+sys.path.insert(0, str(ROOT))  # experiments/, which is not installed
 PAGES = (ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts))
 NONE = "Not measured yet.\n"
 Row = dict[str, Any]
@@ -61,7 +62,7 @@ def demo() -> str:
 
 def demo_datafree() -> str:
     """Return the result table of `make demo-datafree` and the machine it ran on."""
-    from fastkd.train.inversion.demo import table
+    from experiments.data_free import table
 
     summary = json.loads((RESULTS / "demo-datafree.json").read_text())
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
@@ -143,7 +144,7 @@ def study() -> str:
     path = RESULTS / "study.json"
     if not path.exists():
         return NONE
-    from fastkd.train.study import table as lines
+    from experiments.study import table as lines
 
     found = json.loads(path.read_text())
     cell = {(run["method"], run["fraction"]): run for run in found["lines"]}
@@ -434,7 +435,7 @@ def pictures() -> Iterator[tuple[str, Any, Callable[[Any, Any], None], tuple[flo
         yield f"roofline-{name}", {**limits, "cases": points}, plots.roofline, (6, 4)
     path = RESULTS / "study.json"
     if path.exists():
-        from fastkd.train.study import draw
+        from experiments.study import draw
 
         yield "study", json.loads(path.read_text())["lines"], draw, (6, 4)
     for found in results("sweeps"):

@@ -1,8 +1,8 @@
-"""The command line: fastkd train | info, the same as python -m fastkd."""
+"""The command line: fastkd train | invert | info, the same as python -m fastkd."""
 
 import sys
 
-TRAIN_LIBRARIES = {"matplotlib", "safetensors", "sklearn", "timm", "torchvision", "tqdm", "typer"}
+TRAIN_LIBRARIES = {"jsonargparse", "matplotlib", "safetensors", "sklearn", "timm", "torchvision", "tqdm", "yaml"}
 
 
 def main() -> None:
@@ -12,9 +12,9 @@ def main() -> None:
             from fastkd.info import main as info
 
             sys.exit(info())
-        from fastkd.train.cli import app
+        from fastkd.train.cli import main as command
 
-        app()
+        sys.exit(command())
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in TRAIN_LIBRARIES:
             raise

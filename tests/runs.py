@@ -1,5 +1,6 @@
 """Whole runs of the trainer in processes of their own, as torchrun would start them; killed, resumed, compared."""
 
+import io
 import multiprocessing
 import os
 import random
@@ -7,8 +8,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -72,6 +74,31 @@ def command(folder: Path, *arguments: str) -> None:
     from fastkd.__main__ import main
 
     main()
+
+
+class Result(NamedTuple):
+    """The exit status of a command, and the text that it wrote."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+def invoke(*arguments: str) -> Result:
+    """Run `fastkd` with these arguments in this process."""
+    from fastkd.train import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = cli.main(arguments)
+        except SystemExit as stop:  # of --help and --version
+            code = stop.code
+    return Result(code, out.getvalue(), err.getvalue())
 
 
 def finish(settings: Settings, resume: bool = False, world: int = 1) -> None:

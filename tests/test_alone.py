@@ -14,7 +14,6 @@ import torch
 fcntl = pytest.importorskip("fcntl", reason="this system has no such locks")
 timm = pytest.importorskip("timm")
 pytest.importorskip("timm.task")
-pytest.importorskip("typer")
 
 from runs import places, start, together, train  # noqa: E402
 

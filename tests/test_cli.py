@@ -16,14 +16,29 @@ import torch
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("timm.task")
-testing = pytest.importorskip("typer.testing")
+pytest.importorskip("jsonargparse")
 Image = pytest.importorskip("PIL.Image")
 
-from runs import command, start, together  # noqa: E402
+from runs import command, invoke, start, together  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
-from fastkd.train import InputError, checkpoint  # noqa: E402
-from fastkd.train.cli import app, settings_from  # noqa: E402
-from fastkd.train.settings import Settings, Stage  # noqa: E402
+from fastkd._version import __version__  # noqa: E402
+from fastkd.train import checkpoint  # noqa: E402
+from fastkd.train.inversion.settings import GROUPS as INVERT_GROUPS  # noqa: E402
+from fastkd.train.parser import read_file  # noqa: E402
+from fastkd.train.recipes import RECIPES, recipe  # noqa: E402
+from fastkd.train.settings import (  # noqa: E402
+    DIGITS,
+    FOLDER,
+    GROUPS,
+    Settings,
+    Stage,
+    read_recipe,
+    read_settings,
+    read_stages,
+    settings_from,
+    write_settings,
+)
 
 SMALL = [
     "--device=cpu",
@@ -93,7 +108,7 @@ def test_ctrl_c_leaves_whole_files_and_a_place_to_go_on_from(tmp_path):
     assert set(weights) == {"student.weights", "student_alone.weights"} and state["rows"]
 
     # It goes on only as it was begun.
-    refused = testing.CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run"), "--lr", "1", "--seed", "0"])
+    refused = invoke("train", "--resume", str(tmp_path / "run"), "--lr", "1", "--seed", "0")
     assert refused.exit_code == 2
     assert refused.stderr.strip() == (
         "fastkd train: --resume: the run was started with other settings: lr: 1.0 (the run has 0.001)"
@@ -144,7 +159,7 @@ def test_what_one_process_lacks_ends_both_and_is_told_once(tmp_path):
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = testing.CliRunner().invoke(app, ["train", *SMALL, "--dry-run"])
+    result = invoke("train", *SMALL, "--dry-run")
     assert result.exit_code == 0, result.output
     for words in ("898 training", "blocks.1 (1, 17, 32)", "layer4 (1, 8, 4, 4)", "M parameters", "MB per process"):
         assert words in result.stdout
@@ -152,22 +167,18 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_recipe_prints_what_it_stands_for(tmp_path, monkeypatch):
-    from fastkd.train.recipes import RECIPES
-
     monkeypatch.chdir(tmp_path)
-    name = next(iter(RECIPES))
-    result = testing.CliRunner().invoke(app, ["train", "--recipe", name, "--batch-size", "7"])
+    name = RECIPES[0]
+    result = invoke("train", "--recipe", name, "--batch-size", "7")
     assert result.exit_code == 0, result.output
-    for row in RECIPES[name].rows():
-        assert not row[2] or (row[0] in result.stdout and row[1] in result.stdout and row[2] in result.stdout)
-    assert "batch_size: 7" in result.stdout
-    shown = re.findall(r"^(\w+)", result.stdout, re.MULTILINE)
-    assert {item.name for item in dataclasses.fields(Settings)} - set(shown) <= {
-        "data", "epochs", "recipe", "stages", "task", "task_args"  # its stages say
-    }  # fmt: skip
+    assert result.stdout.startswith(recipe(name).read_text())
+    assert result.stdout.endswith("# Options given:\nbatch_size: 7\n")
+    shown = re.findall(r"^(\w+):", result.stdout, re.MULTILINE)
+    assert {item.name for item in dataclasses.fields(Settings)} - set(shown) == {"data", "recipe", "task", "task_args"}
     settings = settings_from({"recipe": name, "data": "images", "batch_size": 7})
-    assert (settings.batch_size, settings.student) == (7, RECIPES[name].student)
-    assert settings.stages == RECIPES[name].stages
+    values = read_file(str(recipe(name)), *GROUPS)
+    assert (settings.batch_size, settings.student) == (7, values["student"])
+    assert settings.stages == values["stages"]
     assert settings_from({"recipe": name, "task": "soft"}).stages == ()
     assert settings.teacher_pretrained
     # A given checkpoint needs no other weights fetched first.
@@ -177,25 +188,24 @@ def test_recipe_prints_what_it_stands_for(tmp_path, monkeypatch):
 def test_dry_run_of_a_recipe_is_a_plan(tmp_path, monkeypatch):
     monkeypatch.setattr("fastkd.train.plan.plan", lambda settings: f"planned {settings.recipe} on {settings.data}")
     arguments = ["train", "--recipe", "vitkd-deit-tiny", "--data", str(tmp_path), "--dry-run"]
-    assert testing.CliRunner().invoke(app, arguments).stdout == f"planned vitkd-deit-tiny on {tmp_path}\n"
+    assert invoke(*arguments).stdout == f"planned vitkd-deit-tiny on {tmp_path}\n"
 
 
 def test_stages_on_the_command_line():
-    settings = settings_from({"stage": ["dearkd:250:weight=0.5,lr=1e-3", "none:50"]})
+    settings = settings_from({"stages": read_stages(["dearkd:250:weight=0.5,lr=1e-3", "none:50"])})
     assert settings.stages == (Stage("dearkd", 250, {"weight": 0.5}, lr=1e-3), Stage("none", 50))
-    (stage,) = settings_from({"stage": ["none:1:opt_args={'betas': (0.8, 0.9), 'eps': 1e-6},lr=1e-3"]}).stages
+    (stage,) = read_stages("none:1:opt_args={'betas': (0.8, 0.9), 'eps': 1e-6},lr=1e-3")
     assert stage == Stage("none", 1, lr=1e-3, opt_args={"betas": (0.8, 0.9), "eps": 1e-6})
-    with pytest.raises(InputError, match="--stage: needs TASK:EPOCHS"):
-        settings_from({"stage": ["dearkd"]})
+    with pytest.raises(ValueError, match="needs TASK:EPOCHS"):
+        read_stages("dearkd")
 
 
 def test_missing_library_is_named(tmp_path):
-    code = (
-        "import sys; sys.modules['typer'] = None; sys.argv = ['fastkd', 'train']; import fastkd.__main__ as m; m.main()"
-    )
+    code = "import sys; sys.modules['jsonargparse'] = None; sys.argv = ['fastkd', 'train']; "
+    code += "import fastkd.__main__ as m; m.main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["fastkd: typer is missing; install it with: pip install 'fastkd[train]'"]
+    assert done.stderr.splitlines() == ["fastkd: jsonargparse is missing; install it with: pip install 'fastkd[train]'"]
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +292,7 @@ def bad(tmp_path_factory) -> Path:
 def test_bad_input(bad, monkeypatch, arguments, words):
     monkeypatch.chdir(bad)
     before = sorted(bad.rglob("*"))
-    result = testing.CliRunner().invoke(app, ["train", "--device", "cpu", *arguments.split()])
+    result = invoke("train", "--device", "cpu", *arguments.split())
     assert result.exit_code == 2, result.output
     lines = [line for line in result.stderr.splitlines() if line]
     assert len(lines) == 1
@@ -298,9 +308,157 @@ def test_finished_run_is_replaced_only_when_asked(tmp_path, monkeypatch):
     (tmp_path / "run" / "summary.json").write_text("{}")
     (tmp_path / "run" / "notes.txt").write_text("mine")
     threads = torch.get_num_threads()
-    result = testing.CliRunner().invoke(app, ["train", *SMALL, *FEW, "--no-baseline", "--out", "run", "--overwrite"])
+    result = invoke("train", *SMALL, *FEW, "--no-baseline", "--out", "run", "--overwrite")
     torch.set_num_threads(threads)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
     assert not (tmp_path / "run" / "student_alone.safetensors").exists()
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_config_starts_the_same_run_again(tmp_path, monkeypatch):
+    """From a folder of its own, with the run's config.yaml alone, to the same bits."""
+    monkeypatch.chdir(tmp_path)
+    stages = ["--stage=manifold:1:weight=0.5,lr=2e-3", "--stage=none:1:opt_args={'betas': (0.8, 0.9)}"]
+    done = invoke("train", *SMALL, *FEW, "--no-baseline", *stages, "--ema=0.9", "--out=a")
+    assert done.exit_code == 0, done.output
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = invoke("train", "--config", str(tmp_path / "a" / "config.yaml"), "--out=b")
+    assert again.exit_code == 0, again.output
+    a, b = tmp_path / "a", tmp_path / "elsewhere" / "b"
+    assert (a / "config.yaml").read_text() == (b / "config.yaml").read_text()
+    for name in ("teacher", "student", "student_ema"):
+        one, two = (load_file(folder / f"{name}.safetensors") for folder in (a, b))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_config_holds_every_option(tmp_path):
+    """What a run writes is read as the same settings; every option is a line of it."""
+    changed = {
+        "layer_decay": 0.5,
+        "warmup_lr": 1e-7,
+        "train_fraction": 0.1 + 0.2,
+        "data": "a folder: #1",
+        "student_args": {"a": "1e3", "b": "1.5e-3"},
+    }
+    stages = (
+        Stage("dkd", 2, {"logit_options": {"alpha": 1e-5}}, augment_args={"scale": (0.08, 1.0)}),
+        Stage("none", 1),
+    )
+    for settings in (
+        DIGITS,
+        dataclasses.replace(FOLDER, stages=stages, **changed),
+        settings_from({"recipe": RECIPES[3]}),
+    ):
+        path = tmp_path / "config.yaml"
+        write_settings(path, settings)
+        read = read_file(str(path), *GROUPS)
+        own = {name: value for name, value in vars(settings).items() if name not in ("out", "overwrite")}
+        assert read == own
+        assert read_settings(path) == settings
+        assert {name: type(value) for name, value in read.items()} == {name: type(value) for name, value in own.items()}
+        for base in (DIGITS, FOLDER):  # nothing of what it is applied to is left
+            assert settings_from({}, base, read) == settings
+
+
+def test_recipes_are_configs():
+    for name in RECIPES:
+        read = read_file(str(recipe(name)), *GROUPS)
+        assert read.keys() == read_recipe(name).keys()
+        assert repr({key: read[key] for key in read_recipe(name)}) == repr(read_recipe(name))
+
+
+def test_command_line_overrides_the_config(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "data: images\nlr: 1e-3\nopt_args: {eps: 1e-7, betas: [0.8, 0.9]}\nstages: [{task: soft, epochs: 3}]\n"
+    )
+    config = read_file(str(path), *GROUPS)
+    settings = settings_from({"lr": 0.1, "opt_args": {"eps": 1e-6}}, config=config)
+    assert (settings.lr, settings.opt_args, settings.batch_size) == (0.1, {"eps": 1e-6, "betas": (0.8, 0.9)}, 64)
+    assert settings.stages == (Stage("soft", 3),)
+    assert settings_from({"task": "dkd"}, config=config).stages == ()
+    assert settings_from({"task": "soft"}, config={"task": "dkd", "task_args": {"weight": 2}}).task_args == {}
+    assert settings_from({"task": "dkd"}, config={"task": "dkd", "task_args": {"weight": 2}}).task_args == {"weight": 2}
+    recipe_and_file = settings_from({"recipe": "cikd-vit-tiny"}, config={"opt_args": {}})
+    assert recipe_and_file.opt_args == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ler: 1", ["ler: there is no such option", "near it: lr"]),
+        ("bach_size: 4", ["bach_size", "batch_size"]),
+        ("lr: fast", ["--lr: needs a number at least 0, got fast"]),
+        ("lr: null", ["--lr: needs a number at least 0, got null"]),
+        ("batch_size: 1.5", ["--batch-size: needs a whole number at least 1, got 1.5"]),
+        ("device: 3", ["--device: needs a text, got 3"]),
+        ("augment: maybe", ["--augment: needs true or false, got 'maybe'"]),
+        ("teacher_args: 3", ["--teacher-arg: needs KEY=VALUE, got 3"]),
+        ("teacher_layers: 3", ["--teacher-layers: needs names, got 3"]),
+        ("stages: [{task: none}]", ["--stage: needs a task and epochs"]),
+        ("stages: [{task: none, epochs: 1, ler: 3}]", ["--stage: ler is no key of a stage", "near it: lr"]),
+        ("stages: [{task: none, epochs: x}]", ["--stage: needs a whole number of epochs, got 'x'"]),
+        ("stages: [{task: none, epochs: 1, lr: x}]", ["--stage: none needs a number as lr, got 'x'"]),
+        ("resume: runs/a", ["resume: there is no such option"]),
+        ("lr: [", ["mine.yaml"]),
+        ("- lr", ["mine.yaml"]),
+        ("", ["mine.yaml"]),
+        (None, ["mine.yaml: is not a file"]),
+    ],
+)
+def test_bad_config(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    result = invoke("train", "--config", "mine.yaml", "--device", "cpu")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1), result.output
+    assert result.stderr.startswith("fastkd train: --")
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "fastkd: there is no command 'trian'; the commands are 'train', 'invert', 'info'"),
+        ("train --ler 1", "fastkd train: --ler: there is no such option; near it: --lr"),
+        ("train --bach-size 1", "fastkd train: --bach-size: there is no such option; near it: --batch-size"),
+        ("train --checkpoint 1", "fastkd train: --checkpoint: there is no such option; near it: --checkpoint-every"),
+        ("train --lr", "fastkd train: --lr: expected one argument"),
+        ("train --lr x", "fastkd train: --lr: needs a number at least 0, got x"),
+        ("train --erase 2", "fastkd train: --erase: needs a number at least 0 and at most 1, got 2"),
+        ("train --epochs 0", "fastkd train: --epochs: needs a whole number at least 1, got 0"),
+        ("train --recipe vitkd-diet-tiny", "fastkd train: --recipe: needs one of manifold-deit-tiny"),
+        ("invert --preset imagenet0", "fastkd invert: --preset: imagenet0 is not one of imagenet-0"),
+        ("invert --jitter 3", "fastkd invert: --jitter: there is no such option; near it: --intra"),
+        ("invert --schedule linear", "fastkd invert: --schedule: needs one of cosine, constant, got linear"),
+    ],
+)
+def test_mistyped_command(arguments, message):
+    result = invoke(*arguments.split())
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1), result.output
+    assert result.stderr.startswith(message), result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "invert"])
+def test_help_has_every_option_in_a_group(command):
+    groups = {"train": GROUPS, "invert": INVERT_GROUPS}[command]
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    sections = dict(re.findall(r"^(\w+):\n((?:  .*\n?)+)", result.stdout, re.MULTILINE))
+    assert list(sections) == ["options", *(group.__name__.lower() for group in groups)]
+    for group in groups:
+        text = sections[group.__name__.lower()]
+        for item in dataclasses.fields(group):
+            flag = (item.metadata["flag"] or item.name).replace("_", "-")
+            assert re.search(rf"^  --{flag}[ ,]", text, re.MULTILINE), flag
+            assert item.metadata["text"] in " ".join(text.split())
+            repeated = item.metadata["flag"] is not None
+            assert command == "invert" or repeated or re.search(rf"^  --{flag}[ ,][^[]*\[", text, re.MULTILINE), flag
+
+
+def test_version_and_completion():
+    assert invoke("--version").stdout == f"fastkd {__version__}\n"
+    script = invoke("--print_completion=shtab-bash").stdout
+    assert all(flag in script for flag in ("--student-layers", "--boundary-margin", "invert"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLACES = ("benchmarks", "docs", "examples", "fastkd", "kernels", "setup.py", "tests/test_english.py")
+PLACES = ("benchmarks", "docs", "examples", "experiments", "fastkd", "kernels", "setup.py", "tests/test_english.py")
 DOCSTRING = ("Of ", "Less ", "As ", "What ", "Where ", "With ", "Or ", "Its ")
 HELP = ("of ", "its ", "where ", "as ", "with ", "or ")
 
@@ -32,11 +32,11 @@ def _begins(node: ast.expr) -> str:
 
 
 def help_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield (line, text) of every `help=` and of every first argument of typer's options, `_option` included."""
+    """Yield (line, text) of every `help=` and of every first argument of `option`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             texts = [keyword.value for keyword in node.keywords if keyword.arg == "help"]
-            if ast.unparse(node.func).endswith("_option"):
+            if ast.unparse(node.func) == "option":
                 texts += node.args[:1]
             yield from ((text.lineno, _begins(text)) for text in texts)
 
@@ -71,7 +71,7 @@ def test_such_a_docstring_is_refused(opening: str) -> None:
 
 @pytest.mark.parametrize("opening", ["Of", "Its", "Where", "As", "With", "Or"])
 def test_such_a_help_text_is_refused(opening: str) -> None:
-    for call in ("p.add_argument('--x', help={})", "typer.Option(help={})", "Annotated[int, _option({}, min=1)]"):
+    for call in ("p.add_argument('--x', help={})", "option({}, 1)"):
         for text in (f"'{opening} the first layer.'", f"f'{opening.lower()} {{x}}'"):
             assert refused(call.format(text)) != []
         assert refused(call.format("'Weight of the first layer.'")) == []

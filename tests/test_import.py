@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import sys, time
-for name in ("triton", "timm", "torchvision", "matplotlib", "typer"):
+for name in ("triton", "timm", "torchvision", "matplotlib", "jsonargparse", "yaml"):
     sys.modules[name] = None  # as if it were not installed
 import torch
 before = time.perf_counter()

@@ -17,17 +17,16 @@ import torch.nn.functional as F
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("timm.task")
-testing = pytest.importorskip("typer.testing")
+pytest.importorskip("jsonargparse")
 Image = pytest.importorskip("PIL.Image")
 
-from runs import start  # noqa: E402
+from runs import Result, invoke, start  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from experiments import data_free as demo  # noqa: E402
 from fastkd.train import checkpoint  # noqa: E402
 from fastkd.train.checkpoint import write_weights  # noqa: E402
-from fastkd.train.cli import app  # noqa: E402
 from fastkd.train.data import Digits  # noqa: E402
-from fastkd.train.inversion import demo  # noqa: E402
 from fastkd.train.inversion.presets import Phase  # noqa: E402
 from fastkd.train.inversion.store import GRID, MANIFEST, Store, check_folder  # noqa: E402
 
@@ -58,8 +57,8 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-def invert(*arguments: str) -> "testing.Result":
-    return testing.CliRunner().invoke(app, ["invert", *SMALL, *arguments])
+def invert(*arguments: str) -> Result:
+    return invoke("invert", *SMALL, *arguments)
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -85,7 +84,13 @@ def whole(place) -> Path:
 
 
 def test_what_a_run_leaves(whole):
-    assert {path.name for path in whole.iterdir()} == {"train", GRID, MANIFEST, "student-00003.safetensors"}
+    assert {path.name for path in whole.iterdir()} == {
+        "train",
+        "config.yaml",
+        GRID,
+        MANIFEST,
+        "student-00003.safetensors",
+    }
     header, store = check_folder(whole), Store.open(whole)
     assert header["teacher"] == "resnet18"
     assert header["preset"]["phases"] == [dataclasses.asdict(p) for p in (Phase(2, 2, 2), Phase(2, 1, 4))]
@@ -108,6 +113,15 @@ def test_the_student_trains(whole, place):
     assert first[1] != then[1]
 
 
+def test_config_makes_the_same_images_again(whole, place):
+    out = place / "again"
+    result = invoke("invert", "--config", str(whole / "config.yaml"), "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert_same(out, whole)
+    result = invoke("invert", "--config", str(whole / "config.yaml"), "--out", str(out), "--resume", "--no-flip")
+    assert (result.exit_code, "made with other settings" in result.output) == (2, True), result.output
+
+
 def test_training_takes_the_folder(whole, place):
     teacher = place / "teacher.safetensors"
     arguments = f"--data {whole} --out {place / 'run'} --device cpu --img-size 32 --batch-size 4 --epochs 1 --workers 0"
@@ -116,7 +130,7 @@ def test_training_takes_the_folder(whole, place):
     arguments += "".join(f" --teacher-arg {pair}" for pair in ("channels=(8,8,8,8)", "stem_width=8"))
     arguments += "".join(f" --student-arg {p}" for p in ("patch_size=8", "embed_dim=16", "depth=2", "num_heads=2"))
     arguments += " --student-layers blocks.0,blocks.1"
-    result = testing.CliRunner().invoke(app, ["train", *arguments.split()])
+    result = invoke("train", *arguments.split())
     assert result.exit_code == 0, result.output
     assert json.loads((place / "run/summary.json").read_text())["images"] == {"train": 9, "validation": 6}
 
@@ -186,7 +200,7 @@ def test_killed_before_the_manifest(place, tmp_path, moment, resume):
     teacher = ["--teacher-checkpoint", str(place / "teacher.safetensors"), "--out", str(out)]
     result = invert(*teacher, "--images=6", *resume)
     assert result.exit_code == 0, result.output
-    assert {path.name for path in out.iterdir()} == {"train", GRID, MANIFEST}
+    assert {path.name for path in out.iterdir()} == {"train", "config.yaml", GRID, MANIFEST}
     assert len(Store.open(out).entries) == 6
 
 

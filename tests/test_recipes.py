@@ -1,6 +1,7 @@
 """The recipes: complete, sourced, with the published figures, and tasks that fit their real networks."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,8 @@ timm = pytest.importorskip("timm")
 pytest.importorskip("timm.task")
 
 from fastkd.train.models import create_model  # noqa: E402
-from fastkd.train.recipes import RECIPES, Recipe  # noqa: E402
-from fastkd.train.settings import FOLDER  # noqa: E402
+from fastkd.train.recipes import RECIPES, recipe  # noqa: E402
+from fastkd.train.settings import FOLDER, Settings, read_recipe, settings_from  # noqa: E402
 from fastkd.train.tasks import DistillationTask, create_task, task_options  # noqa: E402
 
 CLASSES = 10
@@ -37,6 +38,28 @@ MATCHED = {
 }
 
 
+@cache
+def settings_of(name: str) -> Settings:
+    return settings_from({"recipe": name, "data": "images"})
+
+
+def sources(name: str) -> dict[str, str]:
+    """The source of each value: the comment on its line, or the one of the line before."""
+    found, before, place = {}, "", ""
+    for line in recipe(name).read_text().partition("\n\n")[2].splitlines():
+        text, _, comment = line.partition("  # ")
+        if line.strip().startswith("# "):
+            before = line.strip().removeprefix("# ")
+            continue
+        key, _, value = text.strip().removeprefix("- ").partition(":")
+        if text.startswith("  - "):
+            place = f"stages[{int(place[7:-2]) + 1 if place else 0}]."
+        if value:
+            found[(place if text.startswith(" ") else "") + key] = comment or before
+        before = ""
+    return found
+
+
 def light_init(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     """Of the spread of a truncated normal of 0.02, and cheaper to draw."""
     with torch.no_grad():
@@ -53,22 +76,22 @@ def network(role: str, name: str, arguments: tuple[tuple[str, object], ...], img
         return create_model(role, name, dict(arguments), num_classes=CLASSES, img_size=img_size)[0]
 
 
-def networks(recipe: Recipe, device: str) -> tuple[nn.Module, nn.Module]:
+def networks(settings: Settings, device: str) -> tuple[nn.Module, nn.Module]:
     where = (("device", device),)
-    own = network("student", recipe.student, (*recipe.student_args.items(), *where), recipe.img_size)
-    return own, network("teacher", recipe.teacher, (*recipe.teacher_args.items(), *where), recipe.img_size)
+    own = network("student", settings.student, (*settings.student_args.items(), *where), settings.img_size)
+    return own, network("teacher", settings.teacher, (*settings.teacher_args.items(), *where), settings.img_size)
 
 
-def tasks(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> Iterator[DistillationTask]:
+def tasks(settings: Settings, student: nn.Module, teacher: nn.Module) -> Iterator[DistillationTask]:
     """Of each stage, in its last epoch."""
-    for stage in recipe.stages:
+    for stage in settings.stages:
         task = create_task(
             stage.task,
             student,
             teacher,
-            img_size=recipe.img_size,
-            student_layers=recipe.student_layers,
-            teacher_layers=recipe.teacher_layers,
+            img_size=settings.img_size,
+            student_layers=settings.student_layers,
+            teacher_layers=settings.teacher_layers,
             options=stage.options,
         ).train()
         task.set_epoch(stage.epochs - 1)
@@ -78,14 +101,14 @@ def tasks(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> Iterator[Di
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_fits_its_real_networks(name):
     """Without numbers: sizes, matched layers, and the shapes of a forward pass of each stage."""
-    recipe = RECIPES[name]
-    student, teacher = networks(recipe, "meta")
+    settings = settings_of(name)
+    student, teacher = networks(settings, "meta")
     for role, model in (("student", student), ("teacher", teacher)):
         millions = sum(p.numel() for key, p in model.named_parameters() if not key.startswith("head")) / 1e6
-        assert millions == pytest.approx(PARAMETERS[getattr(recipe, role).partition(".")[0]], abs=0.1)
-    images = torch.empty(2, 3, recipe.img_size, recipe.img_size, device="meta")
+        assert millions == pytest.approx(PARAMETERS[getattr(settings, role).partition(".")[0]], abs=0.1)
+    images = torch.empty(2, 3, settings.img_size, settings.img_size, device="meta")
     targets = torch.empty(2, dtype=torch.long, device="meta")
-    for number, task in enumerate(tasks(recipe, student, teacher)):
+    for number, task in enumerate(tasks(settings, student, teacher)):
         if number == 0 and name in MATCHED:
             assert task.matched == MATCHED[name]
         result = task(images, targets)
@@ -99,13 +122,13 @@ FIRST = "manifold-deit-tiny"
     "name", [FIRST, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in RECIPES if name != FIRST)]
 )
 def test_recipe_runs_a_step_of_each_stage_with_its_real_networks(name):
-    recipe = RECIPES[name]
-    student, teacher = networks(recipe, "cpu")
-    images = torch.randn(2, 3, recipe.img_size, recipe.img_size)
+    settings = settings_of(name)
+    student, teacher = networks(settings, "cpu")
+    images = torch.randn(2, 3, settings.img_size, settings.img_size)
     targets = torch.tensor([1, 7])
-    for task in tasks(recipe, student, teacher):
+    for task in tasks(settings, student, teacher):
         before = [p.detach().clone() for p in task.trainable_parameters]
-        optimizer = torch.optim.AdamW(task.trainable_parameters, recipe.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(task.trainable_parameters, settings.lr, weight_decay=0.0)
         result = task(images, targets)
         result["loss"].backward()
         optimizer.step()
@@ -118,35 +141,39 @@ def test_recipe_runs_a_step_of_each_stage_with_its_real_networks(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_complete(name):
-    recipe = RECIPES[name]
-    assert recipe.name == name
-    for item in dataclasses.fields(Recipe):
-        unset = item.default is not dataclasses.MISSING and getattr(recipe, item.name) == item.default
-        own = item.name not in ("name", "source", "sources", "differences", "stages")
-        empty = getattr(recipe, item.name) in ({}, (), None)
-        assert not own or unset or empty or recipe.sources[item.name], f"{item.name} has no source"
-    for number, stage in enumerate(recipe.stages):
+    settings, given = settings_of(name), read_recipe(name)
+    own = {key: getattr(settings, key) for key in given}
+    assert own == given
+    assert {key for key, value in vars(settings).items() if value != getattr(FOLDER, key) and key not in given} == {
+        "data",
+        "recipe",
+    } | ({"teacher_epochs"} if settings.teacher_pretrained else set())
+    expected = {*given} - {"stages"}
+    for number, stage in enumerate(settings.stages):
         assert stage.options.keys() <= task_options(stage.task).keys()
-        assert all(recipe.sources[f"stages[{number}].{key}"] for key in ("task", "epochs", *stage.options))
-    teacher, _, tag = recipe.teacher.partition(".")
-    assert bool(tag) == recipe.teacher_pretrained
-    assert recipe.teacher in timm.list_pretrained(f"{teacher}*") if tag else timm.is_model(teacher)
+        values = dataclasses.asdict(stage)
+        keys = {*values.pop("options"), *(key for key, value in values.items() if value is not None)}
+        expected |= {f"stages[{number}].{key}" for key in keys}
+    found = sources(name)
+    assert found.keys() == expected
+    assert all(found.values()), [key for key, source in found.items() if not source]
+    teacher, _, tag = settings.teacher.partition(".")
+    assert bool(tag) == settings.teacher_pretrained
+    assert settings.teacher in timm.list_pretrained(f"{teacher}*") if tag else timm.is_model(teacher)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_as_settings_and_as_text(name):
-    recipe = RECIPES[name]
-    settings = dataclasses.replace(FOLDER, **recipe.overrides())
-    assert settings.stages == recipe.stages
-    assert settings.epochs == sum(stage.epochs for stage in recipe.stages) >= 300
-    assert settings.teacher_epochs == (0 if recipe.teacher_pretrained else FOLDER.teacher_epochs)
-    text = recipe.table()
-    assert text.startswith(f"{name}: ")
-    for key, value, source in recipe.rows():
-        if source:
-            line = next(line for line in text.splitlines() if line.startswith(f"{key} "))
-            assert value in line and line.endswith(source)
-    assert all(key.split(".")[0].split("[")[0] in text for key in recipe.sources)
+def test_recipe_is_a_configuration_file(name):
+    """It gives the same settings by its name and as a file."""
+    settings = settings_of(name)
+    config = read_recipe(name)
+    assert dataclasses.replace(settings_from({"data": "images"}, config=config), recipe=name) == settings
+    assert settings.epochs == sum(stage.epochs for stage in settings.stages) >= 300
+    assert settings.teacher_epochs == (0 if settings.teacher_pretrained else FOLDER.teacher_epochs)
+
+
+def test_every_file_is_a_recipe():
+    assert {path.stem for path in recipe(RECIPES[0]).parent.glob("*.yaml")} == set(RECIPES)
 
 
 DEIT = {"erase": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "weight_decay": 0.05, "opt": "adamw"}
@@ -189,36 +216,43 @@ PUBLISHED = {  # hyper-parameters of the papers' codes; those of a stage by its 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_published_values(name):
-    recipe = RECIPES[name]
+    settings = settings_of(name)
     for key, value in PUBLISHED[name.partition("-")[0]].items():
-        if isinstance(key, int):
-            stage = recipe.stages[key]
+        if key == "processes":
+            assert processes(name) == value
+        elif isinstance(key, int):
+            stage = settings.stages[key]
             own = {item.name: getattr(stage, item.name) for item in dataclasses.fields(stage)} | dict(stage.options)
             assert {part: own[part] for part in value} == value
         else:
-            assert getattr(recipe, key) == value, key
+            assert getattr(settings, key) == value, key
     if "nkd" in name:
-        options = recipe.stages[0].options
+        options = settings.stages[0].options
         assert options["logits"] == "nkd" and options["logit_options"] == {"gamma": 1.0, "temperature": 1.0}
     if name == "cikd-vit-tiny":
-        assert recipe.stages[1].augment_args["scale"] == (0.08, 1.0)
+        assert settings.stages[1].augment_args["scale"] == (0.08, 1.0)
+
+
+def processes(name: str) -> int:
+    return int(re.search(r"on (?:each of )?(\d+) process", sources(name)["batch_size"])[1])
 
 
 def test_published_figures():
     """What is one recipe's own."""
-    manifold, vitkd, cikd = (RECIPES[name] for name in ("manifold-deit-tiny", "vitkd-nkd-deit-base", "cikd-vit-tiny"))
-    assert manifold.batch_size * manifold.processes == 512 and manifold.lr == 5e-4
-    assert vitkd.batch_size * vitkd.processes == 1024 and vitkd.lr == 1e-3 and vitkd.clip_grad == 5.0
-    assert vitkd.ema is not None and RECIPES["vitkd-deit-tiny"].ema is None
+    names = ("manifold-deit-tiny", "vitkd-nkd-deit-base", "cikd-vit-tiny")
+    manifold, vitkd, cikd = (settings_of(name) for name in names)
+    assert manifold.batch_size * processes(names[0]) == 512 and manifold.lr == 5e-4
+    assert vitkd.batch_size * processes(names[1]) == 1024 and vitkd.lr == 1e-3 and vitkd.clip_grad == 5.0
+    assert vitkd.ema is not None and settings_of("vitkd-deit-tiny").ema is None
     assert [stage.task for stage in cikd.stages] == ["cikd", "dkd"] and cikd.mixup == 0
-    assert [stage.task for stage in RECIPES["dearkd-deit-small"].stages] == ["dearkd", "none"]
+    assert [stage.task for stage in settings_of("dearkd-deit-small").stages] == ["dearkd", "none"]
 
 
 def test_the_page_lists_them():
     page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
     rows = [
-        f"| `{name}` | `{recipe.student}` | `{recipe.teacher}` | "
-        f"{', '.join(f'{stage.task} {stage.epochs}' for stage in recipe.stages)} |"
-        for name, recipe in RECIPES.items()
+        f"| `{name}` | `{settings.student}` | `{settings.teacher}` | "
+        f"{', '.join(f'{stage.task} {stage.epochs}' for stage in settings.stages)} |"
+        for name, settings in ((name, settings_of(name)) for name in RECIPES)
     ]
     assert [line for line in page.splitlines() if line.startswith("| `")] == rows

@@ -12,7 +12,6 @@ import torch
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("timm.task")
-pytest.importorskip("typer")
 
 from runs import finish, places, run_with_kills, same  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -169,6 +168,15 @@ def test_resume_refuses_what_would_change_the_run(folder, tmp_path):
     settings = small(folder, tmp_path / "run", teacher_epochs=1)
     before = job.saved_settings
     with pytest.raises(InputError, match=r"--resume: .*holds no run"):
+        before(str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for text in ("", "lr: [", "ler: 3", "stages: 3"):
+        (tmp_path / "run" / job.CONFIG).write_text(text)
+        with pytest.raises(InputError, match=r"--resume: .*config.yaml cannot be read as the settings of a run"):
+            before(str(tmp_path / "run"))
+    (tmp_path / "run" / job.CONFIG).unlink()
+    with pytest.raises(InputError, match=r"--resume: .*config.yaml cannot be read"):
         before(str(tmp_path / "run"))
     with pytest.raises(InputError, match=r"lr: 0.1 \(the run has 0.003\); seed: 1 \(the run has 0\)"):
         job.check_resume(small(folder, tmp_path / "run", lr=0.1, seed=1), settings)

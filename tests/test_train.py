@@ -29,7 +29,7 @@ from fastkd.train.evaluate import evaluate  # noqa: E402
 from fastkd.train.loop import Trainee  # noqa: E402
 from fastkd.train.plan import plan  # noqa: E402
 from fastkd.train.ranks import Ranks, keep_to_own_cores  # noqa: E402
-from fastkd.train.settings import Settings, Stage, as_json, from_json, stages  # noqa: E402
+from fastkd.train.settings import Settings, Stage, from_plain, plain, stages  # noqa: E402
 from fastkd.train.tasks import ManifoldTask  # noqa: E402
 
 VIT = "vit_tiny_patch16_224"
@@ -297,7 +297,7 @@ def test_stages_follow_each_other(folder, tmp_path):
     assert [(s.lr, s.opt, s.warmup_epochs, s.min_lr, s.layer_decay) for s in stages(settings)] == [
         (1e-3, "adamw", 0, 1e-5, None), (2e-3, "sgd", 0, 1e-5, 0.5),
     ]  # fmt: skip
-    assert from_json(json.loads(json.dumps(as_json(settings)))) == settings
+    assert Settings(**from_plain(json.loads(json.dumps(plain(settings))))) == settings
     job.train(settings)
     rows = [row for row in read_log(tmp_path / "run") if row["network"] == "student distilled"]
     assert [bool(row["vitkd_loss"]) for row in rows] == [True, False, False]

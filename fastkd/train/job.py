@@ -19,6 +19,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
+from yaml import YAMLError
 
 from fastkd._version import __version__
 from fastkd.info import cpu_name
@@ -29,13 +30,14 @@ from .loop import Trainee
 from .models import pretrained_cfg
 from .prepare import Setup, choose_device, fingerprint, prepare
 from .report import Row
-from .settings import Settings, anchored, as_json, differences, from_json, stages
+from .settings import Settings, anchored, differences, plain, read_settings, stages, write_settings
 
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
 EVENTS = "tensorboard"
 FILES = (
-    "config.json", "log.csv", "curve.png", "teacher.safetensors", "student.safetensors", "student_ema.safetensors",
-    "student_alone.safetensors", "student_alone_ema.safetensors", "summary.json",
+    "config.json", CONFIG, "log.csv", "curve.png", "teacher.safetensors", "student.safetensors",
+    "student_ema.safetensors", "student_alone.safetensors", "student_alone_ema.safetensors", "summary.json",
 )  # fmt: skip
 FILE_OF = {"teacher": "teacher", "student alone": "student_alone", "student distilled": "student"}
 
@@ -72,7 +74,7 @@ def carry_out(setup: Setup, out: Path, resume: bool, began: float) -> dict[str, 
     if resume:
         own.together(lambda: check_same(config, json.loads((out / "config.json").read_text())))
     else:
-        own.first(lambda: start_folder(out, config))
+        own.first(lambda: start_folder(out, config, setup.settings))
     run = Run(setup, out)
     with full_disk(out):
         run.go()
@@ -103,11 +105,13 @@ def saved_settings(out: str) -> Settings:
     Raises:
         InputError: there is no run in the folder.
     """
+    if not (Path(out) / "config.json").is_file():
+        raise InputError(f"--resume: {out} holds no run (no config.json)")
     try:
-        values = json.loads((Path(out) / "config.json").read_text())["settings"]
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"--resume: {out} holds no run (no config.json)") from error
-    return dataclasses.replace(from_json(values), out=out)
+        return dataclasses.replace(read_settings(Path(out) / CONFIG), out=out)
+    except (OSError, YAMLError, ValueError, TypeError, AttributeError) as error:
+        detail = " ".join(str(error).split())
+        raise InputError(f"--resume: {Path(out) / CONFIG} cannot be read as the settings of a run: {detail}") from error
 
 
 def check_resume(now: Settings, before: Settings) -> None:
@@ -166,8 +170,8 @@ def check_room(out: Path, setup: Setup) -> None:
         raise InputError(f"--out: {out} has {free / 1e9:.2f} GB left, two checkpoints need {need / 1e9:.2f} GB")
 
 
-def start_folder(out: Path, config: dict[str, Any]) -> None:
-    """Delete an earlier run's files from the folder and write the configuration.
+def start_folder(out: Path, config: dict[str, Any], settings: Settings) -> None:
+    """Delete an earlier run's files from the folder; write the settings and the values derived from them.
 
     Raises:
         InputError: the folder cannot be written.
@@ -177,6 +181,8 @@ def start_folder(out: Path, config: dict[str, Any]) -> None:
             (out / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, EVENTS):
             shutil.rmtree(out / name, ignore_errors=True)
+        with checkpoint.replacing(out / CONFIG) as partial:  # config.json, the sign of a run, comes last
+            write_settings(partial, settings)
         report.write_json(out / "config.json", config)
     except OSError as error:
         raise InputError(f"--out: {out} cannot be written: {error.strerror}") from error
@@ -190,9 +196,9 @@ def checkpoint_bytes(setup: Setup) -> int:
 
 
 def describe(setup: Setup) -> dict[str, Any]:
-    """Return the content of config.json: the given settings and the values derived from them."""
+    """Return the content of config.json: the settings and the values derived from them."""
     settings, nets = setup.settings, setup.nets
-    return as_json(settings) | {
+    return plain(settings) | {
         "img_size": nets.img_size,
         "device": str(setup.device),
         "classes": setup.data.classes,
@@ -203,7 +209,6 @@ def describe(setup: Setup) -> dict[str, Any]:
         # The order of sequential data depends on the number of workers.
         "images": fingerprint(setup.data) | ({"workers": settings.workers} if setup.data.in_order else {}),
         "processes": setup.ranks.world,
-        "settings": as_json(settings),
     }
 
 

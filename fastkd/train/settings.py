@@ -1,11 +1,17 @@
-"""Settings of a training run: frozen dataclasses, defaults for two kinds of data, options a resume may change."""
+"""Settings of a run: every option with its help, the defaults for two kinds of data, options a resume may change."""
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from . import InputError
+from .options import BadValueError, as_yaml, kind_of, mapping, names, near, option, tuples
+from .recipes import RECIPES, recipe
 
 
 @dataclass(frozen=True)
@@ -27,77 +33,181 @@ class Stage:
     augment_args: Mapping[str, Any] | None = None
 
 
-STAGE_FIELDS = tuple(item.name for item in dataclasses.fields(Stage))[3:]  # None stands for the run's value
-STAGE_KINDS: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("lr", "weight_decay", "min_lr", "layer_decay"), (Real, "a number")),
-    "warmup_epochs": (int, "a whole number"),
-    **dict.fromkeys(("opt", "sched"), (str, "a name")),
-    **dict.fromkeys(("opt_args", "augment_args"), (Mapping, "a mapping")),
+STAGE_FIELDS = tuple(item.name for item in dataclasses.fields(Stage) if item.default is None)
+_KINDS: dict[Any, tuple[Any, str]] = {
+    float: (Real, "a number"),
+    int: (int, "a whole number"),
+    str: (str, "a name"),
+    Mapping[str, Any]: (Mapping, "a mapping"),
 }
+STAGE_KINDS = {name: _KINDS[kind_of(get_type_hints(Stage)[name])[0]] for name in STAGE_FIELDS if name != "batch_size"}
 
 
-@dataclass(frozen=True)
-class Settings:
+def read_stages(value: Any) -> tuple[Stage, ...]:
+    """Return the stages of a list of mappings, or of texts TASK:EPOCHS[:KEY=VALUE,...]."""
+    return tuple(_stage(part) for part in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _stage(value: Any) -> Stage:
+    """Return one stage; in a text, keys that a stage does not have are options of the task."""
+    if isinstance(value, str):
+        name, _, rest = value.partition(":")
+        epochs, _, pairs = rest.partition(":")
+        if not epochs.isdecimal():
+            raise BadValueError(f"needs TASK:EPOCHS[:KEY=VALUE,...], got {value!r}")
+        values = mapping([pair for pair in re.split(r",(?=\w+=)", pairs) if pair])
+        own = {key: values.pop(key) for key in STAGE_FIELDS if key in values}
+        return Stage(name, int(epochs), values, **own)
+    if isinstance(value, Stage):
+        return value
+    if not isinstance(value, Mapping) or not {"task", "epochs"} <= value.keys():
+        raise BadValueError(f"needs a task and epochs, got {value!r}")
+    known = [item.name for item in dataclasses.fields(Stage)]
+    for key in value.keys() - set(known):
+        raise BadValueError(f"{key} is no key of a stage{near(key, known)}; options of the task are keys of `options`")
+    if not isinstance(value["epochs"], int):
+        raise BadValueError(f"needs a whole number of epochs, got {value['epochs']!r}")
+    return Stage(**tuples(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    data: str = option(
+        "Training data: digits, a folder, or a timm dataset such as hfds/NAME or wds/NAME.", "digits", metavar="DATA"
+    )
+    data_root: str | None = option("Root folder of a timm dataset.", None, metavar="FOLDER")
+    train_split: str = option("Split to train on.", "train")
+    val_split: str = option("Split to validate on.", "validation")
+    num_classes: int | None = option("Number of classes.", None, least=2, shown="as the dataset defines")
+    val_fraction: float = option("Share of the images used for validation if there is no val/.", 0.2)
+    train_fraction: float = option("Share of the training images to use, equal for each class.", 1.0, least=0, most=1)
+    check: bool = option("Decode all images of a folder before the run.", True)
+    skip_images: int = option("Maximum number of unreadable images to skip.", 0, least=0)
+    img_size: int | None = option(
+        "Image side in pixels.", None, least=1, metavar="PIXELS", shown="digits 64, folder the student's own"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    teacher: str | None = option("Teacher's timm model.", None, metavar="MODEL")
+    teacher_args: dict[str, Any] = option(
+        "Argument of the teacher's model; repeatable.", factory=dict, flag="teacher-arg", metavar="KEY=VALUE",
+        read=mapping,
+    )  # fmt: skip
+    teacher_checkpoint: str | None = option(
+        "Checkpoint of the teacher.", None, metavar="FILE", shown="the teacher is trained first"
+    )
+    teacher_pretrained: bool = option("Use timm's pretrained weights for the teacher.", False)
+    teacher_epochs: int = option("Number of epochs to train a teacher without weights.", 30, least=0)
+    teacher_lr: float = option("Learning rate for training the teacher.", 1e-3, least=0)
+    teacher_layers: tuple[str, ...] | None = option(
+        "Names of the teacher layers to match, comma-separated.", None, metavar="NAMES", read=names,
+        shown="the task's choice",
+    )  # fmt: skip
+    teacher_cache: str | None = option(
+        "Folder that caches the teacher's logits (requires --no-augment).", None, metavar="FOLDER", shown="no cache"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    student: str = option("Student's timm model.", "deit_tiny_patch16_224", metavar="MODEL")
+    student_args: dict[str, Any] = option(
+        "Argument of the student's model; repeatable.", factory=dict, flag="student-arg", metavar="KEY=VALUE",
+        read=mapping,
+    )  # fmt: skip
+    student_layers: tuple[str, ...] | None = option(
+        "Names of the student layers to match, as many as --teacher-layers.", None, metavar="NAMES", read=names,
+        shown="the task's choice",
+    )  # fmt: skip
+    baseline: bool = option("Also train the student without the teacher.", True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    recipe: str | None = option(
+        "Name of a paper's settings; without --data, print them and stop.", None, shown="no recipe"
+    )
+    task: str = option("Method: none, manifold, vitkd, dearkd, cikd, soft, hard, dkd, nkd.", "manifold", metavar="TASK")
+    task_args: dict[str, Any] = option(
+        "Option of the method; repeatable.", factory=dict, flag="task-arg", metavar="KEY=VALUE", read=mapping
+    )
+    stages: tuple[Stage, ...] = option(
+        "Stage of the run, in place of --task; repeat for later stages.", (), flag="stage",
+        metavar="TASK:EPOCHS[:KEY=VALUE,...]", read=read_stages, shown="one stage of --task",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    epochs: int = option("Number of epochs to train the student.", 300, least=1)
+    batch_size: int = option("Images per forward pass and process.", 64, least=1, metavar="IMAGES")
+    accumulate: int = option("Forward passes per step.", 1, least=1)
+    opt: str = option("timm optimiser.", "adamw")
+    opt_args: dict[str, Any] = option(
+        "Argument of the optimiser; repeatable.", factory=dict, flag="opt-arg", metavar="KEY=VALUE", read=mapping
+    )
+    sched: str = option("timm schedule.", "cosine")
+    lr: float = option("Learning rate.", 5e-4, least=0)
+    warmup_epochs: int = option("Number of warmup epochs.", 5, least=0)
+    warmup_lr: float | None = option(
+        "Learning rate at the start of warmup.", None, least=0, shown="a hundredth of --lr"
+    )
+    min_lr: float = option("Learning rate at the end of the schedule.", 0.0, least=0)
+    weight_decay: float = option("Weight decay.", 0.05, least=0)
+    layer_decay: float | None = option(
+        "Factor of the learning rate from one layer to the layer before it.", None, least=0, most=1, shown="1"
+    )
+    clip_grad: float | None = option("Maximum norm of the gradient.", None, least=0, shown="no limit")
+    ema: float | None = option(
+        "Decay of a moving average of the weights, which is kept too.", None, least=0, most=1, shown="no average"
+    )
+    seed: int = option("Random seed; the same seed gives the same run.", 0, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    augment: bool = option("Augment images by timm's crops, flips and colours (digits: crops only).", True)
+    augment_args: dict[str, Any] = option(
+        "Argument of timm's create_transform; repeatable.", factory=dict, flag="augment-arg", metavar="KEY=VALUE",
+        read=mapping,
+    )  # fmt: skip
+    aug_repeats: int = option("Differently cropped copies of each image in an epoch.", 1, least=1)
+    erase: float = option("Probability of random erasing.", 0.0, least=0, most=1)
+    mixup: float = option("Mixup's alpha.", 0.0, least=0)
+    cutmix: float = option("CutMix's alpha.", 0.0, least=0)
+    smoothing: float = option("Label smoothing.", 0.0, least=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    device: str = option("Device: auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
+    amp: str = option("Mixed precision: none, bf16 or fp16.", "none", metavar="TYPE")
+    channels_last: bool = option("Store images and weights channels-last.", False)
+    compile: bool = option("Compile both networks with torch.compile.", False)
+    shard: bool = option("Use FSDP2 instead of DDP for the student under torchrun.", False)
+    workers: int = option("Number of processes that load images.", 2, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    out: str | None = option(
+        "Folder for the results.", None, metavar="FOLDER", shown="the first free of runs/NAME, runs/NAME-2, ..."
+    )
+    overwrite: bool = option("Replace an existing run in --out.", False)
+    checkpoint_every: int = option(
+        "Steps between checkpoints.", 0, least=0, metavar="STEPS", shown="0: only at the end of each epoch"
+    )
+    tensorboard: bool = option("Also write TensorBoard events.", False)
+
+
+GROUPS = (Data, Teacher, Student, Method, Optimisation, Augmentation, Hardware, Output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Output, Hardware, Augmentation, Optimisation, Method, Student, Teacher, Data):
     """All options of `fastkd train`, with the defaults for a folder of images; the optimiser's defaults are DeiT's."""
-
-    data: str = "digits"
-    data_root: str | None = None  # root folder of a timm dataset such as wds/NAME
-    train_split: str = "train"
-    val_split: str = "validation"
-    num_classes: int | None = None  # None: as the data defines
-    val_fraction: float = 0.2
-    train_fraction: float = 1.0  # share of the training images, equal for each class
-    check: bool = True
-    skip_images: int = 0  # maximum number of unreadable images to skip
-    img_size: int | None = None  # None: the student's own
-    student: str = "deit_tiny_patch16_224"
-    student_args: dict[str, Any] = field(default_factory=dict)
-    student_layers: tuple[str, ...] | None = None  # None: the task's own choice
-    teacher: str | None = None
-    teacher_args: dict[str, Any] = field(default_factory=dict)
-    teacher_layers: tuple[str, ...] | None = None
-    teacher_checkpoint: str | None = None
-    teacher_pretrained: bool = False
-    teacher_epochs: int = 30  # epochs to train a teacher without weights
-    teacher_lr: float = 1e-3
-    teacher_cache: str | None = None  # folder that caches the teacher's logits
-    recipe: str | None = None  # name of the source of the values; has no effect itself
-    task: str = "manifold"
-    task_args: dict[str, Any] = field(default_factory=dict)
-    stages: tuple[Stage, ...] = ()  # empty: one of `task` for `epochs`
-    baseline: bool = True
-    epochs: int = 300
-    warmup_epochs: int = 5
-    warmup_lr: float | None = None  # None: a hundredth of lr
-    min_lr: float = 0.0
-    batch_size: int = 64  # images per forward pass and process
-    accumulate: int = 1  # forward passes per step
-    lr: float = 5e-4
-    weight_decay: float = 0.05
-    layer_decay: float | None = None
-    opt: str = "adamw"
-    opt_args: dict[str, Any] = field(default_factory=dict)
-    sched: str = "cosine"
-    clip_grad: float | None = None
-    ema: float | None = None  # decay
-    augment: bool = True
-    augment_args: dict[str, Any] = field(default_factory=dict)  # arguments of timm's create_transform
-    aug_repeats: int = 1  # copies of an image in a student's epoch, each with its own augmentation
-    erase: float = 0.0  # probability of random erasing
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    smoothing: float = 0.0
-    device: str = "auto"
-    amp: str = "none"
-    channels_last: bool = False
-    compile: bool = False
-    shard: bool = False  # FSDP2 instead of DDP
-    workers: int = 2
-    seed: int = 0
-    checkpoint_every: int = 0  # steps; 0: at the end of each epoch only
-    tensorboard: bool = False
-    out: str | None = None
-    overwrite: bool = False
 
 
 # These do not change the results of a run, so a resume may change them.
@@ -143,15 +253,14 @@ def anchored(settings: Settings) -> Settings:
     )
 
 
-def as_json(settings: Settings) -> dict[str, Any]:
+def plain(settings: Settings) -> dict[str, Any]:
+    """Return the settings as a dictionary for JSON or YAML."""
     return dataclasses.asdict(settings)
 
 
-def from_json(values: Mapping[str, Any]) -> Settings:
-    """Return settings from JSON, the inverse of as_json; lists become tuples, and unknown names are ignored."""
-    names = {item.name for item in dataclasses.fields(Settings)}
-    own = {name: _tuples(value) for name, value in values.items() if name in names}
-    return Settings(**own | {"stages": tuple(Stage(**stage) for stage in own.get("stages", ()))})
+def from_plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of settings from JSON or YAML; lists become tuples."""
+    return tuples(values) | ({"stages": read_stages(values["stages"])} if "stages" in values else {})
 
 
 def differences(now: Settings, before: Settings) -> list[str]:
@@ -161,7 +270,68 @@ def differences(now: Settings, before: Settings) -> list[str]:
     return [f"{name}: {new[name]} (the run has {old[name]})" for name in changed]
 
 
-def _tuples(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_tuples(x) for x in value)
-    return {key: _tuples(x) for key, x in value.items()} if isinstance(value, dict) else value
+def settings_from(
+    given: dict[str, Any], base: Settings | None = None, config: dict[str, Any] | None = None
+) -> Settings:
+    """Return the base's settings, updated by the values of a file, then by the given ones.
+
+    Without a base, the settings of the recipe or of the kind of data are the base. Naming a network drops the options
+    of the base's network. A file's mapping replaces the base's, a given one is added to it.
+    """
+    config = config or {}
+    if base is None:
+        base = _base(config | given)
+    replaced: dict[str, Any] = {name: {} for name in config if name.endswith("_args")}
+    return _updated(_updated(dataclasses.replace(base, **replaced), config), given)
+
+
+def _updated(base: Settings, given: dict[str, Any]) -> Settings:
+    given = dict(given)
+    for role in ("student", "teacher"):
+        if role in given:
+            own: dict[str, Any] = {f"{role}_args": {}, f"{role}_layers": None}
+            base = dataclasses.replace(base, **own)
+    if "task" in given and ("task_args" in given or given["task"] != base.task):
+        base = dataclasses.replace(base, task_args={})
+    if {"task", "task_args", "epochs"} & given.keys():
+        given.setdefault("stages", ())
+    for name in given:
+        if name.endswith("_args"):
+            given[name] = getattr(base, name) | given[name]
+    if given.get("teacher_checkpoint") is not None or given.get("teacher_pretrained"):
+        given.setdefault("teacher_epochs", 0)
+    if given.get("teacher_checkpoint") is not None:
+        given.setdefault("teacher_pretrained", False)  # the recipe's pretrained weights would be downloaded in vain
+    return dataclasses.replace(base, **given)
+
+
+def _base(given: dict[str, Any]) -> Settings:
+    name = given.get("recipe")
+    if name is None:
+        return DIGITS if given.get("data", "digits") == "digits" else FOLDER
+    if name not in RECIPES:
+        raise InputError(f"--recipe: needs one of {', '.join(RECIPES)}, got {name!r}{near(name, RECIPES)}")
+    return dataclasses.replace(settings_from({}, FOLDER, read_recipe(name)), recipe=name)
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return the values of a recipe's file."""
+    return _read(recipe(name))
+
+
+def read_settings(path: Path) -> Settings:
+    """Return the settings of a file that write_settings has written."""
+    return Settings(**_read(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    return from_plain(yaml.safe_load(path.read_text()))
+
+
+def write_settings(path: Path, settings: Settings) -> None:
+    """Write all settings but the output folder as a YAML file, which starts the same run again."""
+    values = plain(settings)
+    del values["out"], values["overwrite"]
+    path.write_text(as_yaml(values))

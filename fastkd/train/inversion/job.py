@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +21,16 @@ from fastkd._version import __version__
 from fastkd.functional import soft_target_loss
 
 from .. import DataError, InputError
-from ..checkpoint import alone, write_weights
+from ..checkpoint import alone, replacing, write_weights
 from ..data import seed_all
 from ..loop import AMP_DTYPES
 from ..models import check_one_image, create_model, input_size, load_weights
+from ..options import as_yaml
 from ..prepare import choose_device
 from ..settings import Settings
-from .presets import PRESETS, Preset
-from .store import GRID, Store
+from .settings import Inversion
+from .store import CONFIG, GRID, Store
 from .synthesis import Inverter, normalisation
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """All options of `fastkd invert`."""
-
-    teacher: str | None = None  # None: the model named in the checkpoint
-    teacher_args: dict[str, Any] = field(default_factory=dict)
-    teacher_checkpoint: str | None = None
-    teacher_pretrained: bool = False
-    num_classes: int | None = None  # None: that of the weights
-    img_size: int | None = None  # None: the teacher's own
-    preset: Preset = PRESETS["imagenet-0"]
-    images: int = 1000
-    labels: tuple[int, ...] | None = None  # None: all, in turn
-    student: str | None = None  # for the competition
-    student_args: dict[str, Any] = field(default_factory=dict)
-    student_checkpoint: str | None = None
-    student_steps: int = 100  # training steps after each batch, on all images so far
-    student_lr: float = 1e-3
-    device: str = "auto"
-    amp: str = "none"
-    seed: int = 0
-    out: str = "synthetic"
-    resume: bool = False
 
 
 def invert(settings: Inversion) -> dict[str, Any]:
@@ -81,6 +57,7 @@ def invert(settings: Inversion) -> dict[str, Any]:
     with alone(Path(settings.out)):
         store = open_store(settings, wanted)
         try:
+            write_settings(settings, Path(settings.out))
             if rival is not None and store.batches:
                 rival.load(store.student)
             make_batches(settings, inverter, rival, store, labels)
@@ -193,6 +170,18 @@ def open_store(settings: Inversion, wanted: dict[str, Any]) -> Store:
             + ", ".join(f"{n} {store.header.get(n)!r}, not {wanted.get(n)!r}" for n in sorted(differing))[:300]
         )
     return store
+
+
+def write_settings(settings: Inversion, out: Path) -> None:
+    """Write the options to a file, which makes the same images again in another folder."""
+    values = dataclasses.asdict(settings)
+    values |= values.pop("preset")
+    for name in ("teacher_checkpoint", "student_checkpoint"):
+        values[name] = values[name] and os.path.abspath(values[name])
+    for name in ("out", "resume"):
+        del values[name]
+    with replacing(out / CONFIG) as partial:
+        partial.write_text(as_yaml(values))
 
 
 def make_batches(

@@ -1,7 +1,9 @@
 """Presets for the optimisation of images: a frozen dataclass, and the published values with their sources."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from ..options import BadValueError, option
 
 
 @dataclass(frozen=True)
@@ -17,36 +19,71 @@ class Phase:
             raise ValueError(f"a phase needs steps and pool of 1 at least and jitter of 0 at least, got {self}")
 
 
-@dataclass(frozen=True)
-class Preset:
+def phases(value: Any) -> tuple[Phase, ...]:
+    """Return the phases of a text STEPS[/POOL[/JITTER]],... or of a list of such texts or of mappings."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(
+            Phase(*map(int, part.split("/"))) if isinstance(part, str)
+            else part if isinstance(part, Phase) else Phase(**part)
+            for part in parts
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise BadValueError(f"needs STEPS[/POOL[/JITTER]] by commas, got {value!r}") from error
+
+
+def _two(value: Any) -> tuple[float, float]:
+    try:
+        first, second = map(float, value.split(",") if isinstance(value, str) else value)
+    except (ValueError, TypeError) as error:
+        raise BadValueError(f"needs two numbers by a comma, got {value!r}") from error
+    return first, second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    phases: tuple[Phase, ...] = option(
+        "Phases STEPS[/POOL[/JITTER]], comma-separated, such as 2000/2/15,1000/1/30.", metavar="PHASES", read=phases
+    )
+    batch_size: int = option("Images per batch.", least=1, metavar="IMAGES")
+    lr: float = option("Adam's learning rate.", least=0)
+    betas: tuple[float, float] = option("Adam's betas, comma-separated.", metavar="X,X", read=_two)
+    schedule: Literal["cosine", "constant"] = option("Schedule of the learning rate: cosine or constant.")
+    warmup_steps: int = option("Steps of linear warmup before the cosine.", least=0, metavar="STEPS")
+    clamp: bool = option("Clip the images to black and white after each step.")
+    flip: bool = option("Mirror the batch in each step with probability 1/2.", False)
+    grey: bool = option("Make greyscale images.", False)
+    cell: int = option(
+        "Side in pixels of the cells that are optimised as one pixel, enlarged bicubically.", 1, least=1,
+        metavar="PIXELS",
+    )  # fmt: skip
+    noise: float = option("Standard deviation of the initial noise, in the network's normalisation.", 1.0, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    cross_entropy: float = option("Weight of the cross-entropy with the labels.", 1.0, least=0)
+    bn: float = option('Weight of the batch-norm statistics, distance "l2".', least=0)
+    first_bn: float = option("Weight of the first batch-norm layer (the others have 1).", least=0)
+    tv_l1: float = option("Weight of the L1 total variation.", least=0)
+    tv_l2: float = option("Weight of the L2 total variation.", least=0)
+    l2: float = option("Weight of the L2 norm of the images.", least=0)
+    l2_per_image: bool = option("Take the mean of the images' norms, not the norm of the whole batch.")
+    intra: float = option("Weight of the intra-divergence of the pooled features.", 0.0, least=0)
+    spread_margin: float = option(
+        "Minimum distance between an image's features and the nearest ones of its class.", 1.0, least=0
+    )
+    boundary_margin: float = option("Minimum gap between a class's radius and the nearest other class.", 0.1, least=0)
+    competition: float = option("Weight of the competition with --student.", 0.0, least=0)
+    temperature: float = option("Temperature of the competition.", 3.0, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset(Loss, Schedule):
     """Schedule, optimiser and weights of one kind of inversion; the total is the weighted sum of all terms.
 
     A term with weight 0 is not computed.
     """
-
-    phases: tuple[Phase, ...]
-    batch_size: int
-    lr: float
-    betas: tuple[float, float]
-    schedule: Literal["cosine", "constant"]
-    warmup_steps: int  # warmup steps with linearly rising learning rate before the cosine
-    clamp: bool  # clip to black and white after each step
-    bn: float  # fastkd.bn_stat_loss, distance "l2"
-    first_bn: float  # weight of the first layer (the others have 1)
-    tv_l1: float
-    tv_l2: float
-    l2: float
-    l2_per_image: bool  # mean of the images' norms, or the whole batch's one
-    cross_entropy: float = 1.0
-    flip: bool = False  # each step mirrors the batch with probability 1/2
-    competition: float = 0.0  # fastkd.competition_loss; needs a student
-    temperature: float = 3.0  # temperature of the competition
-    intra: float = 0.0  # fastkd.intra_divergence_loss on the pooled features
-    spread_margin: float = 1.0
-    boundary_margin: float = 0.1
-    grey: bool = False  # one value for the three channels
-    cell: int = 1  # side in pixels of a cell optimised as one pixel; cells are enlarged bicubically
-    noise: float = 1.0  # standard deviation of the initial noise, in the network's normalisation
 
 
 # DeepInversion: github.com/NVlabs/DeepInversion at 2413af1.

@@ -4,6 +4,7 @@ manifest.jsonl               a line that says how the images are made, then one 
 train/<class>/BBBBB-III.png  image III of batch BBBBB
 student-BBBBB.safetensors    the competing student after as many batches
 grid.png                     the first images side by side
+config.yaml                  the options, which `fastkd invert --config` reads
 """
 
 import io
@@ -21,7 +22,7 @@ from torch import Tensor
 from .. import InputError
 from ..checkpoint import replacing
 
-MANIFEST, GRID, IMAGES = "manifest.jsonl", "grid.png", "train"
+MANIFEST, GRID, IMAGES, CONFIG = "manifest.jsonl", "grid.png", "train", "config.yaml"
 COLUMNS, ROWS = 10, 8  # of the grid
 
 
@@ -153,7 +154,7 @@ class Store:
         return [
             *(self.out / IMAGES).glob(f"*/{name}"),
             *(self.out / IMAGES).glob(f"*/.{name}.*"),  # replacing's
-            *(path for name in (MANIFEST, GRID, "student-*") for path in self.out.glob(f".{name}.*")),
+            *(path for name in (MANIFEST, GRID, CONFIG, "student-*") for path in self.out.glob(f".{name}.*")),
             *(path for path in self.out.glob("student-*.safetensors") if path != self.student),
         ]
 

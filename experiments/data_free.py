@@ -32,19 +32,19 @@ from tqdm import tqdm
 
 from fastkd._version import __version__
 from fastkd.info import cpu_name
-
-from .. import report
-from ..checkpoint import write_weights
-from ..data import Digits
-from ..job import choose_folder
-from ..loop import Trainee
-from ..prepare import prepare
-from ..settings import DIGITS, Settings, Stage
-from ..tasks import PlainTask
-from .job import Inversion, invert
-from .presets import PRESETS, Preset
-from .store import Store
-from .synthesis import normalisation
+from fastkd.train import report
+from fastkd.train.checkpoint import write_weights
+from fastkd.train.data import Digits
+from fastkd.train.inversion.job import invert
+from fastkd.train.inversion.presets import PRESETS, Preset
+from fastkd.train.inversion.settings import Inversion
+from fastkd.train.inversion.store import Store
+from fastkd.train.inversion.synthesis import normalisation
+from fastkd.train.job import choose_folder
+from fastkd.train.loop import Trainee
+from fastkd.train.prepare import prepare
+from fastkd.train.settings import DIGITS, Settings, Stage
+from fastkd.train.tasks import PlainTask
 
 TEACHER = "(the teacher, on real images)"
 FULL = PRESETS["digits"]

@@ -1,32 +1,32 @@
 """Compare every method with training without distillation, on shares of the training images, over several seeds.
 
-python -m fastkd.train.study                         the digits of `make study`
-python -m fastkd.train.study FOLDER --teacher NAME   any folder of images; options of `fastkd train` may follow
+python -m experiments.study                         the digits of `make study`
+python -m experiments.study FOLDER --teacher NAME   any folder of images; options of `fastkd train` may follow
 
 All runs of a study take the same number of steps, so that shares differ only in the images.
 """
 
+import argparse
 import csv
 import dataclasses
 import itertools
 import json
 import shutil
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import typer
 from matplotlib.figure import Figure
 
 from fastkd import backend
-
-from . import InputError, job, report
-from .checkpoint import replacing
-from .settings import DIGITS, Settings, Stage
+from fastkd.train import InputError, cli, job, report
+from fastkd.train.checkpoint import replacing
+from fastkd.train.parser import values_of
+from fastkd.train.settings import DIGITS, Settings, Stage, settings_from
 
 ALONE = "none"
 
@@ -200,27 +200,24 @@ def draw(figure: Any, lines: list[dict[str, Any]]) -> None:
     axes.legend()
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def main(
-    context: typer.Context,
-    data: Annotated[
-        str, typer.Argument(help="Training data: digits, or any value of `fastkd train --data`.")
-    ] = "digits",
-    out: Annotated[Path, typer.Option(help="Folder for the results; an unfinished study in it is continued.")] = Path(
-        "runs/study"
-    ),
-    methods: Annotated[str, typer.Option(help=f"Methods, comma-separated: {', '.join(METHODS)}.")] = ",".join(METHODS),
-    fractions: Annotated[str, typer.Option(help="Shares of the training images, comma-separated.")] = "0.1,0.25,1",
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train students with each method and without distillation, and print top-1, spread and cost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "data", nargs="?", default="digits", help="training data: digits, or any value of `fastkd train --data`"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/study"), help="folder for the results; an unfinished study is continued"
+    )
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"methods by commas: {', '.join(METHODS)}")
+    parser.add_argument("--fractions", default="0.1,0.25,1", help="shares of the training images by commas")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    given, options = parser.parse_known_args(arguments)
     try:
-        study(data, out, methods.split(","), [float(x) for x in fractions.split(",")], seeds, context.args)
+        fractions = [float(x) for x in given.fractions.split(",")]
+        study(given.data, given.out, given.methods.split(","), fractions, given.seeds, options)
     except (InputError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        parser.error(str(error))
 
 
 def study(data: str, out: Path, methods: list[str], fractions: list[float], seeds: int, options: list[str]) -> None:
@@ -276,17 +273,11 @@ def study(data: str, out: Path, methods: list[str], fractions: list[float], seed
 
 def _bases(data: str, options: list[str]) -> dict[str, Settings]:
     """Return the base settings of the runs, by kind of teacher; a folder has only the teacher that is named."""
-    from . import cli
-
     if data == "digits" and not options:
         return {kind: dataclasses.replace(base, epochs=10, warmup_epochs=1) for kind, base in TEACHERS.items()}
-    command: Any = typer.main.get_command(cli.app)
-    params = command.commands["train"].make_context("train", ["--data", data, *options]).params
-    given = {name.rstrip("_"): value for name, value in params.items() if value is not None}
-    for name in ("dry_run", "resume", "overwrite"):
-        given.pop(name, None)
-    return {"given": cli.settings_from(given)}
+    found = cli.parser().parse_args(["train", "--data", data, *options], defaults=False)
+    return {"given": settings_from(values_of(found.train))}
 
 
 if __name__ == "__main__":
-    app()
+    main()
