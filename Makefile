@@ -17,7 +17,7 @@ GPU_LIMIT  := timeout --signal=INT --kill-after=20 540
 GPU_OUT ?= gpu
 verdict = && echo "$@: pass" || { echo "$@: fail"; exit 1; }
 
-.PHONY: install demo demo-datafree study test test-all test-triton mutants lint types bench docs dist clean
+.PHONY: install demo demo-datafree study test test-all test-versions mutants lint types bench docs dist clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-training gpu-report
 
 # An environment with everything that a demo needs: torch, the extension and the trainer.
@@ -57,10 +57,10 @@ test-all: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) -m triton
 	$(PYTEST)
 
-# The tests whose verdict depends on Triton's version. PYTHONPATH may hold another one.
-test-triton: $(VENV)/.test
+# The tests whose verdict depends on the versions of torch and Triton. They need neither timm nor torchvision.
+test-versions: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive' tests/test_logits.py tests/test_prior.py
-	$(PYTEST) -m 'not exhaustive' tests/test_aot.py
+	$(PYTEST) -m 'not exhaustive' tests/test_aot.py tests/test_contract.py tests/test_shapes.py tests/test_terms.py
 
 # Plants the faults of tests/mutants one at a time and records the test that catches each. Takes hours on two cores.
 mutants: $(VENV)/.test

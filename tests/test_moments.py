@@ -286,14 +286,15 @@ def test_eps_where_it_is_all_there_is(backend: str, eps: float) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pivot_that_is_no_guide(backend: str, layout: str, width: int) -> None:
     """The first row of all, of which a pivot is the mean, lies 10,000 spreads off."""
-    x = torch.randn(1200 // width, 2, width, 1, device=DEVICE)
+    total = 300 if INTERPRETED else 1200
+    x = torch.randn(total // width, 2, width, 1, device=DEVICE)
     x[0] += 1e4
     with lowered(moments_small=1, moments_part=1 << 20):
         mean, var = fastkd.batch_moments(strided(x, layout), backend=backend)
     for name, a, e, o in zip(
         ("mean", "var"), (mean, var), reference.batch_moments(x), reference.batch_moments(x.double()), strict=True
     ):
-        assert_matches_oracle(a, e, o, 1200, name)
+        assert_matches_oracle(a, e, o, total, name)
 
 
 def layers(sizes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], ...]:
