@@ -187,7 +187,8 @@ def dropins() -> str:
 
     def cost(p: Row) -> str:
         if not p.get("median"):
-            return "too inaccurate" if p.get("failure", "").startswith("AssertionError") else "does not run"
+            wrong = re.match("AssertionError: (loss|gradient) ", p.get("failure", ""))
+            return "too inaccurate" if wrong else "does not run"
         return ms(p["median"]) + ("" if p["memory"] is None else f", {p['memory'] / 2**20:.0f}")
 
     parts = []

@@ -1,6 +1,6 @@
 """Providers of the drop-ins: the official form of each loss, written from its formula, and fastkd.compat."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -29,10 +29,10 @@ def _float(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
 
-def thirds(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield (student, teacher, index) of each layer."""
+def thirds(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return (student, teacher, index) of each layer."""
     n = len(tensors) // 3
-    yield from zip(tensors[:n], tensors[n : 2 * n], tensors[2 * n :], strict=True)
+    return [(tensors[i], tensors[n + i], tensors[2 * n + i]) for i in range(n)]
 
 
 def _difference(s: Tensor, t: Tensor) -> Tensor:
