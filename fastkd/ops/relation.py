@@ -212,8 +212,8 @@ def check_manifold(call: ManifoldCall) -> None:
         )
     if indices is not None and len(indices) != len(students):
         raise ValueError(f"indices must have one tensor per layer, got {len(indices)} for {len(students)} layers")
-    for i, pair in enumerate(call.pairs):
-        check_relation(pair._replace(scope="batch", rows=None if indices is None else indices[i]), "manifold_loss")
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        check_relation(RelationCall(s, t, "batch", None if indices is None else indices[i]), "manifold_loss")
 
 
 def run_manifold(call: ManifoldCall) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
