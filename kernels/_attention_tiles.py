@@ -54,6 +54,7 @@ _FLOAT32 = {
     64: Config(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     128: Config(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
+_TINY = Tile(16, 16, 4, 1)
 # By architecture, bytes of the widest input (all are taken as wide) and the widest head taken. Heads are padded to a
 # power of two; those wider than the last are taken in pieces.
 CONFIGS: dict[tuple[str, int], dict[int, Config]] = {
@@ -64,5 +65,5 @@ CONFIGS: dict[tuple[str, int], dict[int, Config]] = {
     ("8.x", 4): _FLOAT32,
     ("9.0", 4): _FLOAT32,
     ("10.x", 4): _FLOAT32,
-    ("cdna", 4): dict.fromkeys((64, 128), Config(*[Tile(16, 16, 4, 1)] * 4)),
+    ("cdna", 4): dict.fromkeys((64, 128), Config(_TINY, _TINY, _TINY, _TINY)),
 }

@@ -27,7 +27,6 @@ from ._common import architecture, float32_products, multiprocessors, stored_gra
 
 STRIP_BYTES = 64 << 20  # of what averages of heads keep
 PARTIAL_BYTES = 32 << 20  # of a bias gradient's partial sums
-GRAM_CHUNK = 1 << 20  # elements of queries or keys taken to float64 at a time
 
 
 def _broadcast(x: Tensor | None, ndim: int) -> tuple[int, ...]:
@@ -225,12 +224,12 @@ def _match(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbia
     fused = p.fused()
     if dbias is None and (dq is not None or dk is not None) and fused is not None:
         d_queries, d_keys = dq, dk
-        if shared:  # rounded once, as their sum
+        if shared and dq is not None:  # rounded once, as their sum
             d_queries, d_keys = (torch.empty_like(dq, dtype=torch.float32) for _ in range(2))
         p.launch(_attention_fused_kernel, (p.B * p.H,), fused, loss_ptr=loss,
                  dq_ptr=loss if d_queries is None else d_queries, dk_ptr=loss if d_keys is None else d_keys,
                  HAS_DQ=d_queries is not None, HAS_DK=d_keys is not None)  # fmt: skip
-        if shared:
+        if shared and d_queries is not None and d_keys is not None:
             torch.add(d_queries, d_keys, out=dq)
         return
     tile = p.config.rows
@@ -297,62 +296,10 @@ def _mean(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbias
                 p.keys(dkeys if total is None else total, total, here, IS_MEAN=True, **strip)
             if partial is not None:
                 p.bias(partial, here, IS_MEAN=True, **strip)
-    if total is not None:
+    if dkeys is not None and total is not None:
         dkeys.copy_(total)
-    if partial is not None:
+    if dbias is not None and partial is not None:
         dbias.copy_(partial.sum(0))
-
-
-def _chunks(x: Tensor, other: Tensor) -> list[slice]:
-    """Return slices that cut the rows of (images, H, N, d) operands."""
-    most = max(GRAM_CHUNK // (x.shape[0] * x.shape[1] * (x.shape[3] + other.shape[3])), 1)
-    return [slice(r, r + most) for r in range(0, x.shape[2], most)]
-
-
-def _grams(s: Tensor, t: Tensor, off: Tensor | None, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(Sᵀ W S, Tᵀ W S, Tᵀ W T) of every head in float64; rows that are off count as 0."""
-    (n, H, _, d_s), d_t = s.shape, t.shape[3]
-    ss, ts, tt = (s.new_zeros((n, H, a, b), dtype=torch.float64) for a, b in ((d_s, d_s), (d_t, d_s), (d_t, d_t)))
-    for r in _chunks(s, t):
-        x, y = (
-            v[:, :, r].double() if off is None else v[:, :, r].double().masked_fill(off[:, :, r], 0) for v in (s, t)
-        )
-        wx, wy = (x, y) if w is None else (x * w[:, :, r], y * w[:, :, r])
-        ss += wx.mT @ x
-        ts += wy.mT @ x
-        tt += wy.mT @ y
-    return ss, ts, tt
-
-
-def _gram(
-    student: _Network, teacher: _Network, key_mask: Tensor | None, w: Tensor, dq: Tensor | None, dk: Tensor | None
-) -> Tensor:
-    """Σ W (Q_s K_sᵀ - Q_t K_tᵀ)² = <A_ss, C_ss> - 2 <A_ts, C_ts> + <A_tt, C_tt>, A_xy = Q_xᵀ W Q_y, C_xy = K_xᵀ K_y.
-
-    dQ_s = 2 W (Q_s C_ss - Q_t C_ts), dK_s = 2 (K_s A_ss - K_t A_ts), in float64: near a match the terms cancel.
-    """
-    B, H, _, d_s = student.q.shape
-    total = w.new_zeros((), dtype=torch.float64)
-    scales = (student.scale**2, teacher.scale * student.scale, teacher.scale**2)
-    f_ss, f_ts, f_tt = (scale / student.k.shape[2] for scale in scales)
-    images = max(GRAM_CHUNK // (H * (d_s + teacher.q.shape[3]) ** 2), 1)
-    for b in (slice(b0, b0 + images) for b0 in range(0, B, images)):
-        q_s, q_t, k_s, k_t = (x[b] for x in (student.q, teacher.q, student.k, teacher.k))
-        weight = w[b].double()
-        off = weight == 0
-        hidden = None if key_mask is None else ~key_mask[b, None, :, None]
-        a_ss, a_ts, a_tt = _grams(q_s, q_t, off, weight)
-        c_ss, c_ts, c_tt = _grams(k_s, k_t, hidden, None)
-        total += f_ss * (a_ss * c_ss).sum() - 2 * f_ts * (a_ts * c_ts).sum() + f_tt * (a_tt * c_tt).sum()
-        for out, x, y, without, gram_x, gram_y in ((dq, q_s, q_t, off, c_ss, c_ts), (dk, k_s, k_t, hidden, a_ss, a_ts)):
-            if out is None:
-                continue
-            for r in _chunks(x, y):
-                d = x[:, :, r].double() @ (2 * f_ss * gram_x) - y[:, :, r].double() @ (2 * f_ts * gram_y)
-                if out is dq:
-                    d *= weight[:, :, r]
-                out[b, :, r] = (d if without is None else d.masked_fill_(without[:, :, r], 0)).to(out.dtype)
-    return total.clamp_min(0)  # rounding alone can take a zero below 0
 
 
 def attention_fwd(
@@ -373,6 +320,7 @@ def attention_fwd(
     rows: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Algorithm "tile" alone: ops sends "gram", which is PyTorch operations, to the eager backend."""
     k = q_student if k_student is None else k_student
     scale_student, scale_teacher, bias_scale = scales
     has_softmax = divergence != "score_mse"
@@ -380,23 +328,16 @@ def attention_fwd(
     teacher = _Network(q_teacher, k_teacher, bias_teacher, scale_teacher, has_softmax)
     B, H, N_q = q_student.shape[:3]
     H_out = 1 if heads == "mean" else H
-    bias = q_student if bias_student is None else bias_student
-    gradients = [
+    losses = q_student.new_empty((B, H_out, N_q), dtype=torch.float32)
+    dq, dk, dbias = (
         x.new_empty(x.shape if want else (0,), dtype=stored_gradient(x))
-        for x, want in zip((q_student, k, bias), wanted, strict=True)
-    ]
-    if bias_student is None:
-        gradients[2] = gradients[2].float()
+        for x, want in zip((q_student, k, losses if bias_student is None else bias_student), wanted, strict=True)
+    )
     factor = 1.0
     if reduction == "mean":
         factor = 1 / (B * H_out) if row_weight is not None else 1 / (B * H_out * N_q)
-    outputs = [x if want else None for x, want in zip(gradients, wanted, strict=True)]
-    if algorithm == "gram":
-        w = q_student.new_full((1, 1, 1), factor, dtype=torch.float32) if row_weight is None else row_weight * factor
-        w = w.expand(B, 1, N_q)[..., None]
-        with torch.autocast(q_student.device.type, enabled=False):
-            return _gram(student, teacher, key_mask, w, *outputs[:2]).float(), *gradients
-    losses = q_student.new_empty((B, H_out, N_q), dtype=torch.float32)
     problem = _Problem(student, teacher, key_mask, row_weight, factor, divergence, bias_scale, is_causal, *rows)
-    (_mean if heads == "mean" else _match)(problem, losses, *outputs, shared=k_student is None)
-    return losses if reduction == "none" else losses.sum(dtype=torch.float64).float(), *gradients
+    to_q, to_k, to_bias = (x if want else None for x, want in zip((dq, dk, dbias), wanted, strict=True))
+    (_mean if heads == "mean" else _match)(problem, losses, to_q, to_k, to_bias, shared=k_student is None)
+    loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).float()
+    return loss, dq, dk, dbias

@@ -181,7 +181,8 @@ def softmax_kl(
     step = 2.0 ** math.floor(math.log2(temperature))
     _softmax_kl_kernel[(B,)](
         student, teacher, student if target is None else target.contiguous(), kl, dstudent,
-        *student.stride(), *teacher.stride(), C, alpha, beta, 1 / temperature, step,
+        *student.stride(), *teacher.stride(),
+        C=C, alpha=alpha, beta=beta, inv_temperature=1 / temperature, step=step,
         HAS_TARGET=target is not None, HAS_GRAD=with_grad, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
     return kl, dstudent

@@ -247,15 +247,11 @@ def _bn_distance_kernel(
 
 @dataclass(frozen=True)
 class _Launch:
-    """How a layer is cut: `sizes` are C, W, groups, N, P, tiles and split, `options` the constants of the kernels."""
+    """How a layer is cut: `sizes` are numbers that the kernels take by name, `options` their constants."""
 
     grid: tuple[int, int]
-    sizes: tuple[int, ...]
+    sizes: dict[str, int]
     options: dict[str, Any]
-
-    @property
-    def groups(self) -> int:
-        return self.sizes[2]
 
 
 def _launch(planes: Planes, per_image: bool, device: torch.device) -> _Launch:
@@ -281,7 +277,7 @@ def _launch(planes: Planes, per_image: bool, device: torch.device) -> _Launch:
         "PER_IMAGE": per_image, "HAS_ROWS": has_rows, "BLOCK_G": BLOCK_G, "BLOCK_N": BLOCK_N, "BLOCK_P": BLOCK_P,
         "num_warps": WARPS,
     }  # fmt: skip
-    sizes = (C, planes.W, groups, N, P, tiles, split)
+    sizes = {"C": C, "W": planes.W, "groups": groups, "N": N, "P": P, "tiles": tiles, "split": split}
     return _Launch((across, triton.cdiv(tiles, split)), sizes, options)
 
 
@@ -305,7 +301,7 @@ def _layer_fwd(
             y.copy_(dense)
         return
     launch = _launch(planes, per_image, x.device)
-    splits, groups = launch.grid[1], launch.groups
+    splits, groups = launch.grid[1], launch.sizes["groups"]
     partial = x.new_empty((splits, 3, groups), dtype=torch.float32)
     norm = (x, x, x) if y is None else (y, scale, shift)
     _moments_partial_kernel[launch.grid](
@@ -314,11 +310,11 @@ def _layer_fwd(
         *norm,
         *planes.strides[0],
         *planes.strides[1],
-        *launch.sizes,
+        **launch.sizes,
         HAS_NORM=y is not None,
         **launch.options,
     )
-    _moments_merge_kernel[(triton.cdiv(groups, 128),)](partial, mean, var, groups, splits, BLOCK_G=128)
+    _moments_merge_kernel[(triton.cdiv(groups, 128),)](partial, mean, var, groups=groups, splits=splits, BLOCK_G=128)
 
 
 def _layers(inputs: list[Tensor], per_image: bool) -> Iterator[tuple[Tensor, slice]]:
@@ -358,8 +354,8 @@ def _layer_bwd(
     launch = _launch(planes, per_image, x.device)
     norm = (x, x) if dy is None else (dy, scale)
     _moments_bwd_kernel[launch.grid](
-        dmean, dvar, x, mean, dx, *norm, *planes.strides[0], *planes.strides[1], *planes.strides[2], *launch.sizes,
-        HAS_NORM=dy is not None, **launch.options,
+        dmean, dvar, x, mean, dx, *norm, *planes.strides[0], *planes.strides[1], *planes.strides[2],
+        **launch.sizes, HAS_NORM=dy is not None, **launch.options,
     )  # fmt: skip
     return dx
 
@@ -418,7 +414,7 @@ def bn_distance(
         weight = {"l2": w, "mse": w / (len(channels) * C), "image": w / B}[distance]
         _bn_distance_kernel[(1,)](
             mean[own], var[own], M[running], V[running], losses[i:], dmean[own], dvar[own],
-            n, C, weight, count / max(count - 1, 1), DISTANCE=distance, BLOCK=DISTANCE_BLOCK,
+            n=n, C=C, weight=weight, unbias=count / max(count - 1, 1), DISTANCE=distance, BLOCK=DISTANCE_BLOCK,
         )  # fmt: skip
         moment, target = moment + n, target + C
     return losses.sum(), dmean, dvar

@@ -157,7 +157,7 @@ def prior_fwd(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     B, C, H, W = images.shape
     grid, band, config = _grid(images)
     partial = images.new_empty((*grid, 9), dtype=torch.float32)
-    _prior_fwd_kernel[grid](images, partial, *images.stride(), C, H, W, band, **config)
+    _prior_fwd_kernel[grid](images, partial, *images.stride(), C=C, H=H, W=W, band=band, **config)
     # Few numbers: one per band. In float64 their order does not show.
     sums = partial.view(B, -1, 9).double().sum(1)
     total = sums.sum(0)
@@ -174,6 +174,6 @@ def prior_bwd(dtv_l1: Tensor, dtv_l2: Tensor, dnorms: Tensor, images: Tensor, tv
     of_image = (dnorms.float() / norms).masked_fill_(norms == 0, 0)
     grid, band, config = _grid(images)
     _prior_bwd_kernel[grid](
-        images, slopes, of_image, dimages, *images.stride(), *dimages.stride(), C, H, W, band, **config
+        images, slopes, of_image, dimages, *images.stride(), *dimages.stride(), C=C, H=H, W=W, band=band, **config
     )
     return dimages

@@ -89,13 +89,15 @@ def _tile(
     has_scale = dstudents is not None and student.dtype == torch.float16
 
     s, t = tuple(students), tuple(teachers)
+    of_student = {"n": n, "G": G, "run": run, "Ds": Ds}
+    sizes = of_student | {"total": total, "Dt": Dt}
     norms = scale = student  # stand-ins for what is not read
     drawn = student if index is None else index
     if normalize or has_scale:
         norms = student.new_empty((2, every, n), dtype=torch.float32)
         BLOCK_R, BLOCK_K = NORM_BLOCK
         _relation_norms_kernel[(triton.cdiv(G * n, BLOCK_R), 2, layers)](
-            s, t, drawn, norms, *s_rows, *t_rows, total, n, G, run, Ds, Dt, eps,
+            s, t, drawn, norms, *s_rows, *t_rows, **sizes, eps=eps,
             HAS_INDEX=index is not None, INVERT=normalize, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K,
         )  # fmt: skip
     if has_scale:
@@ -117,17 +119,17 @@ def _tile(
     if dstudents is None:
         partial = student.new_empty(every * triangle, dtype=torch.float32)
         _relation_map_kernel[(every * triangle,)](
-            s, t, drawn, norms, scale, partial, student, student, *s_rows, *t_rows, total, n, G, run, Ds, Dt,
-            0, 0, triangle, 0, 0, 0, IS_TRIANGLE=True, HAS_GRAD=False, HAS_SCALE=False, **flags, **clamps,
-            **config.map._asdict(),
+            s, t, drawn, norms, scale, partial, student, student, *s_rows, *t_rows, **sizes,
+            first_group=0, first_tile=0, tiles=triangle, pitch=0, stride_wg=0, term=0,
+            IS_TRIANGLE=True, HAS_GRAD=False, HAS_SCALE=False, **flags, **clamps, **config.map._asdict(),
         )  # fmt: skip
     elif budget < pitch and Ds <= max(config.fused):
         fused = config.fused[min(width for width in config.fused if width >= Ds)]
         strips = triton.cdiv(n, fused.BLOCK_M)
         partial = student.new_empty(every * strips, dtype=torch.float32)
         _relation_fused_kernel[(every * strips,)](
-            s, t, drawn, norms, scale, partial, tuple(dstudents), *s_rows, *t_rows, *d_rows,
-            total, n, G, run, Ds, Dt, strips, factor,
+            s, t, drawn, norms, scale, partial, tuple(dstudents), *s_rows, *t_rows, *d_rows, **sizes,
+            strips=strips, factor=factor,
             HAS_SCALE=has_scale, IS_ADDED=is_added, CHUNKS=triton.cdiv(Ds, fused.BLOCK_D),
             **flags, **clamps, **fused._asdict(),
         )  # fmt: skip
@@ -138,7 +140,7 @@ def _tile(
         groups = triton.cdiv(every, triton.cdiv(every, groups))
         row_tiles = columns if is_triangle else min(max(budget // BLOCK_M, 1), columns)
         row_tiles = triton.cdiv(columns, triton.cdiv(columns, row_tiles))
-        terms = flags["TERMS"]
+        terms = 2 if student.itemsize == 2 else 1
         w = student.new_empty((terms, groups, row_tiles * BLOCK_M, pitch))
         along = student.new_empty((groups, columns, n), dtype=torch.float32)
         partial = student.new_empty(every * (triangle if is_triangle else columns * columns), dtype=torch.float32)
@@ -148,8 +150,9 @@ def _tile(
                 here, tall = min(groups, every - g), min(row_tiles, columns - first_tile)
                 tiles = triangle if is_triangle else tall * columns
                 _relation_map_kernel[(here * tiles,)](
-                    s, t, drawn, norms, scale, partial[done:], w, along, *s_rows, *t_rows,
-                    total, n, G, run, Ds, Dt, g, first_tile, tiles, pitch, w.stride(1), w.stride(0),
+                    s, t, drawn, norms, scale, partial[done:], w, along, *s_rows, *t_rows, **sizes,
+                    first_group=g, first_tile=first_tile, tiles=tiles, pitch=pitch,
+                    stride_wg=w.stride(1), term=w.stride(0),
                     IS_TRIANGLE=is_triangle, HAS_GRAD=True, HAS_SCALE=has_scale, **flags, **clamps,
                     **config.map._asdict(),
                 )  # fmt: skip
@@ -157,13 +160,16 @@ def _tile(
                 rows = min(tall * BLOCK_M, n - first_tile * BLOCK_M)
                 programs, apply_tiles, apply = _fill(config.apply, here, rows, Ds, student.device)
                 _relation_apply_kernel[(programs,)](
-                    w, along, s, drawn, norms, scale, tuple(dstudents), *s_rows, *d_rows, n, G, run, Ds,
-                    g, first_tile * BLOCK_M, apply_tiles, columns, pitch, w.stride(1), w.stride(0), factor,
+                    w, along, s, drawn, norms, scale, tuple(dstudents), *s_rows, *d_rows, **of_student,
+                    first_group=g, first_row=first_tile * BLOCK_M, row_tiles=apply_tiles, columns=columns,
+                    pitch=pitch, stride_wg=w.stride(1), term=w.stride(0), factor=factor,
                     HAS_SCALE=has_scale, IS_ADDED=is_added, **flags, **apply._asdict(),
                 )  # fmt: skip
 
     count = partial.numel() // layers
-    _relation_sum_kernel[(layers,)](partial, loss, count, loss.stride(0), 1 / (G * n * n), BLOCK=SUM_BLOCK)
+    _relation_sum_kernel[(layers,)](
+        partial, loss, count=count, stride_l=loss.stride(0), scale=1 / (G * n * n), BLOCK=SUM_BLOCK
+    )
 
 
 def _gram(student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str, normalize: bool, eps: float) -> Tensor:
@@ -266,7 +272,7 @@ def manifold_fwd(
 ) -> tuple[Tensor, list[Tensor]]:
     terms: dict[int, Tensor] = {}
     dstudents = [s.new_empty(s.shape if with_grad else (0,), dtype=stored_gradient(s)) for s in students]
-    options = {"normalize": True, "rectify": "none", "eps": 1e-12}
+    options: dict[str, Any] = {"normalize": True, "rectify": "none", "eps": 1e-12}
     for layers in _alike(students, teachers, indices):
         s, t = [students[i] for i in layers], [teachers[i] for i in layers]
         index = torch.stack([indices[i] for i in layers])
@@ -285,7 +291,7 @@ def manifold_fwd(
             continue
         (K, D), (BLOCK_K, BLOCK_D) = drawn.shape[2:], SCATTER_BLOCK
         _relation_scatter_kernel[(K, len(layers), triton.cdiv(D, BLOCK_D))](
-            drawn, index, tuple(sums), K, D, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D
+            drawn, index, tuple(sums), K=K, D=D, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D
         )
         if sums[0].dtype != dstudents[layers[0]].dtype:
             torch._foreach_copy_([dstudents[i] for i in layers], sums)

@@ -551,8 +551,6 @@ def test_grams_in_chunks(backend: str, is_shared: bool, chunk: int, monkeypatch:
     """Row by row and image by image; a few rows; all rows of some images."""
     monkeypatch.setattr(ops, "pick_algorithm", lambda *_: "gram")
     monkeypatch.setattr(_common, "CHUNK", chunk)
-    if backend == "triton":
-        monkeypatch.setattr(pytest.importorskip("fastkd_kernels.attention"), "GRAM_CHUNK", chunk)
     N_k = 19 if is_shared else 13
     masks = {"key_mask": half_of(3, N_k), "query_mask": half_of(3, 19)}
     for options in ({}, masks):

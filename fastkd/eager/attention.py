@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd._precision import accumulator, stored_gradient
-from fastkd.eager._common import chunks
+from fastkd.eager._common import chunks, not_negative
 
 STRIPS = 8  # (rows, N_k) temporaries alive at once; chunks() bounds them together
 NEVER = -math.inf
@@ -252,7 +252,8 @@ def _sweep(
 
 def _pairs(x_s: Tensor, x_t: Tensor, off: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Row strips of operands (n, H, N, d) of both networks in float64; rows that are off, (n, 1, N, 1), are 0."""
-    rows = chunks(x_s.shape[2], STRIPS * x_s[:, :, 0].numel() + STRIPS * x_t[:, :, 0].numel())
+    together = STRIPS if x_s.device.type == "cpu" else 2  # on a GPU a strip costs launches
+    rows = chunks(x_s.shape[2], together * (x_s[:, :, 0].numel() + x_t[:, :, 0].numel()))
     for r in (slice(r0, r0 + rows.step) for r0 in rows):
         s, t = x_s[:, :, r].double(), x_t[:, :, r].double()
         yield (r, s, t) if off is None else (r, s.masked_fill(off[:, :, r], 0), t.masked_fill(off[:, :, r], 0))
@@ -297,7 +298,7 @@ def _gram(student: _Network, teacher: _Network, key_mask: Tensor | None, w: Tens
         if grads.k is not None:
             for r, k_s, k_t in _pairs(*keys):
                 grads.k[b, :, r] = (k_s @ (2 * f_ss * a_ss) - k_t @ (2 * f_ts * a_ts)).to(grads.k.dtype)
-    return total.clamp_min(0)  # rounding alone can take a zero below 0
+    return not_negative(total)
 
 
 def attention_fwd(

@@ -295,6 +295,7 @@ def attention_loss(
     if divergence == "score_mse" and reduction != "none" and bias_s is None and bias_t is None and not is_causal:
         gain = matrix_gain(q_student.device, q_student, k_student, q_teacher, k_teacher)
         algorithm = pick_algorithm(q_student.shape[2], N_k, d_s, d_t, q_student.device, gain)
+        impl = "eager" if (impl, algorithm) == ("triton", "gram") else impl  # PyTorch operations, whoever is asked
     is_shared = k_student is q_student and algorithm == "tile"
     inputs = _distinct(
         q_student, None if is_shared else k_student, q_teacher, k_teacher, bias_s, bias_t, key_mask, row_weight

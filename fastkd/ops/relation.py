@@ -223,11 +223,10 @@ def check_manifold(call: ManifoldCall) -> None:
         check.sequence("indices", indices, "int64 tensors, one per layer")
     if indices is not None and len(indices) != len(students):
         raise ValueError(f"indices must have one tensor per layer, got {len(indices)} for {len(students)} layers")
-    for i, pair in enumerate(call.pairs):
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         layer = f"[{i}]" if len(students) > 1 else ""
         names = (f"student{layer}", f"teacher{layer}", f"index{layer}")
-        pair = pair._replace(scope="batch", rows=None if indices is None else indices[i])
-        check_relation(pair, "manifold_loss", names)
+        check_relation(RelationCall(s, t, "batch", None if indices is None else indices[i]), "manifold_loss", names)
 
 
 def run_manifold(call: ManifoldCall) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
