@@ -22,6 +22,9 @@ from fastkd.train.settings import Settings
 PRELOADED = [
     "fastkd.train.cli", "fastkd.train.inversion.job", "fastkd.train.job", "sklearn.datasets", "sklearn.model_selection",
     "torch._dynamo", "torch.nn.parallel.distributed", "matplotlib.backends.backend_agg",
+    # The examples' hosts; those that are not installed are passed over.
+    "transformers.trainer", "transformers.models.vit.modeling_vit", "transformers.models.bert.modeling_bert",
+    "lightning", "torchdistill.losses.registry",
 ]  # fmt: skip
 
 
@@ -62,14 +65,26 @@ def train(settings: Settings, resume: bool) -> None:
     job.train(settings, resume=resume)
 
 
-def command(folder: Path, *arguments: str) -> None:
-    """`fastkd` with these arguments, started in the folder of that name, or the rank's in it; it speaks into files."""
+def enter(folder: Path) -> None:
+    """Work in this folder, or the rank's in it, with files there in the place of stdout and stderr."""
     rank = os.environ.get("RANK", "0")
     os.chdir(folder / rank if (folder / rank).is_dir() else folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         handle = os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
         os.close(handle)
+
+
+def script(folder: Path, program: str, *arguments: str) -> None:
+    """Run a program as `python -c` does, in this folder."""
+    enter(folder)
+    sys.argv = ["-c", *arguments]
+    exec(program, {"__name__": "__main__"})
+
+
+def command(folder: Path, *arguments: str) -> None:
+    """Run `fastkd` with these arguments in this folder."""
+    enter(folder)
     sys.argv = ["fastkd", *arguments]
     from fastkd.__main__ import main
 

@@ -2,15 +2,13 @@
 
 import copy
 import importlib
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +38,7 @@ found = sklearn.datasets.load_digits()
 found.images, found.target = found.images[:{DIGITS}], found.target[:{DIGITS}]
 sklearn.datasets.load_digits = lambda: found
 path = sys.argv.pop(1)
-sys.path[0] = path.rpartition("/")[0]
+sys.path.insert(0, path.rpartition("/")[0])
 runpy.run_path(path, run_name="__main__")
 """
 IMAGES = 8  # 128 tokens: the manifold loss then takes every row, so nothing is drawn
@@ -67,19 +65,12 @@ def test_every_example_is_listed() -> None:
 def test_runs_and_the_loss_falls(name: str, tmp_path: Path) -> None:
     for package in NEEDS[name]:
         pytest.importorskip(package)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(EXAMPLES / f"{name}.py")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    found = re.search(r"([\d.]+) -> ([\d.]+)", done.stdout)
-    assert found, done.stdout
+    (process,) = runs.start(1, runs.script, tmp_path, PROGRAM, str(EXAMPLES / f"{name}.py"))
+    process.join(900)
+    assert process.exitcode == 0, (tmp_path / "stderr-0.txt").read_text()
+    printed = (tmp_path / "stdout-0.txt").read_text()
+    found = re.search(r"([\d.]+) -> ([\d.]+)", printed)
+    assert found, printed
     before, after = map(float, found.groups())
     assert 0 < after < before / 2
 
