@@ -18,7 +18,8 @@ BLOCKS = (4, 256, 4)
 def _pixels(x_ptr, h, w, H, W, stride_h, stride_w):
     """x[h, w] in float32 and where there is such a pixel; 0 elsewhere."""
     mask = (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    return tl.load(x_ptr + h * stride_h + w * stride_w, mask=mask, other=0.0).to(tl.float32), mask
+    offsets = h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32), mask
 
 
 @triton.jit
@@ -134,7 +135,7 @@ def _prior_bwd_kernel(
                 dx += _slope(x - other, exists, a, e)
                 other, exists = _pixels(base, h + up, w + left, H, W, stride_h, stride_w)
                 dx -= _slope(other - x, exists, a, e)
-            out = dx_ptr + b * stride_db + c * stride_dc + h * stride_dh + w * stride_dw
+            out = dx_ptr + b * stride_db + c * stride_dc + h.to(tl.int64) * stride_dh + w.to(tl.int64) * stride_dw
             tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=here & (h < end))
 
 
