@@ -110,6 +110,13 @@ class _Driver:
         return 0
 
 
+def _launcher(op: str) -> Callable[..., Any]:
+    """Return an operator's function in kernels/, with its arguments in the order of the schema."""
+    launcher = getattr(importlib.import_module(f"fastkd_kernels.{_schemas.STEMS[op]}"), op)
+    names = [argument.name for argument in getattr(torch.ops.fastkd, op).default._schema.arguments]
+    return lambda *args: launcher(**dict(zip(names, args, strict=True)))
+
+
 def _patches(target: str, multiprocessors: int) -> Iterator[Any]:
     """Yield what makes the library launch its kernels on CPU tensors as on that card."""
     known: dict[str, Callable[[torch.device], Any]] = {
@@ -136,9 +143,8 @@ def recorded(target: str, multiprocessors: int | None = None) -> Iterator[list[L
     launches: list[Launch] = []
     bind = JITFunction.run
     operators = torch.library.Library("fastkd", "IMPL")
-    for op, stem in _schemas.STEMS.items():
-        launcher = getattr(importlib.import_module(f"fastkd_kernels.{stem}"), op)
-        operators.impl(f"{op}_triton", launcher, "CPU")
+    for op in _schemas.STEMS:
+        operators.impl(f"{op}_triton", _launcher(op), "CPU")
 
     def specialise(
         function: JITFunction,
