@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "triton" in getattr(getattr(item, "callspec", None), "params", {}).values():
             item.add_marker("triton")
+    # First, so that no worker starts with one of them when the others have finished.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ PARTS = {
 ATTACKS = ["layouts", "values"]  # files whose tests go over the calls of all stems
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
     pytest.mark.skipif(sys.platform != "linux", reason="coroutines are those of Linux"),
 ]

@@ -677,6 +677,7 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_every_rank(tmp_path: Path) -> None:
     context = torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=3, join=False)
     deadline = time.monotonic() + 240

@@ -61,6 +61,7 @@ def test_every_example_is_listed() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "digits"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_runs_and_the_loss_falls(name: str, tmp_path: Path) -> None:
     for package in NEEDS[name]:

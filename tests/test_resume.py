@@ -60,6 +60,7 @@ def whole(folder, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.exhaustive)])
 def test_killed_at_random_moments(folder, whole, tmp_path, kills):
     where = run_with_kills(small(folder, tmp_path / "run"), 1, kills, random.Random(time.time_ns()))
@@ -67,6 +68,7 @@ def test_killed_at_random_moments(folder, whole, tmp_path, kills):
     same(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_pair_killed_at_random_moments(folder, tmp_path, kills):
     finish(small(folder, tmp_path / "whole"), world=2)
@@ -198,6 +200,7 @@ def test_pair_of_processes_is_one_with_the_batches_of_both(folder, tmp_path):
     assert any((one[key] - start[key]).abs().max() > 1e-2 for key in one)
 
 
+@pytest.mark.slow
 def test_sharded_run(folder, tmp_path):
     """FSDP2 spreads what DDP copies; the numbers are the same up to the order of sums."""
     plain = {"baseline": False, "ema": None, "checkpoint_every": 0, "erase": 0.0}

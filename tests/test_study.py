@@ -29,6 +29,7 @@ def study(folder: Path, out: Path, *options: str) -> str:
     return text.getvalue()
 
 
+@pytest.mark.slow
 def test_study_of_a_folder(folder: Path, tmp_path: Path) -> None:
     output = study(folder, tmp_path)
     assert re.search(r"^\| none \| \d+\.\d ± 0\.0 \| \d+\.\d ± 0\.0 \|", output, re.MULTILINE)

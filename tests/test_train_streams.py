@@ -150,6 +150,7 @@ def small(root: Path, out: Path, **changes: Any) -> Settings:
     return Settings(**(settings | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_pair_on_shards_killed_at_random_moments(tmp_path, kills):
     """The same bits as without, and the top-1 of all validation images."""
