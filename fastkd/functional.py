@@ -1,5 +1,6 @@
 """Every public function, one import."""
 
+from fastkd.ops._resize import resize_tokens as resize_tokens
 from fastkd.ops.attention import attention_loss, qkv_relation_loss
 from fastkd.ops.diversity import intra_divergence_loss
 from fastkd.ops.logits import competition_loss, dkd_loss, nkd_loss, soft_target_loss

@@ -212,7 +212,7 @@ class Watch(TorchFunctionMode):
 
 def _next(name: str, node: Node, root: str, x: Tensor, y: Any, args: Any, kwargs: Any) -> Node:
     """Return the chain after an operation on the followed tensor x; y is the other operand."""
-    if name in _SAME or node[0] == "other":
+    if name in _SAME or (node[0] == "other" and name != "softmax"):
         return node
     if root == "map":
         if name in _RESHAPES or name in ("dropout", "dropout_"):

@@ -110,7 +110,8 @@ def check_relation(
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(
             "student and teacher must agree in images and tokens (B, N), "
-            f"got {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])}: drop class tokens or resize a grid first"
+            f"got {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])}: drop class tokens, or resize a grid by "
+            "fastkd.functional.resize_tokens"
         )
     check.same_device(student=student, teacher=teacher)
     check.one_of("scope", scope, ("intra", "inter", "batch"))
