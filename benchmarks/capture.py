@@ -80,7 +80,7 @@ def cost() -> list[dict[str, Any]]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks capture", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks capture", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="file for the results")
     args = parser.parse_args(argv)
     rows = cost()
