@@ -16,7 +16,7 @@ from benchmarks.case import Case
 from benchmarks.cases import CASES
 from benchmarks.measure import SECONDS, measure
 
-COMMANDS = ("compare", "aot", "scaling", "profile", "training", "sanitize", "gpu")
+COMMANDS = ("compare", "aot", "scaling", "profile", "training", "capture", "sanitize", "gpu")
 
 
 def select(cases: Sequence[Case], device: str, dtype: str | None, pattern: str) -> list[Case]:

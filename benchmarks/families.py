@@ -112,7 +112,7 @@ TIMM = (
     _timm("csatv2", 128, "csatv2"),
     _timm("mobilenetv4", 64, "mobilenetv4_hybrid_medium"),
     _timm("byoanet (botnet)", 64, "botnet26t_256", img_size=64),
-    _timm("byoanet (halonet)", 192, "halonet26t"),
+    _timm("byoanet (halonet)", 256, "halonet26t"),
     _timm("byoanet (lambda)", 64, "lambda_resnet26t", img_size=64),
     _timm("swiftformer", 32, "swiftformer_xs"),
     _timm("qwen3_vit", 64, "qwen3_vit_88m", img_size=64, embed_dim=96, depth=2, num_heads=3),

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import bn_stat_loss, capture
+from fastkd.functional import resize_tokens
 
 timm = pytest.importorskip("timm", reason="capture is checked on timm's models")
 from timm.layers import set_reentrant_ckpt  # noqa: E402
@@ -962,3 +964,174 @@ def test_qkv_of_any_module():
 def test_qkv_refuses_at_entry_what_it_cannot_read():
     with pytest.raises(ValueError, match=r"blocks\.0.*mixes heads.*TalkingHeadAttn"), capture.qkv(build("cait"), [0]):
         pytest.fail("entered")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_capture_adds_no_operation(kind, fused):
+    """Views aside: q, k and v are neither copied nor read."""
+
+    class Operations(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view:
+                self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = build(kind)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    with Operations() as bare:
+        model(images_for(model))
+    with capture.qkv(model, [0, -1]) as captured, Operations() as watched:
+        model(images_for(model))
+    assert watched.names == bare.names
+    q, k, v = captured[0][:3]
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+
+
+class Unfused(nn.Module):
+    """Attention of q, k, v by whatever product, changes of its scores and changes of its map."""
+
+    def __init__(self, product=torch.matmul, scores=lambda z: z, after=lambda p: p) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.product, self.scores, self.after = product, scores, after
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.applied = self.scores(self.product(q * 0.5, k.mT)).softmax(-1)
+        return self.after(self.applied) @ v
+
+
+MASK = torch.ones(5, 6).tril(1).bool()
+BIAS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("product", "scores"),
+    [
+        (torch.matmul, lambda z: z + BIAS),
+        (torch.matmul, lambda z: BIAS + 2 * z),
+        (torch.matmul, lambda z: (z + BIAS) / 3 - BIAS.relu()),
+        (torch.matmul, lambda z: z.masked_fill(~MASK, -torch.inf)),
+        (torch.matmul, lambda z: torch.where(MASK, z, -1e9)),
+        (torch.matmul, lambda z: z.add_(BIAS).mul_(BIAS[:, :1, :1].exp())),
+        (torch.matmul, lambda z: z - z.amax(-1, keepdim=True)),
+        (torch.matmul, lambda z: (z.view(3, 1, 2, 5, 6) + BIAS[:, :1]).view(3, 2, 5, 6)),
+        (lambda q, k: torch.einsum("bhid,bhdj->bhij", q, k), lambda z: z + BIAS),
+        (lambda q, k: torch.bmm(q.flatten(0, 1), k.flatten(0, 1)), lambda z: z.view(3, 2, 5, 6) + BIAS),
+        (lambda q, k: torch.baddbmm(BIAS.repeat(3, 1, 1), q.flatten(0, 1), k.flatten(0, 1), alpha=0.3),
+         lambda z: z.unflatten(0, (3, 2))),
+    ],
+)  # fmt: skip
+def test_scores_of_every_form(product, scores):
+    q, k, v = (torch.randn(3, 2, n, 4, generator=torch.Generator().manual_seed(n)) for n in (5, 6, 6))
+    model = nn.ModuleDict({"a": Unfused(product, scores)}).double()
+    with capture.qkv(model, ["a"]) as captured:
+        model["a"](q, k, v)
+    a = captured[0]
+    made = a.q @ a.k.mT * a.scale
+    torch.testing.assert_close((made if a.bias is None else made + a.bias).softmax(-1), model["a"].applied)
+    assert torch.equal(a.v, v)
+
+
+@pytest.mark.parametrize(
+    ("scores", "after", "message"),
+    [
+        (lambda z: z.relu(), lambda p: p, r"'a' changes its scores before the softmax \(by relu\)"),
+        (lambda z: z * BIAS, lambda p: p, r"changes its scores before the softmax \(by mul\)"),
+        (lambda z: z.flip(1), lambda p: p, r"changes its scores before the softmax \(by flip\)"),
+        (lambda z: z, lambda p: p.flip(1), r"'a' changes its map after the softmax \(by flip\)"),
+        (lambda z: z, lambda p: 2 * p, r"changes its map after the softmax \(by mul\)"),
+    ],
+)
+def test_what_queries_and_keys_do_not_make_is_refused(scores, after, message):
+    q, k, v = (torch.randn(3, 2, n, 4) for n in (5, 6, 6))
+    model = nn.ModuleDict({"a": Unfused(scores=scores, after=after)})
+    with pytest.raises(RuntimeError, match=message), capture.qkv(model, ["a"]) as captured:
+        model["a"](q, k, v)
+    with pytest.raises(RuntimeError, match=message):
+        captured[0]
+
+
+def test_multihead_attention_of_torch():
+    x = torch.randn(3, 5, 8)
+    hidden = torch.tensor([[False] * 5, [False] * 4 + [True], [True] + [False] * 4])
+    for batch_first in (False, True):
+        model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, batch_first=batch_first)})
+        y = x if batch_first else x.transpose(0, 1)
+        with capture.qkv(model, [0]) as captured:
+            _, maps = model["a"](y, y, y, key_padding_mask=hidden, average_attn_weights=False)
+        a = captured[0]
+        torch.testing.assert_close((a.q @ a.k.mT * a.scale + a.bias).softmax(-1), maps)
+
+
+def test_windows_as_many_as_heads_are_told_from_them():
+    """Twins has its windows before its heads, Nest behind them."""
+    for name, arguments in (
+        ("twins_svt_small", {"img_size": 64, "depths": (2, 1, 1, 1)}),
+        ("nest_tiny", {"img_size": 64}),
+    ):
+        model = timm.create_model(name, **arguments).eval()
+        layer = capture.attention_layers(model)[0]
+        heads = 4
+        layer.module.num_heads = heads
+        size = 2 * layer.module.ws if name.startswith("twins") else None
+        x = torch.randn(2, size * size, 64) if size else torch.randn(2, heads, 16, 96)
+        with torch.no_grad(), capture.qkv(layer.module, [0]) as captured:
+            layer.module(x, (size, size)) if size else layer.module(x)
+        q = captured[0].q
+        projected = layer.module.qkv(x.view(2, 2, size // 2, 2, size // 2, 64).transpose(2, 3) if size else x)
+        expected = projected.reshape(2 * heads, -1, 3, heads, q.shape[-1])[:, :, 0].transpose(1, 2)
+        assert captured[0].batch_shape == (2, heads)
+        assert torch.equal(q, expected)
+
+
+def test_models_without_attention_are_told_so():
+    cases = [
+        ("resnet", [0], "ResNet has no softmax attention over tokens"),
+        ("convnext", ["stages.0"], "ConvNeXt has no softmax attention over tokens"),
+        ("xcit", [0], r"'blocks\.0' attends over channels.* queries and keys: cls_attn_blocks"),
+        ("swin", ["layers.0"], r"'layers\.0' holds 2 attention layers; name one of layers\.0\.blocks\.0\.attn"),
+        ("swin", ["layers.0.blocks.7"], r"Did you mean layers\.0\.blocks\.1"),
+        ("swin", [4], r"block 4 is not among the 4 attention layers of SwinTransformer \(4 WindowAttention\)"),
+    ]
+    for kind, blocks, message in cases:
+        with pytest.raises(ValueError, match=message), capture.qkv(build(kind), blocks):
+            pytest.fail("entered")
+
+
+def test_channel_attention_of_an_unknown_class_is_seen_by_its_shape():
+    class Channels(timm.models.xcit.XCA):
+        pass
+
+    model = nn.ModuleDict({"a": Channels(24, num_heads=4)}).eval()
+    with capture.qkv(model, ["a"]) as captured:
+        model["a"](torch.randn(2, 9, 24))
+    with pytest.raises(RuntimeError, match="Channels attends over channels: its maps are of the 6 channels"):
+        captured[0]
+
+
+def test_resized_tokens():
+    x = torch.arange(2 * 18 * 3.0).view(2, 18, 3)
+    assert resize_tokens(x, 4, prefix=2) is x
+    half = resize_tokens(x, 2, prefix=2)
+    assert torch.equal(half[:, :2], x[:, :2])
+    assert torch.equal(half[:, 2:].view(2, 2, 2, 3), x[:, 2:].view(2, 2, 2, 2, 2, 3).mean((2, 4)))
+    maps = x[:, 2:].mT.reshape(2, 3, 4, 4)
+    grown = F.interpolate(maps, (8, 6), mode="bicubic").flatten(2).mT
+    torch.testing.assert_close(resize_tokens(x, (8, 6), prefix=2)[:, 2:], grown)
+    assert resize_tokens(x[:, :15].bfloat16(), (5, 2), grid=(3, 5)).shape == (2, 10, 3)
+    torch.testing.assert_close(resize_tokens(torch.ones(1, 9, 2), (2, 7)), torch.ones(1, 14, 2))
+    for arguments, message in (
+        ({"size": 2}, r"x has 18 tokens behind 0 class tokens.* pass grid=\(h, w\), or .*prefix="),
+        ({"size": 2, "prefix": 18}, "prefix must be a number of tokens below N = 18"),
+        ({"size": 0, "prefix": 2}, "size must be at least 1"),
+        ({"size": 2, "grid": (4, 4)}, "x has 18 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resize_tokens(x, **arguments)

@@ -286,7 +286,7 @@ def test_cikd_compares_the_attention_maps(heads):
 )
 def test_cikd_teacher_block(width, depth, block):
     teacher = nn.Module()
-    teacher.embed_dim, teacher.blocks = width, nn.Sequential(*(nn.Identity() for _ in range(depth)))
+    teacher.embed_dim, teacher.blocks = width, nn.Sequential(*(nn.MultiheadAttention(2, 1) for _ in range(depth)))
     assert _patient(teacher) == [0, block]
 
 

@@ -1,4 +1,4 @@
-"""What the code of a module's forward pass says of it: whether it forms attention maps."""
+"""Detection of attention in the code of forward passes."""
 
 import dis
 import inspect
@@ -32,14 +32,19 @@ _NO_ATTENTION = ("GlobalContext", "HSMSSD")
 
 def attending(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the innermost modules that form attention maps, by name, in module order."""
-    found = [(name, module) for name, module in model.named_modules() if attends(type(module))]
+    found = [(name, module) for name, module in model.named_modules() if attends(kind_of(module))]
     outer = {name[:i] for name, _ in found for i, letter in enumerate(name) if letter == "."}
     outer |= {""} if any(name for name, _ in found) else set()
     return [(name, module) for name, module in found if name not in outer]
 
 
+def kind_of(module: nn.Module) -> Any:
+    """Return a module's class; for mypy a class of modules cannot be the key of a cache."""
+    return type(module)
+
+
 @cache
-def attends(kind: type[nn.Module]) -> bool:
+def attends(kind: Any) -> bool:
     """Return whether the forward pass of a class calls fused attention, or a softmax and a matrix product."""
     words = vocabulary(kind)
     return kind.__name__ not in _NO_ATTENTION and bool(
@@ -48,7 +53,7 @@ def attends(kind: type[nn.Module]) -> bool:
 
 
 @cache
-def vocabulary(kind: type[nn.Module]) -> frozenset[str]:
+def vocabulary(kind: Any) -> frozenset[str]:
     """Return the names that the forward pass of a class uses, and those of its methods and helpers that it calls."""
     if kind.__module__.startswith("torch.") and kind is not nn.MultiheadAttention:
         return frozenset()

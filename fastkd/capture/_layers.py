@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fastkd.capture._code import NO_QUERIES, attending, vocabulary
+from fastkd.capture._code import NO_QUERIES, attending, kind_of, vocabulary
 from fastkd.capture._modules import block_names, check_blocks, unknown_block
 
 _KERNELS = {"flash_attn_func", "flash_attn_varlen_func", "flex_attention", "memory_efficient_attention"}
@@ -97,7 +97,7 @@ def _check(root: nn.Module, name: str, layer: Layer, layers: list[Layer]) -> Non
 
 def _none(root: nn.Module, modules: dict[str, nn.Module]) -> str:
     kind = type(root).__name__
-    if any(vocabulary(type(module)) & _KERNELS for module in modules.values()):
+    if any(vocabulary(kind_of(module)) & _KERNELS for module in modules.values()):
         return (
             f"{kind} runs its attention in a kernel of its own (flash or flex attention, xformers), whose operands "
             "capture does not see; capture.tokens of its projections gives q, k and v as (B, N, D)"

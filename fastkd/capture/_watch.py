@@ -100,7 +100,8 @@ class Watch(TorchFunctionMode):
 
     def _applied(self, name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         """See an operation on one followed tensor, or the scaling of a tensor that may be queries or keys."""
-        x, y = args[0] if args else None, args[1] if len(args) > 1 else None
+        x: Any = args[0] if args else None
+        y: Any = args[1] if len(args) > 1 else None
         node, other = self._node(x), self._node(y)
         is_number = isinstance(y, (int, float))
         if other is not None and (node is None or _root(node) == "leaf") and (name in _TIMES or name in _PLUS):
@@ -150,7 +151,7 @@ class Watch(TorchFunctionMode):
             self._found(("map", node[1], values if is_left else values.transpose(-2, -1)))
 
     def _einsum(self, args: Any, output: Tensor) -> None:
-        operands = args[1:] if len(args) == 3 else args[1] if len(args) == 2 else ()
+        operands: Any = args[1:] if len(args) == 3 else args[1] if len(args) == 2 else ()
         if len(operands) != 2 or "." in args[0] or "->" not in args[0]:
             return
         inputs, result = args[0].replace(" ", "").split("->")
@@ -212,7 +213,7 @@ class Watch(TorchFunctionMode):
 
 def _next(name: str, node: Node, root: str, x: Tensor, y: Any, args: Any, kwargs: Any) -> Node:
     """Return the chain after an operation on the followed tensor x; y is the other operand."""
-    if name in _SAME or node[0] == "other":
+    if name in _SAME or (node[0] == "other" and name != "softmax"):
         return node
     if root == "map":
         if name in _RESHAPES or name in ("dropout", "dropout_"):

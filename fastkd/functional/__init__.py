@@ -3,6 +3,7 @@
 from fastkd.functional.diversity import intra_divergence_loss
 from fastkd.functional.moments import batch_moments, bn_stat_loss
 from fastkd.functional.relation import manifold_loss, relation_loss
+from fastkd.ops._resize import resize_tokens as resize_tokens
 from fastkd.ops.attention import attention_loss, qkv_relation_loss
 from fastkd.ops.logits import competition_loss, dkd_loss, nkd_loss, soft_target_loss
 from fastkd.ops.moments import batch_norm_moments

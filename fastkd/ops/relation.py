@@ -154,7 +154,8 @@ def check_relation(
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(
             f"{names[0]} and {names[1]} must agree in images and tokens (B, N), "
-            f"got {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])}: drop class tokens or resize a grid first"
+            f"got {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])}: drop class tokens, or resize a grid by "
+            "fastkd.functional.resize_tokens"
         )
     check.same_device(**{names[0]: student, names[1]: teacher})
     check.one_of("scope", scope, ("intra", "inter", "batch"))

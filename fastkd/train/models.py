@@ -221,7 +221,11 @@ def _listed(layers: Sequence[Layer]) -> str:
 
 def _grids_differ(detail: str, img_size: int | None = None) -> InputError:
     at = "" if img_size is None else f" at {img_size} px"
-    return InputError(f"--teacher-layers: token grids of student and teacher must agree{at}: {detail}")
+    return InputError(
+        f"--teacher-layers: token grids of student and teacher must agree{at}: {detail}; name layers that agree, take "
+        "an image size at which they do, or resize the teacher's (interpolate=True of the tasks manifold and vitkd, "
+        "fastkd.functional.resize_tokens)"
+    )
 
 
 def first_line(error: BaseException) -> str:

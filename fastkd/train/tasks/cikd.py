@@ -103,7 +103,7 @@ class CIKDTask(DistillationTask):
 
 
 def _patient(teacher: Any) -> list[int]:
-    depth = len(capture.block_names(teacher))
+    depth = len(capture.attention_layers(teacher))
     return [0, _LAST.get((getattr(teacher, "embed_dim", 0), depth), -(-2 * depth // 3)) - 1]
 
 

@@ -3,8 +3,8 @@
 import math
 
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from fastkd import functional
 from fastkd.train import InputError
 
 
@@ -27,8 +27,8 @@ def as_map(tokens: Tensor) -> Tensor:
 
 
 def resize_tokens(tokens: Tensor, count: int) -> Tensor:
-    """(B, N, D) -> (B, count, D): the grid interpolated bilinearly, without aliasing where it shrinks."""
+    """(B, N, D) -> (B, count, D), by fastkd.functional.resize_tokens."""
     if tokens.shape[1] == count:
         return tokens
-    side = check_square("interpolation", count)
-    return interpolate(as_map(tokens).float(), (side, side), mode="bilinear", antialias=True).flatten(2).mT
+    check_square("a map", tokens.shape[1])
+    return functional.resize_tokens(tokens, check_square("interpolation", count))
