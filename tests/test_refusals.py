@@ -44,7 +44,7 @@ SINGLE = ("relation_loss", "soft_target_loss", "dkd_loss", "nkd_loss")  # whose 
 
 def kind(function: str, name: str, parameter: inspect.Parameter) -> str | None:
     text = str(parameter.annotation)
-    if name in ("backend", "process_group"):
+    if name in ("backend", "group", "process_group"):
         return None  # tests/test_contract.py, tests/test_distributed.py
     if name in KINDS and not (name in ("student", "teacher") and function in SINGLE):
         return KINDS[name]
