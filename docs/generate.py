@@ -381,6 +381,39 @@ def mutants() -> str:
     return "\n".join(parts)
 
 
+def capture_cost() -> str:
+    """Return the time and memory of a step without and with capture."""
+    found = json.loads((RESULTS / "capture.json").read_text())
+    lines = [
+        [
+            f"{row['model']}, {'fused' if row['fused'] else 'unfused'}, {row['layers']} layers",
+            *(ms(seconds) for seconds in row["seconds"]),
+            f"{row['ratio']:.2f}",
+            *(f"{peak / 2**20:.1f}" for peak in row["peak"]),
+        ]
+        for row in found["cost"]
+    ]
+    head = ["model", "ms", "with capture", "ratio", "peak MB", "with capture"]
+    return f"{machine(found['header'])}\n{table(head, lines)}"
+
+
+def capture_families() -> str:
+    """Return what capture.qkv gives of each family of models."""
+    found = json.loads((RESULTS / "capture.json").read_text())["families"]
+    lines = [
+        [
+            row["family"],
+            ", ".join(f"{n} {kind}" for kind, n in row["layers"].items()) or "none",
+            f"{row['captured']}: {row['first']}" if row["captured"] else "none",
+            row["refused"].replace("|", "/"),
+        ]
+        for row in found
+    ]
+    counts = {name: sum(row["library"] == name for row in found) for name in ("timm", "transformers")}
+    head = ["family", "attention layers", "captured, with the first q", "refused, in these words"]
+    return f"{counts['timm']} of timm, {counts['transformers']} of Hugging Face.\n\n{table(head, lines)}"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     section.__name__: section
     for section in (
@@ -394,6 +427,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
         scaling,
         profiles,
         training,
+        capture_cost,
+        capture_families,
         rooflines,
         aot,
         mutants,
