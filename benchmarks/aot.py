@@ -2,15 +2,11 @@
 
 No GPU is needed: Triton's configurations are compiled for each architecture, CUDA kernels are read from a built
 extension. A kernel fails if it spills, needs more shared memory than a block can have, or multiplies 16-bit matrices
-without a matrix instruction. Occupancy is only reported: kernels that use warp groups are expected to run at 12%. So
-are products that several warps compute at once, and accumulators that change their layout in a loop.
+without a matrix instruction. Occupancy is only reported: kernels that use warp groups are expected to run at 12%.
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import os
 import re
 import subprocess
@@ -24,18 +20,13 @@ from importlib.util import find_spec
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import report
 from benchmarks.case import Case
 from benchmarks.cases import CASES
-
-if TYPE_CHECKING:
-    from triton.compiler import CompiledKernel
-
-    from benchmarks.dry_driver import Specialisation
 
 ROOT = Path(__file__).parent.parent
 MOST_SPILLED = 64  # bytes per thread, outside the innermost loops
@@ -96,10 +87,7 @@ class Kernel:
     spills: loads and stores of spilled registers; looped: those in innermost loops.
     occupancy: share of the warps that a multiprocessor can hold. matrix: the matrix instruction; products: its number.
     loads: instructions that read global memory; wide: those that read 16 bytes per lane, or a tile.
-    multiplies16: the source has a product of 16-bit matrices. tiles: shapes of the matrix instructions.
-    duplicated: products whose rows are fewer than the warps along them hold, so that several warps compute each.
-    converted: float32 accumulators that change their layout, through shared memory, in a loop.
-    copies: asynchronous copies to shared memory in the intermediate form. barriers: barriers of a block.
+    multiplies16: the source has a product of 16-bit matrices.
     """
 
     stem: str
@@ -119,11 +107,6 @@ class Kernel:
     loads: int
     wide: int
     multiplies16: bool
-    tiles: str = ""
-    duplicated: int = 0
-    converted: int = 0
-    copies: int = 0
-    barriers: int = 0
 
     def problems(self) -> list[str]:
         found = []
@@ -189,7 +172,6 @@ def _nvidia(code: str) -> dict[str, Any]:
         "products": len(matrix),
         "loads": len(loads),
         "wide": sum(".128" in n or n.startswith("U") for n in loads),
-        "barriers": sum(n.startswith("BAR.") for n in names),
     }
 
 
@@ -211,36 +193,6 @@ def _amd(code: str) -> dict[str, Any]:
         "products": products,
         "loads": len(loads),
         "wide": sum(name.startswith("dwordx4") for name in loads),
-        "barriers": len(re.findall(r"\bs_barrier\b", code)),
-    }
-
-
-def _layouts(code: str) -> dict[str, Any]:
-    """Return what TTGIR says of products and their layouts (nvidia_mma only, where rows are held 16 to a warp)."""
-    matrix = {
-        alias: ([int(x) for x in warps.split(",")], shape.replace(", ", "x"))
-        for alias, warps, shape in re.findall(
-            r"(#\w+) = #ttg\.nvidia_mma<\{.*?warpsPerCTA = \[([\d, ]+)\].*?instrShape = \[([\d, ]+)\]", code
-        )
-    }
-    products = re.findall(r"(?:tt\.dot|warp_group_dot) .*-> tensor<([\dx]+)xf32, (#\w+)", code)
-    rows = [(int(shape.split("x")[-2]), *matrix[alias]) for shape, alias in products if alias in matrix]
-    smallest = min((math.prod(map(int, shape.split("x"))) for shape, _ in products), default=0)
-    converted = depth = 0
-    loops: list[int] = []  # indentation of the loops around a line
-    for line in code.splitlines():
-        depth = len(line) - len(line.lstrip())
-        while loops and line.strip().startswith("}") and depth <= loops[-1]:
-            loops.pop()
-        if loops and (found := re.search(r"ttg\.convert_layout .*: tensor<([\dx]+)xf32, (#\w+)> -> ", line)):
-            converted += found[2] in matrix and math.prod(map(int, found[1].split("x"))) >= smallest
-        if re.search(r"\bscf\.(for|while)\b", line):
-            loops.append(depth)
-    return {
-        "tiles": ", ".join(sorted({shape for _, _, shape in rows})),
-        "duplicated": sum(warps[-2] * 16 > m for m, warps, _ in rows),
-        "converted": converted,
-        "copies": len(re.findall(r"ttg\.async_copy_global_to_local", code)),
     }
 
 
@@ -250,9 +202,9 @@ def _usage(text: str) -> tuple[int, int, int]:
     return registers, stack, shared
 
 
-def inspect(kernel: Specialisation, compiled: CompiledKernel) -> Kernel:
-    """Return the report on a compiled Triton kernel."""
-    target, asm, meta, shared = kernel.target, compiled.asm, compiled.metadata, compiled.metadata.shared
+def inspect(variant: Any, compiled: Any, target: str) -> Kernel:
+    """Return the report on a compiled Triton kernel; `variant` and `compiled` come from tests/aot.py."""
+    asm, meta, shared = compiled.asm, compiled.metadata, compiled.metadata.shared
     if target.startswith("sm"):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(asm["cubin"])
@@ -263,11 +215,11 @@ def inspect(kernel: Specialisation, compiled: CompiledKernel) -> Kernel:
         found = _amd(asm["amdgcn"])
     threads = meta.num_warps * UNITS[target].lanes
     # Only the tensors of the formula have names of one letter; all others are float32 intermediates.
-    types = kernel.types(r"[a-z](_[st])?_ptr")
-    shown = kernel.constexprs | {"num_warps": meta.num_warps}
+    types = variant.pointers(r"[a-z](_[st])?_ptr")
+    shown = {**variant.constants, **variant.options}
     return Kernel(
-        stem=kernel.function.fn.__module__.rpartition(".")[2].strip("_").split("_")[0],
-        kernel=kernel.name.strip("_").removesuffix("_kernel"),
+        stem=variant.kernel.fn.__module__.rpartition(".")[2].strip("_").split("_")[0],
+        kernel=variant.kernel.fn.__name__.strip("_").removesuffix("_kernel"),
         target=target,
         types="/".join(types) or "fp32",
         options=", ".join(f"{k}={v}" for k, v in shown.items() if not k.startswith("stride")),
@@ -275,27 +227,23 @@ def inspect(kernel: Specialisation, compiled: CompiledKernel) -> Kernel:
         shared=shared,
         occupancy=occupancy(target, found["registers"], shared, threads),
         multiplies16=bool(re.search(r"tt\.dot\w* .*: tensor<\w+x(bf16|f16)>", asm["ttir"])),
-        **_layouts(asm["ttgir"]),
         **found,
     )
 
 
-def _kernels(target: str) -> list[Specialisation]:
-    """Return the kernels of the calls in tests/aot.py, which the tests compile too."""
+def _variants() -> Any:
+    """Return the module tests/aot.py, which has the configurations that the tests compile."""
     sys.path[:0] = [] if str(ROOT / "tests") in sys.path else [str(ROOT / "tests")]
-    return importlib.import_module("aot").kernels(target)
+    return importlib.import_module("aot")
 
 
-_recorded = cache(_kernels)
-
-
-def _compile(target: str, number: int) -> Kernel:
-    kernel = _recorded(target)[number]
-    return inspect(kernel, kernel.compile())
+def _compile(number: int, target: str) -> Kernel:
+    variant = _variants().variants()[number]
+    return inspect(variant, variant.compile(target), target)
 
 
 def triton_kernels(jobs: int) -> Iterator[Kernel]:
-    pairs = [(target, number) for target in UNITS for number in range(len(_kernels(target)))]
+    pairs = [(i, t) for i, variant in enumerate(_variants().variants()) for t in variant.targets]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_compile, *zip(*pairs, strict=True))
 

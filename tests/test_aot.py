@@ -1,13 +1,12 @@
-"""What the public functions would launch compiles for every architecture, fits its shared memory and does not spill.
+"""Every Triton configuration compiles for every architecture and fits its shared memory.
 
-Compiling takes the time, and specialisations differ in one or two options. `make test` compiles kernels that together
-have every architecture, every type and every value of every option; all others are exhaustive.
+Compiling takes the time, and configurations differ in one or two options. `make test` compiles each kernel for each
+architecture, with each of its types and with each value of its options; the other products are exhaustive.
 """
 
 import os
-from collections import Counter
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,68 +17,46 @@ if os.getenv("TRITON_INTERPRET") == "1":
 
 import aot
 
-import fastkd_kernels
 from benchmarks import aot as report
-from benchmarks.dry_driver import TARGETS, Specialisation
 
 
-@cache
-def _every_kernel() -> list[Specialisation]:
-    return [kernel for target in TARGETS for kernel in aot.kernels(target)]
+def _held(variant: aot.Variant, target: str) -> set[tuple[str, str, Any]]:
+    """Return the pairs of a kernel and an option's value that a compilation tests."""
+    options = variant.constants | variant.options | {"types": tuple(variant.signature.values()), "target": target}
+    return {(variant.kernel.fn.__name__, *option) for option in options.items()}
 
 
-@cache
-def _cover() -> list[Specialisation]:
-    """Return few kernels that have every (kernel, target), (kernel, types) and (kernel, option, value)."""
-
-    def pairs(kernel: Specialisation) -> set[tuple[str, ...]]:
-        declared = {p.name for p in kernel.function.params if p.is_constexpr}
-        options = {(name, str(value)) for name, value in kernel.constexprs.items() if name in declared}
-        return {(kernel.name, *held) for held in (*options, tuple(kernel.types()), (kernel.target,))}
-
-    rest = {kernel.key: (kernel, pairs(kernel)) for kernel in _every_kernel()}
-    missing, chosen = set().union(*(held for _, held in rest.values())), []
-    used: Counter[str] = Counter()
-    while missing:
-        kernel, held = max(rest.values(), key=lambda each: (len(each[1] & missing), -used[each[0].target]))
-        del rest[kernel.key]
-        used[kernel.target] += 1
-        missing -= held
-        chosen.append(kernel)
-    return chosen
+def _compilations() -> Iterator[Any]:
+    """Yield every variant for every target: first those that together hold all pairs, then the exhaustive rest."""
+    variants = aot.variants()
+    rest = {(i, target): _held(v, target) for i, v in enumerate(variants) for target in v.targets}
+    missing = set().union(*rest.values())
+    while rest:
+        number, target = chosen = max(rest, key=lambda which: len(rest[which] & missing))
+        marks = () if missing & rest[chosen] else pytest.mark.exhaustive
+        missing -= rest.pop(chosen)
+        yield pytest.param(variants[number], target, marks=marks, id=f"{variants[number]}-{target}")
 
 
-def _check(kernels: list[Specialisation]) -> None:
-    problems = []
-    for kernel in kernels:
-        compiled = kernel.compile()
-        assert compiled.asm["cubin" if kernel.target.startswith("sm") else "hsaco"]
-        assert (getattr(compiled.metadata, "tmem_size", 0) or 0) <= aot.TENSOR_MEMORY
-        found = report.inspect(kernel, compiled).problems()
-        if compiled.metadata.shared > aot.SHARED_MEMORY[kernel.target]:
-            found.append(f"{compiled.metadata.shared} bytes of shared memory")
-        problems += [f"{kernel}: {problem}" for problem in found]
-    assert not problems, "\n".join(problems)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles(target: str) -> None:
-    _check([kernel for kernel in _cover() if kernel.target == target])
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("target", TARGETS)
-def test_all_compile(target: str) -> None:
-    _check([kernel for kernel in _every_kernel() if kernel.target == target])
+@pytest.mark.parametrize(("variant", "target"), [*_compilations()])
+def test_compiles(variant: aot.Variant, target: str) -> None:
+    compiled = variant.compile(target)
+    assert compiled.asm["cubin" if target.startswith("sm") else "hsaco"]
+    assert compiled.metadata.shared <= aot.SHARED_MEMORY[target]
+    assert (getattr(compiled.metadata, "tmem_size", 0) or 0) <= aot.TENSOR_MEMORY
+    assert not report.inspect(variant, compiled, target).problems()
 
 
 def test_every_kernel_is_covered() -> None:
-    """A kernel that no call launches would be compiled nowhere."""
+    """A kernel that no variant names would be compiled nowhere."""
+    from pathlib import Path
+
+    import fastkd_kernels
+
     defined = {
         line.removeprefix("def ").split("(")[0]
         for path in Path(next(iter(fastkd_kernels.__path__))).glob("*.py")
         for line in path.read_text().splitlines()
         if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
     }
-    assert defined == {kernel.name for kernel in _every_kernel()}
+    assert defined == {variant.kernel.fn.__name__ for variant in aot.variants()}
