@@ -1,4 +1,4 @@
-"""Public calls pass through Triton's binder as on a GPU, for every architecture, and what they launch is well formed."""
+"""Public calls pass through Triton's binder as on a GPU, for every architecture; their launches are well formed."""
 
 import os
 from collections.abc import Callable, Iterator

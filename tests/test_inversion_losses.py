@@ -245,7 +245,7 @@ def test_golden_deepinversion_total(case, dtype):
 def test_hook():
     bn = nn.BatchNorm2d(4).eval()
     hook = DeepInversionFeatureHook(bn)
-    with pytest.raises(RuntimeError, match="never fired"):
+    with pytest.raises(RuntimeError, match="BatchNorm2d did not run: no forward pass"):
         _ = hook.r_feature
     x = torch.randn(3, 4, 5, 5, requires_grad=True)
     for k in (1, 2):  # the same leaf twice: nothing of the first graph may be left

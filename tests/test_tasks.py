@@ -321,7 +321,7 @@ FITS = {
 }
 REASONS = {
     "cait": "mixes heads around the softmax",
-    "cnn": "never fired",
+    "cnn": "has no softmax attention over tokens",
     "grids": "attention maps of student and teacher must agree in windows and tokens",
 }
 

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from fastkd.capture._hooks import Captured, Moments, ReplacedForward, Slot, State, hooked, is_recomputing, only_of
+from fastkd.capture._hooks import (
+    Captured,
+    Moments,
+    ReplacedForward,
+    Slot,
+    State,
+    before_only,
+    hooked,
+    is_recomputing,
+)
 from fastkd.capture._modules import unwrap
 from fastkd.ops.moments import normalised_with_moments
 
@@ -153,7 +162,7 @@ def bn_inputs(
 
         if fused:
             return [ReplacedForward(slot.module, FusedBatchNormStat(slot.module, keep))]
-        return [slot.module.register_forward_pre_hook(only_of(slot.module, before))]
+        return [slot.module.register_forward_pre_hook(before_only(slot.module, before))]
 
     def finish(slot: Slot) -> tuple[Tensor, Moments | None]:
         return slot.value if fused else (slot.value, None)

@@ -181,8 +181,8 @@ def hooked(
 
     # No always_call and no with_kwargs: torch.compile guards the ids of such hooks, which are new at each entry.
     handles: list[RemovableHandle | ReplacedForward] = [
-        root.register_forward_pre_hook(only_of(root, before)),
-        root.register_forward_hook(only_of(root, after)),
+        root.register_forward_pre_hook(before_only(root, before)),
+        root.register_forward_hook(after_only(root, after)),
     ]
     if model is not root:
         handles.append(model.register_forward_pre_hook(called))
@@ -213,7 +213,8 @@ def _check_all_ran(model: nn.Module, root: nn.Module, state: State, slots: list[
 
 def _why_silent(names: list[str], model: nn.Module, root: nn.Module, state: State, slots: list[Slot]) -> str:
     """Return why modules gave nothing: the one reason that applies, as far as it can be seen from outside."""
-    listed, kind = ", ".join(names), type(root).__name__
+    kind = type(root).__name__
+    listed = ", ".join(name or kind for name in names)
     late = (
         "was compiled and called before the `with` (PyTorch ignores later hooks): enter before the first compiled call"
     )
@@ -242,17 +243,27 @@ def _is_trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def only_of(module: nn.Module, hook: Callable[..., None]) -> Callable[..., None]:
-    """Return the hook for the module's own runs, without the recomputation of checkpointing and without deep copies.
+def before_only(module: nn.Module, hook: Callable[[nn.Module, Any], None]) -> Callable[..., None]:
+    """Return the pre-hook for the module's own runs, without recomputation of checkpointing and without deep copies.
 
     A deep copy of a module carries the very functions that are registered on it.
     """
 
-    def own(called: nn.Module, *args: Any) -> None:
+    def before(called: nn.Module, args: Any) -> None:
         if called is module and not is_recomputing():
-            hook(called, *args)
+            hook(called, args)
 
-    return own
+    return before
+
+
+def after_only(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None]) -> Callable[..., None]:
+    """Return the hook for the module's own runs, as before_only. torch.compile wants a function for each signature."""
+
+    def after(called: nn.Module, args: Any, output: Any) -> None:
+        if called is module and not is_recomputing():
+            hook(called, args, output)
+
+    return after
 
 
 def is_recomputing() -> bool:

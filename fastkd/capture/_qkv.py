@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastkd.capture import _replay
-from fastkd.capture._hooks import Captured, Slot, State, hooked, only_of
+from fastkd.capture._hooks import Captured, Slot, State, after_only, before_only, hooked
 from fastkd.capture._layers import resolve_attention
 from fastkd.capture._modules import module_order, unwrap
 from fastkd.capture._watch import Watch, several
@@ -90,8 +90,8 @@ def qkv(model: nn.Module, blocks: Sequence[int | str]) -> Iterator[Captured[QKV]
             watch.finish()
 
         return [
-            slot.module.register_forward_pre_hook(only_of(slot.module, before)),
-            slot.module.register_forward_hook(only_of(slot.module, after), prepend=True),
+            slot.module.register_forward_pre_hook(before_only(slot.module, before)),
+            slot.module.register_forward_hook(after_only(slot.module, after), prepend=True),
         ]
 
     with hooked(model, root, slots, attach):

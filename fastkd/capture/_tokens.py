@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from fastkd.capture._hooks import Captured, Slot, State, hooked, only_of
+from fastkd.capture._hooks import Captured, Slot, State, after_only, hooked
 from fastkd.capture._modules import feature_channels, has_heads, module_order, nearest, resolve, unwrap
 
 _CLASS_TOKENS = ("cls_token", "dist_token", "class_token", "class_embedding")
@@ -71,7 +71,7 @@ def tokens(
         def after(module: nn.Module, args: Any, output: Any) -> None:
             slot.put(output, state)
 
-        return [slot.module.register_forward_hook(only_of(slot.module, after))]
+        return [slot.module.register_forward_hook(after_only(slot.module, after))]
 
     def finish(slot: Slot) -> Tensor:
         return _as_tokens(root, slot.name, slot.module, slot.value, prefix, layout)

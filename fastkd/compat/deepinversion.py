@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import weakref
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from fastkd import distributed
 from fastkd.capture import BatchNormInputs, bn_inputs
+from fastkd.capture._hooks import before_only
 from fastkd.losses import BatchNormStatLoss
 
 
@@ -34,8 +34,11 @@ class DeepInversionFeatureHook:
         self._capture = bn_inputs(module)
         self._layer: BatchNormInputs | None = self._capture.__enter__()
         self._loss = BatchNormStatLoss(process_group=process_group)
-        self._seen: weakref.ref[Tensor] | None = None
         self._value: Tensor | None = None
+        self._next_pass = module.register_forward_pre_hook(before_only(module, self._forget))
+
+    def _forget(self, module: nn.Module, args: Any) -> None:
+        self._value = None
 
     @property
     def r_feature(self) -> Tensor:
@@ -48,12 +51,10 @@ class DeepInversionFeatureHook:
         if layer is None:
             raise RuntimeError("r_feature is read after close(), which let go of the layer's input: read it before")
         (x,) = layer.inputs
-        is_seen = self._seen is not None and self._seen() is x
         # What was read under no_grad would train nothing.
         wants_grad = x.requires_grad and torch.is_grad_enabled()
-        if self._value is None or not is_seen or (wants_grad and not self._value.requires_grad):
+        if self._value is None or (wants_grad and not self._value.requires_grad):
             self._value = self._loss([x], layer.running_means, layer.running_vars)
-            self._seen = weakref.ref(x)
         return self._value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DeepInversionFeatureHook":
@@ -69,7 +70,8 @@ class DeepInversionFeatureHook:
 
     def close(self) -> None:
         """Take the hook off the module and let go of its input. The original's r_feature stays; here read it before."""
-        self._layer = self._seen = self._value = None
+        self._layer = self._value = None
+        self._next_pass.remove()
         # A layer that never ran is an error at the end of a `with`, not here.
         with contextlib.suppress(RuntimeError):
             self._capture.__exit__(None, None, None)
