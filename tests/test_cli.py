@@ -119,7 +119,8 @@ def test_pair(tmp_path):
     """Two processes, with what torchrun tells them: one speaks and writes."""
     together(2, command, tmp_path, "train", *SMALL, *FEW, "--no-baseline", "--out=run")
     assert (tmp_path / "stdout-0.txt").read_text().count("| student distilled |") == 1
-    assert not (tmp_path / "stdout-1.txt").read_text()
+    spoken = (tmp_path / "stdout-1.txt").read_text().splitlines()
+    assert [line for line in spoken if not line.startswith("[Gloo]")] == []  # PyTorch 2.10 speaks there itself
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["machine"].endswith("in each of 2 processes")
     with (tmp_path / "run" / "log.csv").open() as file:
