@@ -7,22 +7,15 @@ from itertools import product
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from benchmarks.dry_driver import ARCHITECTURES, TARGETS
 from fastkd_kernels import attention, logits, moments, prior, relation
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 # Bytes of a block; what is compiled for sm_80 also runs on consumer cards, of compute capability 8.6 to 12.x.
 SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 TENSOR_MEMORY = 512  # columns, where there is one
 DTYPES = ("fp32", "bf16", "fp16")
-ARCHITECTURES = {"sm_80": "8.x", "sm_90": "9.0", "sm_100": "10.x", "gfx942": "cdna"}
 
 
 @dataclass(frozen=True)
