@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import compat, losses, reference
-from fastkd.testing import DEVICE, loss_and_gradients, relative_difference
+from fastkd.testing import DEVICE, assert_matches_oracle, loss_and_gradients, relative_difference
 
 ROOT = Path(__file__).parent.parent
 golden_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
@@ -735,3 +735,13 @@ def test_cross_entropies_are_differentiated_once(name: str) -> None:
     s = randn(*shape_s).requires_grad_()
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(call(s, randn(*shape_t)), s, create_graph=True)
+
+
+def test_a_class_that_both_networks_switched_off_costs_nothing() -> None:
+    kept = torch.arange(6, device=DEVICE) != 2
+    student, teacher = (x.masked_fill(~kept, -math.inf) for x in torch.randn(2, 4, 6, device=DEVICE))
+    loss, gradient = loss_and_gradients(lambda s: compat.KDLoss("kd", True)(s, teacher)[1], [student])
+    expected = loss_and_gradients(lambda s: compat.KDLoss("kd", True)(s, teacher[:, kept])[1], [student[:, kept]])
+    assert_matches_oracle(loss, expected[0], expected[0].double(), 24, "loss")
+    assert_matches_oracle(gradient[:, kept], expected[1], expected[1].double(), 24, "gradient")
+    assert not gradient[:, ~kept].any()

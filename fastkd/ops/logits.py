@@ -97,7 +97,7 @@ class _CrossEntropy(torch.autograd.Function):
         if temperature != 1:
             z.mul_(1 / temperature)
         if index is None:
-            of_teacher = torch.linalg.vecdot(q, z)
+            of_teacher = (q * z).masked_fill_(q == 0, 0).sum(1)  # 0 log 0 = 0: a class that both switched off
         else:
             rest = (1 - q.sum(1, keepdim=True)) / (z.shape[1] - q.shape[1])
             q = q - rest
