@@ -75,11 +75,16 @@ def write(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def die_with_parent() -> None:
+    """Let this process be killed when the one that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def alone() -> None:
     """Put a new process in a group of its own, to be ended whole, and let it die with its parent."""
     os.setpgrp()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    die_with_parent()
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -283,9 +288,9 @@ def environment(work: Path, rehearse: bool) -> dict[str, str]:
 
 def commit(kernels: Path | None) -> str:
     """Return the commit: that of the tree, or the one noted beside the carried kernels, where no git came along."""
-    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    if git.returncode == 0:
-        return git.stdout.strip()
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     with suppress(OSError, ValueError, TypeError):
         return str(json.loads((kernels / "keys.json").read_text())["commit"])  # type: ignore[operator]
     return "unknown"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
+import fcntl
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from benchmarks import profile, report
 from benchmarks.case import Case, Step
 from benchmarks.cases import CASES
 from benchmarks.gpu import kernels
+from benchmarks.gpu.call import die_with_parent
 from benchmarks.gpu.device import host_seconds
 from benchmarks.gpu.headline import HEADLINE, cases_of
 from benchmarks.gpu.smoke import SMOKE, on
@@ -159,8 +159,6 @@ def native(work: Work) -> None:
 
 def rivals(work: Work) -> None:
     """Compile a case's rivals beside the other parts, then time them while no other part runs."""
-    import fcntl
-
     (case,) = cases_of([HEADLINE[work.part]])
     names = [bar.rival for bar in case.bars if bar.rival in case.providers]
     chosen = {name: case.providers[name] for name in dict.fromkeys(["eager", "compile", *names, "fastkd"])}
@@ -171,26 +169,19 @@ def rivals(work: Work) -> None:
     def compared() -> Row:
         with (work.work / "rivals.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
-            steps = {n: Step.of(p, case.inputs(case.device, case.dtype), case.backward) for n, p in chosen_now.items()}
-            for step in steps.values():
-                with suppress(Exception):  # `measure` will say so
-                    step()
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            fcntl.flock(lock, fcntl.LOCK_EX)  # granted when all parts have compiled
-            measured = measure(case, None, 0.05 if work.small else 1.0, with_memory=not work.small)
+
+            def alone() -> None:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # granted when all parts have compiled
+
+            measured = measure(case, None, 0.05 if work.small else 1.0, not work.small, alone)
         (row,) = report.rows([measured])["cases"]
         return row
 
-    chosen_now = case.providers
-    work.items({case.name: compared}, 120)
+    limit = 0.7 * (work.until - time.monotonic())  # one that hangs leaves the others some time
+    work.items({case.name: compared}, limit)
 
 
 STEPS = {f.__name__: f for f in (versions, smoke, timings, training, native, suite, rivals, counters, sanitizer, touch)}
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":  # once more: entering a namespace has cleared it
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -202,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=float, required=True)
     parser.add_argument("--small", action="store_true")
     work = Work(parser.parse_args(argv))
-    _die_with_parent()
+    die_with_parent()  # once more: entering a namespace has cleared it
     with suppress(ImportError):
         from triton import knobs
 

@@ -9,6 +9,7 @@ from benchmarks.gpu.call import STEMS
 from benchmarks.gpu.work import Row, Work
 
 SUITE = ("gpu/test_gpu.py", *STEMS, "operators", "modules", "diversity")
+LIMIT = 60.0  # seconds of a test, which may compile many kernels
 
 
 class Shard:
@@ -34,7 +35,7 @@ class Shard:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.row = {"state": "passed"}
-        self.work.begin(nodeid)
+        self.work.begin(nodeid, LIMIT)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:

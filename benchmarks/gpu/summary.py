@@ -103,7 +103,7 @@ def _section(name: str, rows: list[Row]) -> Iterator[str]:
             for kernel in row.get("kernels", ()):
                 yield ", ".join(f"{k} {v}" for k, v in kernel.items())
     elif name == "sanitizer":
-        yield from (f"{row['item']}: {row.get('verdict', '')}" for row in rows)
+        yield from (row.get("verdict", row["item"]) for row in rows)
     yield from _bad(rows)
 
 

@@ -19,6 +19,7 @@ from benchmarks.gpu.smoke import touched
 from benchmarks.gpu.work import MARGIN, Row, Work
 from fastkd.ops import _dispatch
 
+KERNELS = "(relation|attention|moments|bn_distance|prior|softmax_kl)"  # PyTorch's kernels have other names
 METRICS = (
     "gpu__time_duration.sum",
     "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
@@ -71,7 +72,7 @@ def counters(work: Work) -> None:
             "--target-processes",
             "all",
         ]
-        chosen = ["--kernel-name", "regex:_kernel", "--launch-count", "40", "--metrics", ",".join(METRICS)]
+        chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", "50", "--metrics", ",".join(METRICS)]
         path = work.out / "ncu.csv"
         with path.open("w") as file:
             run = subprocess.run(

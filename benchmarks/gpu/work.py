@@ -58,7 +58,7 @@ class Work:
     def begin(self, item: str, limit: float = LIMIT) -> None:
         """Note that an item starts. If it takes longer than the limit, the process prints its stacks and ends."""
         self.append({"item": item, "state": "began", "at": round(time.monotonic() - self.zero, 3)})
-        faulthandler.dump_traceback_later(limit, exit=True)
+        faulthandler.dump_traceback_later(limit, exit=True, file=2)  # pytest replaces sys.stderr
         self._began, self.compiled = time.monotonic(), Counter()
 
     def finish(self, item: str, row: Row) -> None:

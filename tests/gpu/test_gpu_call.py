@@ -113,6 +113,15 @@ def steps_work(out: Path) -> steps.Work:
     return steps.Work(argparse.Namespace(**given, zero=time.monotonic(), until=time.monotonic() + 60))
 
 
+def test_the_page_has_the_timetable_and_names_tests_that_exist() -> None:
+    page = (ROOT / "docs/kernels/gpu.md").read_text()
+    table = page.split("<!-- timetable")[1].split("<!-- /timetable")[0]
+    steps_of_page = re.findall(r"^\| (\w+) \| (\d+) \|", table, re.MULTILINE)
+    assert steps_of_page == [(step.name, str(step.budget)) for step in call.STEPS]
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", page))
+    assert len(named) > 5 and all((ROOT / path).exists() for path in named), named
+
+
 @pytest.fixture
 def work(tmp_path: Path) -> steps.Work:
     return steps_work(tmp_path)
