@@ -115,8 +115,8 @@ SIZED: dict[str, Sized] = {
 
 # Their sizes enter the graph as those of another call of the same operator do.
 ALIKE = (
-    "relation_loss-batch", "relation_loss-index", "manifold_loss", "attention_loss", "batch_moments-image", "bn_stat_loss",
-    "bn_stat_loss-mse", "total_variation",
+    "relation_loss-batch", "relation_loss-index", "manifold_loss", "attention_loss", "batch_moments-image",
+    "bn_stat_loss", "bn_stat_loss-mse", "total_variation",
 )  # fmt: skip
 
 
