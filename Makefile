@@ -87,7 +87,7 @@ gpu:
 gpu-rehearse: $(VENV)/.test
 	$(BIN)/python -m benchmarks gpu-call --rehearse --out $(GPU_OUT)/rehearsal
 
-# Compiles the kernels that `make gpu` launches. PYTHON needs the Triton version of the GPU machine.
+# Compiles the kernels that `make gpu` launches. VENV needs the Triton version of the GPU machine.
 gpu-kernels: $(VENV)/.test
 	$(BIN)/python -m benchmarks gpu-kernels $(GPU_KERNELS)
 

@@ -19,6 +19,7 @@ from benchmarks.gpu.call import Step
 from tests._support import staged_call
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 20.0  # of a staged call: enough to start four processes in turn on a busy machine
 
 
 def states(found: dict, step: str) -> dict[str, str]:
@@ -28,7 +29,7 @@ def states(found: dict, step: str) -> dict[str, str]:
 def test_a_part_that_dies_or_hangs_costs_only_an_item(tmp_path: Path) -> None:
     """A dead process is started again behind the item at which it died; a hanging one ends with its step."""
     table = [Step("first", 200, ("well", "dies", "hangs", "dies at once")), Step("second", 200, ("well",))]
-    staged_call.staged(tmp_path, 3.0).run_all(table)
+    staged_call.staged(tmp_path, SECONDS).run_all(table)
     found = json.loads((tmp_path / "gpu.json").read_text())
     first, second = states(found, "first"), states(found, "second")
     assert [first[f"well {i}"] for i in range(4)] == ["passed"] * 4 == [second[f"well {i}"] for i in range(4)]
@@ -37,7 +38,7 @@ def test_a_part_that_dies_or_hangs_costs_only_an_item(tmp_path: Path) -> None:
     assert [first[f"dies at once {i}"] for i in range(4)] == ["died"] * 4
     assert found["steps"]["first"]["state"] == "late" and found["steps"]["second"]["state"] == "done"
     assert found["steps"]["first"]["died"]["dies"] == [-signal.SIGSEGV]
-    budget = 200 / call.SECONDS * 3.0
+    budget = 200 / call.SECONDS * SECONDS
     assert budget <= found["steps"]["first"]["ended"] < budget + 1
     assert not summary.is_good(found)
 
@@ -85,6 +86,19 @@ def test_a_line_cut_short_hides_no_other(tmp_path: Path) -> None:
         file.write(whole.replace('"1"', '"4"').rstrip("\n"))  # may be half of a line
     the_call.gather()
     assert len(the_call.items) == 2
+
+
+def test_a_call_is_good_if_every_step_has_a_result_and_none_is_bad() -> None:
+    steps_of_call = {name: {"state": "done"} for name in summary.ORDER}
+    items = [{"step": name, "state": "passed"} for name in summary.ORDER]
+    good = {"header": {}, "steps": steps_of_call, "items": items}
+    assert summary.is_good(good)
+    assert summary.is_good(good | {"items": [*items, {"step": "suite", "state": "late"}]})
+    assert not summary.is_good(good | {"header": {"cut": 1.0}})
+    assert not summary.is_good(good | {"items": items[1:]})
+    assert not summary.is_good(good | {"steps": steps_of_call | {"smoke": {"state": "given up"}}})
+    for state in ("failed", "died"):
+        assert not summary.is_good(good | {"items": [*items, {"step": "suite", "state": state}]})
 
 
 def test_the_summary_fits() -> None:
