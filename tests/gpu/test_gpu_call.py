@@ -19,7 +19,7 @@ from benchmarks.gpu.call import Step
 from tests._support import staged_call
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 20.0  # of a staged call: enough to start four processes in turn on a busy machine
+SECONDS = 12.0  # of a staged call: enough to start four processes in turn on a busy machine
 
 
 def states(found: dict, step: str) -> dict[str, str]:
