@@ -237,7 +237,9 @@ def test_compiled_whole(family: Family, fused: bool) -> None:
     names = usable(model)
     with torch.no_grad(), capture.qkv(model, names) as expected:
         model(images)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    # PyTorch itself fails to decompose a view of CPUBone's.
+    backend = "eager" if family.name == "cpubone" else "aot_eager"
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for _ in range(2):
             with capture.qkv(compiled, names) as records:
