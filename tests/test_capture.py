@@ -1092,6 +1092,7 @@ WRITES = {
     "view_made_before": (lambda z: (z.unbind(1)[0].add_(BIAS[0]), z)[1], ASSIGNED),
     "whole_of_a_view": (lambda z: (z.flatten(0, 1), z.add_(BIAS))[0].view(3, 2, 5, 6), ASSIGNED),
     "detached": (lambda z: (assigned(z.detach(), TAIL, -9.0), z)[1], ASSIGNED),
+    "data": (lambda z: (assigned(z.data, TAIL, -9.0), z)[1], ASSIGNED),
     "fill": (lambda z: z.masked_fill_(~MASK, -1e9), None),
     "fill_a_little": (lambda z: z.masked_fill_(~MASK, -9.0), OTHER),
     "put": (lambda z: z.index_put_((MASK.expand_as(z),), torch.tensor(-9.0, dtype=z.dtype)), OTHER),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ ROWS = {
 }
 SOFTMAX, MATMUL, SDPA = Tensor.softmax, torch.matmul, F.scaled_dot_product_attention
 HIDDEN = -1e4  # a bias of a hidden key, whose rounding is nothing
+OTHER_OUTPUTS = {  # of blocks
+    "crossvit": "gives list",
+    "pit": "gives tuple",
+    "tnt": "gives tuple",
+    "efficientvim": "gives tuple",
+    "mobilenetv4": "pass layout=",
+}
 FEW = ("vision_transformer", "vision_transformer_sam", "swin_transformer_v2", "hiera", "Dinov2", "Swinv2")
 
 
@@ -322,3 +330,25 @@ def test_tokens_of_hugging_face_are_hidden_states(family: Family) -> None:
     for x, whole in zip(tokens, kept, strict=True):
         assert x.shape[1] in grid
         assert torch.equal(x, whole[:, whole.shape[1] - x.shape[1] :])
+
+
+@families(lambda family: family in TIMM, ("vision_transformer", "hiera", "swin_transformer", "davit"))
+def test_tokens_are_the_intermediates_that_timm_gives(family: Family) -> None:
+    model, images = family.build(True), family.images()
+    names = capture.block_names(model)
+    if family.name.startswith("twins"):  # timm takes its maps behind the position embedding
+        names = [*names, *(name for name, _ in model.named_modules() if re.fullmatch(r"pos_block\.\d", name))]
+    with torch.no_grad(), capture.tokens(model, names) as tokens:
+        model(images)
+    if family.name in OTHER_OUTPUTS:
+        with pytest.raises(ValueError, match=OTHER_OUTPUTS[family.name]):
+            list(tokens)
+        return
+    with torch.no_grad():
+        maps = model.forward_intermediates(images, intermediates_only=True, norm=False)
+    found = list(tokens)
+    assert maps
+    for x in maps:
+        theirs = x if x.dim() == 3 else x.flatten(2).mT
+        ours = [y for y in found if y.shape == theirs.shape]
+        assert any(torch.equal(y, theirs) for y in ours), f"{tuple(x.shape)} {[tuple(y.shape) for y in found]}"

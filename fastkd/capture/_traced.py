@@ -14,7 +14,9 @@ _answer: list[Any] = [None]  # of the question asked last, while tracing
 
 
 def version(x: Tensor) -> tuple[str, int]:
-    """Return the graph that is traced, and how many writes into the memory of x were traced in it."""
+    """Return the graph that is traced, and a number that grows with each write into the memory of x in it: by 2 with
+    an assignment of a tensor, which has a node and a version.
+    """
     comptime(_look_at_version)
     return _traced_graph(), int(_traced_answer())
 
@@ -37,7 +39,11 @@ def _traced_graph() -> str:
 
 def _look_at_version(context: Any) -> None:
     x = context.get_local("x").as_fake()
-    _answer[0] = 0 if x.is_inference() else x._version
+    memory = x.untyped_storage()._cdata
+    # Versions do not count an assignment through .data, nor before torch 2.14 one of a number.
+    targets = [n.args[0].meta["example_value"] for n in context.graph().nodes if n.target is operator.setitem]
+    assignments = sum(target.untyped_storage()._cdata == memory for target in targets)
+    _answer[0] = assignments + (0 if x.is_inference() else x._version)
 
 
 def _look_at_assignment(context: Any) -> None:

@@ -110,7 +110,7 @@ class Watch(TorchFunctionMode):
 
     def _part_put_back(self, x: Tensor, seen: Version) -> tuple[Node, Node] | None:
         """Return the changed part that the only unseen assignment puts back into scores, and where it was taken."""
-        if torch.compiler.is_dynamo_compiling() and version(x)[1] == seen[1] + 1:
+        if torch.compiler.is_dynamo_compiling() and version(x)[1] == seen[1] + 2:
             from fastkd.capture._traced import is_put_back
 
             for part, node, _, _ in self.followed:
