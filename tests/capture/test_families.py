@@ -29,6 +29,7 @@ ROWS = {
 SOFTMAX, MATMUL, SDPA = Tensor.softmax, torch.matmul, F.scaled_dot_product_attention
 HIDDEN = -1e4  # a bias of a hidden key, whose rounding is nothing
 OTHER_OUTPUTS = {  # of blocks
+    "coat": "pass prefix='keep'",
     "crossvit": "gives list",
     "pit": "gives tuple",
     "tnt": "gives tuple",
