@@ -311,8 +311,9 @@ def main(argv: list[str]) -> int:
     out, kernels = args.out.resolve(), args.kernels and args.kernels.resolve()
     steps, planned, speed = list(STEPS), SECONDS, 1.0
     if args.rehearse:
-        steps = [s._replace(parts=rehearsal.parts(s.name, s.parts), budget=s.budget + rehearsal.START) for s in STEPS]
-        planned, speed = SECONDS + rehearsal.START * len(STEPS), rehearsal.SPEED
+        start = rehearsal.start()
+        steps = [s._replace(parts=rehearsal.parts(s.name, s.parts), budget=s.budget + start) for s in STEPS]
+        planned, speed = SECONDS + start * len(STEPS), rehearsal.SPEED
     seconds = args.seconds or speed * planned
     header = {"commit": commit(kernels), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     for number in (signal.SIGTERM, signal.SIGINT):
