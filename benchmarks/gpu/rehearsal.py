@@ -26,7 +26,7 @@ TOOLS = {"nvidia-smi": NVIDIA_SMI, "ncu": NCU, "compute-sanitizer": SANITIZER}
 
 @cache
 def start() -> float:
-    """Return the seconds that each step is given besides: at that speed, twice the time in which a CPU imports torch."""
+    """Return the seconds that each step is given besides: at that speed, twice the time of an import of torch."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import torch._dynamo, fastkd"], check=True)
     return 2 * max(2.5, time.perf_counter() - began) / SPEED
