@@ -37,8 +37,7 @@ SHAPES = [
 ]
 if INTERPRETED:  # a program takes milliseconds there
     SHAPES = [(1, 1, 1, 1), (2, 5, 7, 7), (2, 70, 3), (2, 3, 41, 50)]
-# bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def activations(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -21,8 +21,7 @@ from fastkd.testing import (
     strided,
 )
 
-# bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
-FLOATS = [torch.float64, torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # (2, 2) the least with a diagonal; odd and unequal sides; more channels than images; one past a power of two.
 SHAPES = [(1, 1, 2, 2), (3, 3, 8, 8), (2, 3, 5, 9), (1, 7, 33, 17), (5, 3, 65, 129)]
 if INTERPRETED:  # a program takes milliseconds there
