@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if not _dispatch.HAS_TRITON:
         raise pytest.UsageError("TRITON_INTERPRET=1 needs triton")
-    import interpreter
+    from tests._support import interpreter
 
     interpreter.install()
 
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seed() -> None:
     torch.manual_seed(0)
     if _dispatch.INTERPRETED:
-        import interpreter
+        from tests._support import interpreter
 
         interpreter.seed(0)
 

@@ -1,4 +1,4 @@
-"""Kernels with faults that a card may forgive or show as noise: tests/interpreter.py finds each of them."""
+"""Kernels with faults that a card may forgive or show as noise: tests/_support/interpreter.py finds each of them."""
 
 import os
 
@@ -8,9 +8,11 @@ import torch
 if os.getenv("TRITON_INTERPRET") != "1":
     pytest.skip("needs the interpreter, which has a process of its own", allow_module_level=True)
 
-import interpreter
+
 import triton
 import triton.language as tl
+
+from tests._support import interpreter
 
 pytestmark = pytest.mark.triton
 
