@@ -467,6 +467,27 @@ def test_more_layers_than_a_launch_takes(
         assert_matches_oracle(a, e, o, 60, "loss" if i == 0 else f"dinputs[{i - 1}]")
 
 
+@pytest.mark.parametrize("distance", ["l2", "image"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_many_layers_as_take_two_whole_launches(backend: str, distance: str) -> None:
+    """More than 96, the moments of which a launch of CUDA forms; layers of several shapes and memory layouts."""
+    count = 20 if INTERPRETED else 200
+    inputs, means, variances = layers([(2, 1 + i % 3, 3, 4 + i % 2) for i in range(count)])
+    inputs = [strided(x, ("contiguous", "channels", "offset")[i % 3]) for i, x in enumerate(inputs)]
+
+    def run(module: object, dtype: torch.dtype, **options: str) -> tuple[Tensor, Tensor]:
+        stats = [[v.to(dtype) for v in which] for which in (means, variances)]
+        loss, *gradients = loss_and_gradients(
+            lambda *x: module.bn_stat_loss(x, *stats, distance=distance, **options), [x.to(dtype) for x in inputs]
+        )
+        return loss, torch.cat([g.flatten() for g in gradients])
+
+    actual = run(fastkd, torch.float32, backend=backend)
+    eager, oracle = run(reference, torch.float32), run(reference, torch.float64)
+    for name, a, e, o in zip(("loss", "dinputs"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, 30 * count, name)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_spreads_as_small_as_the_constant_beside_them(backend: str) -> None:
     """ "image" adds 1e-6 to both variances before it takes their roots."""

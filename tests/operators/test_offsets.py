@@ -86,7 +86,8 @@ def test_elements_far_apart(backend: str, name: str) -> None:
         eager, oracle = run(call, inputs, count), run(call, [x.double() for x in inputs], count)
     for number, x in enumerate(inputs):
         dims = [d for d in range(x.ndim) if x.shape[d] == 3]
-        for dim in [dims[number % len(dims)]] if INTERPRETED else dims:
+        is_slow = INTERPRETED and name.startswith("attention")  # there one dimension of each input has to do
+        for dim in [dims[number % len(dims)]] if is_slow else dims:
             far = sparse(x, dim)
             assert far.stride(dim) * (far.shape[dim] - 1) >= 2**31
             with fastkd.backend(backend):
