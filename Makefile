@@ -55,7 +55,7 @@ test-all: $(VENV)/.test
 
 # The tests whose verdict depends on the versions of torch and Triton. They need neither timm nor torchvision.
 test-versions: $(VENV)/.test
-	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive' tests/logits tests/prior
+	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive' tests/logits tests/prior tests/gpu/test_interpreter.py
 	$(PYTEST) -m 'not exhaustive' tests/gpu/test_aot.py $(addprefix tests/operators/test_,contract.py shapes.py terms.py)
 
 # Plants the faults of tests/mutants one at a time and records the test that catches each. Takes hours on two cores.
