@@ -422,7 +422,7 @@ def test_bad_config(tmp_path, monkeypatch, text, words):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian", "fastkd: there is no command 'trian'; the commands are 'train', 'invert', 'info'"),
+        ("trian", "fastkd: there is no command 'trian'; the commands are 'train', 'eval', 'look', 'export', 'invert', 'info'"),
         ("train --ler 1", "fastkd train: --ler: there is no such option; near it: --lr"),
         ("train --bach-size 1", "fastkd train: --bach-size: there is no such option; near it: --batch-size"),
         ("train --checkpoint 1", "fastkd train: --checkpoint: there is no such option; near it: --checkpoint-every"),

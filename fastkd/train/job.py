@@ -99,19 +99,19 @@ def carry_out(setup: Setup, out: Path, resume: bool, began: float) -> dict[str, 
     return summary | {"out": str(out)}
 
 
-def saved_settings(out: str) -> Settings:
+def saved_settings(out: str, option: str = "--resume") -> Settings:
     """Return the settings of the run in a folder.
 
     Raises:
         InputError: there is no run in the folder.
     """
     if not (Path(out) / "config.json").is_file():
-        raise InputError(f"--resume: {out} holds no run (no config.json)")
+        raise InputError(f"{option}: {out} holds no run (no config.json)")
     try:
         return dataclasses.replace(read_settings(Path(out) / CONFIG), out=out)
     except (OSError, YAMLError, ValueError, TypeError, AttributeError) as error:
         detail = " ".join(str(error).split())
-        raise InputError(f"--resume: {Path(out) / CONFIG} cannot be read as the settings of a run: {detail}") from error
+        raise InputError(f"{option}: {Path(out) / CONFIG} cannot be read as the settings of a run: {detail}") from error
 
 
 def check_resume(now: Settings, before: Settings) -> None:
@@ -287,7 +287,8 @@ class Run:
             if board is not None:
                 board.add(row)
             progress = f"{trainee.label:<17} epoch {epoch + 1:>3}/{trainee.epochs}"
-            bar.write(f"{progress}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f}%  {row['seconds']:.1f} s")
+            scores = f"top-1 {row['top1']:6.2f}%  top-5 {row['top5']:6.2f}%"
+            bar.write(f"{progress}  loss {row['loss']:.4f}  {scores}  {row['seconds']:.1f} s")
             sys.stdout.flush()
         self._export(entry)
         self._save(Place(entry + 1, 0))
@@ -323,7 +324,7 @@ class Run:
         if teacher.epochs:
             self.teacher_top1 = next(row["top1"] for row in reversed(self.rows) if row["network"] == teacher.label)
         elif not new_head(setup) and self.teacher_top1 is None:
-            self.teacher_top1 = teacher.evaluate()
+            self.teacher_top1 = teacher.evaluate()["top1"]
         if setup.cache is not None:
             loader = setup.students[-1].loaders[0]
             setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, cache_key(setup))

@@ -179,14 +179,14 @@ class Trainee:
         }
         if self.ranks.world > 1:
             distribute_bn(self.network, self.ranks.world, reduce=False)
-        row["top1"] = self.evaluate()
+        row |= self.evaluate()
         if self.ema is not None:
-            row["top1_ema"] = self.evaluate(self.ema.module)
+            row |= {f"{name}_ema": value for name, value in self.evaluate(self.ema.module).items()}
         self.record = Record(self.device, self.ranks)
         return row
 
-    def evaluate(self, network: nn.Module | None = None) -> float:
-        """Return top-1 on the validation images in percent, over all ranks."""
+    def evaluate(self, network: nn.Module | None = None) -> dict[str, float]:
+        """Return top-1, top-5 and loss on the validation images, over all ranks."""
         network = self.network if network is None else network
         loader_ranks = ALONE if self.settings.shard else self.ranks
         return evaluate(network, self.val_loader, self.autocast, loader_ranks)

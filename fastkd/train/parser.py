@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -64,13 +64,23 @@ class _Repeated(argparse.Action):
         setattr(namespace, self.dest, joined)
 
 
-def add_options(parser: Parser, *groups: type, shown: Callable[[str], str | None] = lambda _: None) -> None:
-    """Add the fields of each dataclass, in a group named after it; `shown` describes the default of a field."""
+def add_options(
+    parser: Parser,
+    *groups: type,
+    shown: Callable[[str], str | None] = lambda _: None,
+    only: Container[str] | None = None,
+) -> None:
+    """Add the fields of each dataclass, in a group named after it.
+
+    Args:
+        shown: describes the default of a field.
+        only: names of the fields to add, if not all.
+    """
     for group in groups:
         own = parser.add_argument_group(group.__name__.lower())
         hints = get_type_hints(group)
         for item in dataclasses.fields(group):
-            if item.metadata:
+            if item.metadata and (only is None or item.name in only):
                 described = item.metadata["shown"] or shown(item.name)
                 parser.needs[item.name] = _add(own, item, hints[item.name], described)
 

@@ -26,13 +26,13 @@ from .data import (
     size_of,
     take_share,
 )
-from .loop import AMP_DTYPES, Trainee
+from .loop import Trainee
 from .models import check_one_image, create_model, load_weights, pretrained_cfg
 from .ranks import ALONE, Ranks
 from .settings import STAGE_KINDS, Settings, Stage, stages
 from .sharding import shard
 from .targets import criterion
-from .tasks import TASKS, create_task
+from .tasks import create_task, methods
 from .teacher_cache import TeacherCache
 
 
@@ -127,8 +127,6 @@ def check_settings(settings: Settings) -> None:
                 "--teacher-epochs: 0 leaves the teacher untrained; give some, "
                 "--teacher-checkpoint or --teacher-pretrained"
             )
-    if settings.amp not in AMP_DTYPES:
-        raise InputError(f"--amp: {settings.amp} is not one of {', '.join(AMP_DTYPES)}")
     if settings.shard and (settings.ema is not None or settings.compile):
         raise InputError("--shard: works neither with --ema nor with --compile")
     own_images = any(stage.augment_args is not None for stage in settings.stages)
@@ -141,8 +139,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def check_stage(stage: Stage) -> None:
-    if stage.task not in TASKS:
-        raise InputError(f"--task: needs one of {', '.join(TASKS)}, got {stage.task!r}")
+    methods(stage.task)
     if stage.epochs < 1:
         raise InputError(f"--stage: {stage.task} needs an epoch at least, got {stage.epochs}")
     if not isinstance(stage.batch_size, int) or stage.batch_size < 1:

@@ -14,7 +14,11 @@ from . import InputError
 from .checkpoint import replacing
 
 Row = dict[str, Any]
-FIRST, LAST = ("network", "epoch", "lr", "loss", "task_loss"), ("top1", "top1_ema", "steps", "seconds", "loss_seconds")
+FIRST = ("network", "epoch", "lr", "loss", "task_loss")
+LAST = (
+    "top1", "top1_ema", "top5", "top5_ema", "val_loss", "val_loss_ema", "steps", "seconds", "data_seconds",
+    "loss_seconds",
+)  # fmt: skip
 COLOURS = {"teacher": "#7a7a7a", "student alone": "#d1783c", "student distilled": "#2563a8"}
 PART_COLOURS = ("#2563a8", "#5f9e6e", "#b3558c", "#d1783c", "#7a7a7a")
 

@@ -11,7 +11,6 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -21,9 +20,8 @@ from fastkd._version import __version__
 from fastkd.functional import soft_target_loss
 
 from .. import DataError, InputError
-from ..checkpoint import alone, replacing, write_weights
+from ..checkpoint import alone, replacing, saved_as, write_weights
 from ..data import seed_all
-from ..loop import AMP_DTYPES
 from ..models import check_one_image, create_model, input_size, load_weights
 from ..options import as_yaml
 from ..prepare import choose_device
@@ -78,8 +76,6 @@ def check_settings(settings: Inversion) -> Inversion:
     """Check everything that needs no models, and fill in the model named in a checkpoint."""
     if settings.images < 1:
         raise InputError(f"--images: needs one at least, got {settings.images}")
-    if settings.amp not in AMP_DTYPES:
-        raise InputError(f"--amp: {settings.amp} is not one of {', '.join(AMP_DTYPES)}")
     if settings.teacher_checkpoint is None and not settings.teacher_pretrained:
         raise InputError("--teacher-checkpoint: what an untrained teacher knows is nothing; or --teacher-pretrained")
     if settings.preset.competition > 0 and settings.student is None:
@@ -88,7 +84,7 @@ def check_settings(settings: Inversion) -> Inversion:
         raise InputError("--intra: compares images of a batch; --batch-size 2 at least")
     if settings.teacher is not None:
         return settings
-    saved = _saved_as(settings.teacher_checkpoint)
+    saved = saved_as(settings.teacher_checkpoint)
     if saved is None:
         raise InputError("--teacher: needs the name of a timm model; the checkpoint does not tell it")
     name, args = saved
@@ -264,15 +260,3 @@ class Rival:
     def _load(self, paths: list[Path]) -> Tensor:
         images = torch.stack([pil_to_tensor(Image.open(path)) for path in paths]).to(self.mean.device)
         return (images / 255 - self.mean) / self.std
-
-
-def _saved_as(checkpoint: str | None) -> tuple[str, dict[str, Any]] | None:
-    """Return architecture and arguments from the metadata of weights that `fastkd train` has written."""
-    if checkpoint is None or not Path(checkpoint).is_file():
-        return None
-    try:
-        with safe_open(checkpoint, "pt") as file:
-            metadata = file.metadata() or {}
-        return metadata["architecture"], json.loads(metadata["model_args"])
-    except Exception:  # another format; load_weights raises the error
-        return None
