@@ -49,7 +49,7 @@ def small(folder: Path, out: Path, **changes) -> Settings:
     settings = {
         "data": str(folder), "out": str(out), "img_size": 32, "batch_size": 8, "workers": 0, "device": "cpu",
         "student": VIT, "student_args": vit_args(16), "teacher": VIT, "teacher_args": vit_args(24, 3),
-        "epochs": 1, "teacher_epochs": 1, "warmup_epochs": 0,
+        "epochs": 1, "teacher_epochs": 1, "warmup_epochs": 0, "baseline": True,
     }  # fmt: skip
     return Settings(**(settings | changes))
 
@@ -667,9 +667,11 @@ def test_hugging_face_data(folder, tmp_path):
 
 
 def test_tensorboard(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match="--tensorboard: needs the package tensorboard"):
-        job.train(small(folder, tmp_path / "without", tensorboard=True, baseline=False))
+    for package, value in (("tensorboard", True), ("wandb", "project")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(InputError, match=f"--{package}: needs the package {package}"):
+            job.train(small(folder, tmp_path / "without", baseline=False, **{package: value}))
+    assert not (tmp_path / "without").exists()
     monkeypatch.undo()
     pytest.importorskip("tensorboard")
     job.train(small(folder, tmp_path / "run", tensorboard=True, baseline=False))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import InputError
 from .checkpoint import replacing
-from .data import Data, create_loaders, find_unreadable, leave_out, open_data, size_of
+from .data import Data, create_loaders, find_unreadable, leave_out, size_of
 from .evaluate import evaluate
 from .loop import AMP_DTYPES
 from .networks import Opening, Source, network_parser, sources, split
@@ -90,17 +90,10 @@ def run(given: dict[str, Any]) -> None:
 
 def validation(source: Source, settings: Settings, given: dict[str, Any]) -> Data:
     """Return the data with its readable validation images; without val/, a folder that was given is one whole."""
-    splits = settings.val_split if "data" in given else settings.train_split, settings.val_split
-    data = open_data(
-        settings.data, settings.val_fraction, root=settings.data_root, splits=splits, num_classes=settings.num_classes
-    )
+    data = source.data(settings)
     own, rest = (getattr(part, "reader", None) for part in (data.val, data.train))
     if "data" in given and rest is not None and hasattr(own, "samples") and own.root == rest.root:
         own.samples = sorted({*own.samples, *rest.samples})
-    classes = source.config.get("classes", data.classes)
-    if classes != data.classes:
-        differing = sorted({*classes} ^ {*data.classes})[:10] or "their order"
-        raise InputError(f"--data: the classes of {settings.data} are not the run's: {differing}")
     data = data._replace(train=data.val)
     leave_out(data, find_unreadable(data) if settings.check else [], settings.skip_images)
     return data

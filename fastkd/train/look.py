@@ -16,7 +16,7 @@ from fastkd import capture
 
 from . import InputError
 from .checkpoint import replacing
-from .data import as_rgb, open_data
+from .data import as_rgb
 from .models import first_line, pretrained_cfg, probe
 from .networks import Opening, Source, network_parser, sources, split
 from .options import BadValueError, option
@@ -94,9 +94,7 @@ def pictures(own: Look, source: Source, settings: Settings) -> list[Image.Image]
     if own.images is None:
         if source.run is None:
             raise InputError("--images: needs a folder, because the network belongs to no run")
-        splits = settings.train_split, settings.val_split
-        options: dict[str, Any] = {"root": settings.data_root, "splits": splits, "num_classes": settings.num_classes}
-        part = open_data(settings.data, settings.val_fraction, **options).val
+        part = source.data(settings).val
     else:
         try:
             part = ImageDataset(own.images)

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import InputError, settings
 from .checkpoint import saved_as
+from .data import Data, open_data
 from .job import CONFIG, FILE_OF, saved_settings
 from .models import create_model, input_size, load_weights
 from .options import near, option
@@ -74,6 +75,21 @@ class Source(NamedTuple):
             before = dataclasses.replace(before, data_root=None, num_classes=None, val_split=FOLDER.val_split)
         return dataclasses.replace(before, **given)
 
+    def data(self, options: Settings) -> Data:
+        """Return the data whose validation images are meant; only those are opened of a timm dataset.
+
+        Raises:
+            InputError: the classes are not the run's.
+        """
+        splits = options.val_split, options.val_split
+        more: dict[str, Any] = {"root": options.data_root, "splits": splits, "num_classes": options.num_classes}
+        data = open_data(options.data, options.val_fraction, **more)
+        classes = self.config.get("classes", data.classes)
+        if classes != data.classes:
+            differing = sorted({*classes} ^ {*data.classes})[:10] or "their order"
+            raise InputError(f"--data: the classes of {options.data} are not the run's: {differing}")
+        return data
+
     def size(self, options: Settings, network: nn.Module) -> int:
         """Return the side of the images in pixels."""
         return options.img_size or self.config.get("img_size") or input_size(network)
@@ -127,8 +143,8 @@ def _of_run(run: Path) -> list[Source]:
     found = [Source(label, *(saved_as(file) or ("", {})), file, run) for label, file in files.items() if file.is_file()]
     if not found:
         raise InputError(f"{run} holds no weights yet")
-    if options.teacher is not None and found[0].label != "teacher":
+    if found[0].label != "teacher" and (options.teacher_checkpoint or options.teacher_pretrained):
         given = None if options.teacher_checkpoint is None else Path(options.teacher_checkpoint)
         args = json.loads((run / "config.json").read_text())["teacher_args"]
-        found.insert(0, Source("teacher", options.teacher, args, given, run))
+        found.insert(0, Source("teacher", str(options.teacher), args, given, run))
     return found

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -124,9 +125,12 @@ def check_settings(settings: Settings) -> None:
             raise InputError("--teacher: a folder of images needs the name of a timm model to learn from")
         if settings.teacher_epochs < 1 and not settings.teacher_pretrained and settings.teacher_checkpoint is None:
             raise InputError(
-                "--teacher-epochs: 0 leaves the teacher untrained; give some, "
-                "--teacher-checkpoint or --teacher-pretrained"
+                f"--teacher: {settings.teacher} is untrained; give --teacher-checkpoint FILE, --teacher-pretrained, or "
+                "--teacher-epochs N to train it here first"
             )
+    for package in ("tensorboard", "wandb"):
+        if getattr(settings, package) and find_spec(package) is None:
+            raise InputError(f"--{package}: needs the package {package}; install it with: pip install {package}")
     if settings.shard and (settings.ema is not None or settings.compile):
         raise InputError("--shard: works neither with --ema nor with --compile")
     own_images = any(stage.augment_args is not None for stage in settings.stages)

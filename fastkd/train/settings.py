@@ -95,11 +95,9 @@ class Teacher:
         "Argument of the teacher's model; repeatable.", factory=dict, flag="teacher-arg", metavar="KEY=VALUE",
         read=mapping,
     )  # fmt: skip
-    teacher_checkpoint: str | None = option(
-        "Checkpoint of the teacher.", None, metavar="FILE", shown="the teacher is trained first"
-    )
+    teacher_checkpoint: str | None = option("Checkpoint of the teacher.", None, metavar="FILE", shown="none")
     teacher_pretrained: bool = option("Use timm's pretrained weights for the teacher.", False)
-    teacher_epochs: int = option("Number of epochs to train a teacher without weights.", 30, least=0)
+    teacher_epochs: int = option("Number of epochs to train a teacher without weights.", 0, least=0)
     teacher_lr: float = option("Learning rate for training the teacher.", 1e-3, least=0)
     teacher_layers: tuple[str, ...] | None = option(
         "Names of the teacher layers to match, comma-separated.", None, metavar="NAMES", read=names,
@@ -121,7 +119,7 @@ class Student:
         "Names of the student layers to match, as many as --teacher-layers.", None, metavar="NAMES", read=names,
         shown="the task's choice",
     )  # fmt: skip
-    baseline: bool = option("Also train the student without the teacher.", True)
+    baseline: bool = option("Also train the student without the teacher.", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +201,15 @@ class Output:
     checkpoint_every: int = option(
         "Steps between checkpoints.", 0, least=0, metavar="STEPS", shown="0: only at the end of each epoch"
     )
+    keep: int = option(
+        "Number of best epochs whose weights are kept beside those of the best and the last.", 0, least=0
+    )
+    log_every: float = option("Seconds between lines of progress where the output is no terminal.", 30.0, least=0)
     tensorboard: bool = option("Also write TensorBoard events.", False)
+    wandb: str | None = option(
+        "Project of Weights & Biases that receives the log; WANDB_MODE=offline keeps it here.", None, metavar="PROJECT",
+        shown="none",
+    )  # fmt: skip
 
 
 GROUPS = (Data, Teacher, Student, Method, Optimisation, Augmentation, Hardware, Output)
@@ -215,7 +221,9 @@ class Settings(Output, Hardware, Augmentation, Optimisation, Method, Student, Te
 
 
 # These do not change the results of a run, so a resume may change them.
-FREE = frozenset({"out", "overwrite", "workers", "checkpoint_every", "tensorboard", "check", "recipe"})
+FREE = frozenset(
+    {"out", "overwrite", "workers", "checkpoint_every", "keep", "log_every", "tensorboard", "wandb", "check", "recipe"}
+)
 
 # At 64 px, a digit's pixel is one patch of the student and one cell of the teacher's map at stride 8.
 DIGITS = Settings(
@@ -225,6 +233,7 @@ DIGITS = Settings(
     teacher="resnet18",
     teacher_args={"output_stride": 8, "channels": (16, 32, 64, 64), "stem_width": 16},
     teacher_layers=("layer2.1", "layer3.0", "layer3.1", "layer4.0"),
+    baseline=True,
     teacher_epochs=4,
     teacher_lr=3e-3,
     epochs=20,
