@@ -10,7 +10,6 @@ import importlib
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -203,7 +202,7 @@ def _usage(text: str) -> tuple[int, int, int]:
 
 
 def inspect(variant: Any, compiled: Any, target: str) -> Kernel:
-    """Return the report on a compiled Triton kernel; `variant` and `compiled` come from tests/aot.py."""
+    """Return the report on a compiled Triton kernel; `variant` and `compiled` come from tests/_support/aot.py."""
     asm, meta, shared = compiled.asm, compiled.metadata, compiled.metadata.shared
     if target.startswith("sm"):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -232,9 +231,8 @@ def inspect(variant: Any, compiled: Any, target: str) -> Kernel:
 
 
 def _variants() -> Any:
-    """Return the module tests/aot.py, which has the configurations that the tests compile."""
-    sys.path[:0] = [] if str(ROOT / "tests") in sys.path else [str(ROOT / "tests")]
-    return importlib.import_module("aot")
+    """Return the module tests/_support/aot.py, which has the configurations that the tests compile."""
+    return importlib.import_module("tests._support.aot")
 
 
 def _compile(number: int, target: str) -> Kernel:
