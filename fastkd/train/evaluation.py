@@ -9,13 +9,14 @@ from typing import Any, cast
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from . import InputError
 from .checkpoint import replacing
 from .data import Data, create_loaders, find_unreadable, leave_out, size_of
 from .evaluate import evaluate
 from .loop import AMP_DTYPES
-from .networks import Opening, Source, network_parser, sources, split
+from .networks import Opening, network_parser, sources, split
 from .options import option
 from .parser import Parser
 from .prepare import choose_device
@@ -57,7 +58,9 @@ def run(given: dict[str, Any]) -> None:
     if source.run is None and "data" not in given:
         raise InputError(f"--data: {name} belongs to no run; give images")
     device = choose_device(settings)
-    data = validation(source, settings, given)
+    data = source.data(settings, whole="data" in given)
+    data = data._replace(train=Dataset())
+    leave_out(data, find_unreadable(data) if settings.check else [], settings.skip_images)
     network = source.load(settings, device)
     check_classes(f"{source.file or source.label}", network, data)
     teacher = None
@@ -88,17 +91,6 @@ def run(given: dict[str, Any]) -> None:
     print(f"per class   {out / stem}.csv\nconfusion   {out / stem}.png")
 
 
-def validation(source: Source, settings: Settings, given: dict[str, Any]) -> Data:
-    """Return the data with its readable validation images; without val/, a folder that was given is one whole."""
-    data = source.data(settings)
-    own, rest = (getattr(part, "reader", None) for part in (data.val, data.train))
-    if "data" in given and rest is not None and hasattr(own, "samples") and own.root == rest.root:
-        own.samples = sorted({*own.samples, *rest.samples})
-    data = data._replace(train=data.val)
-    leave_out(data, find_unreadable(data) if settings.check else [], settings.skip_images)
-    return data
-
-
 def check_classes(name: str, network: nn.Module, data: Data) -> None:
     if network.num_classes != len(data.classes):
         raise InputError(f"{name} has {network.num_classes} classes, the data {len(data.classes)}")
@@ -113,7 +105,7 @@ def measure(
     device = next(network.parameters()).device
     batch = settings.batch_size if "batch_size" in given else cast(int, stages(settings)[0].batch_size)
     loader = create_loaders(
-        data, network, img_size=img_size, batch_size=min(batch, size_of(data.val)), augment=False,
+        data._replace(train=data.val), network, img_size=img_size, batch_size=min(batch, size_of(data.val)), augment=False,
         workers=settings.workers, device=device, seed=settings.seed,
     )[1]  # fmt: skip
     autocast = torch.autocast(device.type, AMP_DTYPES[settings.amp], enabled=settings.amp != "none")

@@ -35,8 +35,9 @@ layer; the attention is the mean over the layer's heads, without class tokens, a
 def cells(value: Any) -> tuple[tuple[int, int], ...]:
     """Return (row, column) pairs of a text such as "3,4 0,7"."""
     try:
-        return tuple((int(row), int(column)) for row, column in (part.split(",") for part in value.split()))
-    except (ValueError, AttributeError) as error:
+        pairs = [part.split(",") for part in value.split()] if isinstance(value, str) else value
+        return tuple((int(row), int(column)) for row, column in pairs)
+    except (ValueError, TypeError) as error:
         raise BadValueError(f"needs ROW,COLUMN pairs, got {value!r}") from error
 
 

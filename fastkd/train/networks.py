@@ -75,15 +75,15 @@ class Source(NamedTuple):
             before = dataclasses.replace(before, data_root=None, num_classes=None, val_split=FOLDER.val_split)
         return dataclasses.replace(before, **given)
 
-    def data(self, options: Settings) -> Data:
-        """Return the data whose validation images are meant; only those are opened of a timm dataset.
+    def data(self, options: Settings, whole: bool = False) -> Data:
+        """Return the data whose validation images are meant; `whole`: all images of a folder without val/.
 
         Raises:
             InputError: the classes are not the run's.
         """
         splits = options.val_split, options.val_split
         more: dict[str, Any] = {"root": options.data_root, "splits": splits, "num_classes": options.num_classes}
-        data = open_data(options.data, options.val_fraction, **more)
+        data = open_data(options.data, None if whole else options.val_fraction, **more)
         classes = self.config.get("classes", data.classes)
         if classes != data.classes:
             differing = sorted({*classes} ^ {*data.classes})[:10] or "their order"

@@ -52,6 +52,8 @@ class Parser(ArgumentParser):
             message = f"argument {action.option_strings[0]}: {text}"
         if chosen := re.match(r"argument \w+: invalid choice: '(.+?)' \(choose from (.*)\)", message):
             raise InputError(f"there is no command {chosen[1]!r}; the commands are {chosen[2]}") from ex
+        if missing := re.match(r"the following arguments are required: \w+\.(\w+)", message):
+            raise InputError(f"needs a {missing[1].replace('source', 'RUN_OR_MODEL')}") from ex
         raise InputError(" ".join(message.removeprefix("argument ").split())) from ex
 
 
