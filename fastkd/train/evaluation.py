@@ -1,6 +1,7 @@
 """`fastkd eval`: top-1, top-5 and loss of a network, class by class, and its agreement with a teacher."""
 
 import csv
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from . import InputError
+from . import DataError, InputError
 from .checkpoint import replacing
-from .data import Data, create_loaders, find_unreadable, leave_out, size_of
+from .data import Data, Images, create_loaders, find_unreadable, leave_out, size_of
 from .evaluate import evaluate
 from .loop import AMP_DTYPES
 from .networks import Opening, network_parser, sources, split
@@ -21,7 +22,7 @@ from .options import option
 from .parser import Parser
 from .prepare import choose_device
 from .report import write_json
-from .settings import Settings, stages
+from .settings import Settings
 from .tasks import renormalisation
 
 EVAL = """Evaluate a network on the validation images of its run, of a folder or of a timm dataset.
@@ -61,9 +62,9 @@ def run(given: dict[str, Any]) -> None:
     data = source.data(settings, whole="data" in given)
     data = data._replace(train=Dataset())
     leave_out(data, find_unreadable(data) if settings.check else [], settings.skip_images)
-    network = source.load(settings, device)
+    network, teacher = source.load(settings, device), None
+    settings = dataclasses.replace(settings, img_size=source.size(settings, network))
     check_classes(f"{source.file or source.label}", network, data)
-    teacher = None
     if own.teacher is not None:
         their = sources(own.teacher)[0]
         teacher = their.load(settings, device)
@@ -71,7 +72,7 @@ def run(given: dict[str, Any]) -> None:
     out = Path(own.out or (f"eval-{source.label}" if source.run is None else source.run / "eval"))
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file, not a folder")
-    result, matrix = measure(network, teacher, data, settings, source.size(settings, network), given)
+    result, matrix = measure(network, teacher, data, settings)
     stem = source.label.replace(" ", "_").replace("/", "_")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -97,16 +98,15 @@ def check_classes(name: str, network: nn.Module, data: Data) -> None:
 
 
 def measure(
-    network: nn.Module, teacher: nn.Module | None, data: Data, settings: Settings, img_size: int, given: dict[str, Any]
+    network: nn.Module, teacher: nn.Module | None, data: Data, settings: Settings
 ) -> tuple[dict[str, Any], Any]:
     """Return the scores by name, and the confusion matrix (classes, classes): rows are true, columns predicted."""
     from sklearn.metrics import confusion_matrix
 
     device = next(network.parameters()).device
-    batch = settings.batch_size if "batch_size" in given else cast(int, stages(settings)[0].batch_size)
     loader = create_loaders(
-        data._replace(train=data.val), network, img_size=img_size, batch_size=min(batch, size_of(data.val)), augment=False,
-        workers=settings.workers, device=device, seed=settings.seed,
+        data._replace(train=data.val), network, img_size=cast(int, settings.img_size), augment=False, device=device,
+        batch_size=min(settings.batch_size, size_of(data.val)), workers=settings.workers, seed=settings.seed,
     )[1]  # fmt: skip
     autocast = torch.autocast(device.type, AMP_DTYPES[settings.amp], enabled=settings.amp != "none")
     scale, shift = (x.to(device, torch.float32) for x in renormalisation(network, teacher))
@@ -127,7 +127,11 @@ def measure(
 
     began = time.perf_counter()
     scores: dict[str, Any] = evaluate(network, loader, autocast, watch=watch)
-    count = len(true)
+    faults, count = loader.images.faults() if isinstance(loader.images, Images) else [], len(true)
+    if len(faults) > settings.skip_images:
+        raise DataError(
+            f"{len(faults)} images cannot be read, more than --skip-images {settings.skip_images}: {faults[0]}"
+        )
     scores |= {"images": count, "images_per_second": count / (time.perf_counter() - began - extra)}
     if teacher is not None:
         scores["teacher_top1"] = 100 * sum(map(int.__eq__, taught, true)) / count

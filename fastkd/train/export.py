@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import InputError
 from .checkpoint import replacing
 from .models import first_line, pretrained_cfg
-from .networks import Opening, network_parser, sources, split
+from .networks import Opening, Source, network_parser, sources, split
 from .options import option
 from .parser import Parser
 
@@ -66,7 +66,7 @@ def run(given: dict[str, Any]) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = writers[flag](network, images, path, source.args)
+                found = writers[flag](network, images, path, source)
         except OSError as error:
             raise InputError(f"--{flag.replace('_', '-')}: {path} cannot be written: {error.strerror}") from error
         except Exception as error:  # exporters raise any error for a network that they cannot trace
@@ -74,14 +74,14 @@ def run(given: dict[str, Any]) -> None:
         print(f"{flag.replace('_', '-'):<13} {path}, off by {found:.1e} of the largest logit")
 
 
-def _program(network: nn.Module, images: Tensor, path: Path, args: Any = None) -> float:
-    with replacing(path) as partial:
-        torch.export.save(_traced(network, images), partial.open("wb"))
-        with partial.open("rb") as file:
-            return _compare(torch.export.load(file).module()(images), network(images))
+def _program(network: nn.Module, images: Tensor, path: Path, _: Source) -> float:
+    with replacing(path) as partial, partial.open("w+b") as file:
+        torch.export.save(_traced(network, images), file)
+        file.seek(0)
+        return _compare(torch.export.load(file).module()(images), network(images))
 
 
-def _onnx(network: nn.Module, images: Tensor, path: Path, args: Any = None) -> float:
+def _onnx(network: nn.Module, images: Tensor, path: Path, _: Source) -> float:
     import onnxruntime
 
     with replacing(path) as partial:
@@ -91,11 +91,13 @@ def _onnx(network: nn.Module, images: Tensor, path: Path, args: Any = None) -> f
         return _compare(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), network(images))
 
 
-def _folder(network: nn.Module, images: Tensor, path: Path, args: dict[str, Any]) -> float:
+def _folder(network: nn.Module, images: Tensor, path: Path, source: Source) -> float:
+    classes = source.config.get("classes")
+    config = {"label_names": classes} if classes else None
     partial = path.with_name(f".{path.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_for_hf(network, str(partial), model_args=args, safe_serialization=True)
+        save_for_hf(network, str(partial), config, source.args, safe_serialization=True)
         found = _compare(timm.create_model(f"local-dir:{partial}", pretrained=True).eval()(images), network(images))
         shutil.rmtree(path, ignore_errors=True)
         partial.replace(path)

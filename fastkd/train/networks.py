@@ -70,7 +70,9 @@ class Source(NamedTuple):
         """Return its run's settings, or those of a folder, updated by the given ones; data of one's own comes alone."""
         if self.run is None:
             return dataclasses.replace(FOLDER, **given)
-        before = saved_settings(str(self.run), str(self.run))
+        before = saved_settings(str(self.run), "RUN_OR_MODEL")
+        if self.label != "teacher":  # validation has the batches of the first stage
+            before = dataclasses.replace(before, batch_size=cast(int, settings.stages(before)[0].batch_size))
         if "data" in given:
             before = dataclasses.replace(before, data_root=None, num_classes=None, val_split=FOLDER.val_split)
         return dataclasses.replace(before, **given)
@@ -92,7 +94,7 @@ class Source(NamedTuple):
 
     def size(self, options: Settings, network: nn.Module) -> int:
         """Return the side of the images in pixels."""
-        return options.img_size or self.config.get("img_size") or input_size(network)
+        return int(options.img_size or self.config.get("img_size") or input_size(network))
 
     def load(self, options: Settings, device: torch.device | None = None) -> nn.Module:
         """Return the network with its weights, frozen and in eval mode.
@@ -138,7 +140,7 @@ def sources(name: str, model: str | None = None) -> list[Source]:
 
 
 def _of_run(run: Path) -> list[Source]:
-    options = saved_settings(str(run), str(run))
+    options = saved_settings(str(run), "RUN_OR_MODEL")
     files = {label: run / f"{stem}.safetensors" for label, stem in FILE_OF.items()}
     found = [Source(label, *(saved_as(file) or ("", {})), file, run) for label, file in files.items() if file.is_file()]
     if not found:

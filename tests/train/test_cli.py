@@ -149,7 +149,7 @@ def test_what_one_process_lacks_ends_both_and_is_told_once(tmp_path):
         for name in "abcde":
             Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
     (tmp_path / "1").mkdir()
-    arguments = ["train", "--device=cpu", "--data=images", "--teacher=resnet18", "--out=run"]
+    arguments = ["train", "--device=cpu", "--data=images", "--teacher=resnet18", "--teacher-epochs=1", "--out=run"]
     processes = start(2, command, tmp_path, *arguments)
     for process in processes:
         process.join(300)
@@ -260,7 +260,7 @@ def bad(tmp_path_factory) -> Path:
         ("--data empty --teacher resnet18", ["--data", "empty", "no images"]),
         ("--data one --teacher resnet18", ["--data", "sub-folder per class", "got 1"]),
         (
-            "--data broken --teacher resnet18 --batch-size 4 --img-size 64",
+            "--data broken --teacher resnet18 --teacher-epochs 1 --batch-size 4 --img-size 64",
             ["--data", "broken/b/3.png", "cannot be read"],
         ),
         ("--data few --teacher resnet18", ["--val-fraction"]),

@@ -214,6 +214,8 @@ def test_export_is_the_network(root):
     printed = fastkd(root, "export", "run", "--onnx=s.onnx", "--torch-export=s.pt2", "--hf=hf")
     assert len(re.findall(r"off by \d\.\de[-+]\d\d of the largest logit", printed)) == 3
     assert "(batch, 3, 32, 32), normalised by mean (0.5, 0.5, 0.5)" in printed
+    config = json.loads((root / "hf" / "config.json").read_text())
+    assert config["label_names"] == ["class0", "class1", "class2"]
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         expected = network(root / "run" / "student.safetensors")(images)

@@ -1,7 +1,6 @@
 """Job of `fastkd invert`: check everything, then make batches until the folder has the requested images."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from ..models import check_one_image, create_model, input_size, load_weights
 from ..options import as_yaml
 from ..prepare import choose_device
 from ..settings import Settings
+from ..teacher_cache import digest
 from .settings import Inversion
 from .store import CONFIG, GRID, Store
 from .synthesis import Inverter, normalisation
@@ -122,7 +122,7 @@ def header(settings: Inversion, teacher: nn.Module, img_size: int, labels: Seque
     assert settings.num_classes is not None
     digits = len(str(settings.num_classes - 1))
     content = dataclasses.asdict(settings) | {
-        "teacher_weights": weights_digest(teacher), "img_size": img_size, "labels": list(labels),
+        "teacher_weights": digest(teacher, ""), "img_size": img_size, "labels": list(labels),
         "classes": [f"{i:0{digits}}" for i in range(settings.num_classes)],
     }  # fmt: skip
     for name in (
@@ -136,13 +136,6 @@ def header(settings: Inversion, teacher: nn.Module, img_size: int, labels: Seque
         del content[name]
     versions = {"fastkd": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return json.loads(json.dumps(content | {"versions": versions}))
-
-
-def weights_digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, x in model.state_dict().items():
-        digest.update(name.encode() + x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def open_store(settings: Inversion, wanted: dict[str, Any]) -> Store:
