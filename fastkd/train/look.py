@@ -169,7 +169,8 @@ def draw(
         line[0].imshow(pixels[i].permute(1, 2, 0), extent=(0, 1, 1, 0), interpolation="nearest")
         first = drawn[0][2][i, row, column]
         for ax, (kind, _, found) in zip(line[1:], drawn, strict=True):
-            shown = found[(i, *(int((x + 0.5) * len(found[0]) / side) for x in (row, column)))]
+            y, x = (int((z + 0.5) * len(found[0]) / side) for z in (row, column))
+            shown = found[i, y, x]
             ax.imshow(shown if kind == "relation" else shown / shown.max(), **style)
             if kind == "relation" and ax is not line[1] and shown.shape == first.shape:
                 ax.set_xlabel(f"{(shown - first).abs().mean():.2f} from {drawn[0][1]}", fontsize=8, parse_math=False)

@@ -104,7 +104,7 @@ class Source(NamedTuple):
         """
         own = getattr(get_pretrained_cfg(self.model, allow_unregistered=True), "num_classes", None)
         classes = self.args.get("num_classes") or options.num_classes or own or 1000
-        size = {"num_classes": classes, "img_size": options.img_size or self.config.get("img_size")}
+        size: dict[str, Any] = {"num_classes": classes, "img_size": options.img_size or self.config.get("img_size")}
         try:
             network, _ = create_model("model", self.model, self.args, pretrained=self.file is None, **size)
             if self.file is not None:

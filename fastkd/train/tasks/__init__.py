@@ -102,7 +102,7 @@ def create_task(
         raise InputError(f"--task: {name} has no option {', '.join(unknown)}; it has {', '.join(task_options(name))}")
     common: dict[str, Any] = {"criterion": criterion, "clock": clock, "device": device, "process_group": process_group}
     common["verbose"] = False
-    layers = {"student_layers": student_layers, "teacher_layers": teacher_layers, "img_size": img_size}
+    layers: dict[str, Any] = {"student_layers": student_layers, "teacher_layers": teacher_layers, "img_size": img_size}
 
     def one(method: str, given: Mapping[str, Any]) -> DistillationTask:
         try:
@@ -115,10 +115,10 @@ def create_task(
     weights, own = methods(name), task_options(name)
     if len(weights) == 1:
         ((method, weight),) = weights.items()
-        factor = {} if weight is None else {"logit_weight" if _plain(method) else "weight": weight}
-        return one(method, factor | options)
+        factor: dict[str, Any] = {} if weight is None else {"logit_weight" if _plain(method) else "weight": weight}
+        return one(method, {**factor, **options})
     shared = {key: own[key] for key in ("task_weight", "logits", "logit_weight")}
-    parts = []
+    parts: list[tuple[Any, float]] = []
     for method, weight in weights.items():
         if _plain(method):
             shared["logit_weight"] = own["logit_weight"] if weight is None else weight
