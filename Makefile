@@ -36,7 +36,8 @@ install: $(ENV)
 	$(BIN)/fastkd info
 
 demo: $(ENV)
-	$(BIN)/fastkd train
+	$(BIN)/fastkd train --out runs/demo --overwrite
+	$(BIN)/fastkd look runs/demo --out runs/demo/maps.png
 
 demo-datafree: $(ENV)
 	$(BIN)/python -m experiments.data_free

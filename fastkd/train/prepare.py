@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -26,13 +27,13 @@ from .data import (
     size_of,
     take_share,
 )
-from .loop import AMP_DTYPES, Trainee
+from .loop import Trainee
 from .models import check_one_image, create_model, load_weights, pretrained_cfg
 from .ranks import ALONE, Ranks
 from .settings import STAGE_KINDS, Settings, Stage, stages
 from .sharding import shard
 from .targets import criterion
-from .tasks import TASKS, create_task
+from .tasks import create_task, methods
 from .teacher_cache import TeacherCache
 
 
@@ -124,11 +125,12 @@ def check_settings(settings: Settings) -> None:
             raise InputError("--teacher: a folder of images needs the name of a timm model to learn from")
         if settings.teacher_epochs < 1 and not settings.teacher_pretrained and settings.teacher_checkpoint is None:
             raise InputError(
-                "--teacher-epochs: 0 leaves the teacher untrained; give some, "
-                "--teacher-checkpoint or --teacher-pretrained"
+                f"--teacher: {settings.teacher} is untrained; give --teacher-checkpoint FILE, --teacher-pretrained, or "
+                "--teacher-epochs N to train it here first"
             )
-    if settings.amp not in AMP_DTYPES:
-        raise InputError(f"--amp: {settings.amp} is not one of {', '.join(AMP_DTYPES)}")
+    for package in ("tensorboard", "wandb"):
+        if getattr(settings, package) and find_spec(package) is None:
+            raise InputError(f"--{package}: needs the package {package}; install it with: pip install {package}")
     if settings.shard and (settings.ema is not None or settings.compile):
         raise InputError("--shard: works neither with --ema nor with --compile")
     own_images = any(stage.augment_args is not None for stage in settings.stages)
@@ -141,8 +143,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def check_stage(stage: Stage) -> None:
-    if stage.task not in TASKS:
-        raise InputError(f"--task: needs one of {', '.join(TASKS)}, got {stage.task!r}")
+    methods(stage.task)
     if stage.epochs < 1:
         raise InputError(f"--stage: {stage.task} needs an epoch at least, got {stage.epochs}")
     if not isinstance(stage.batch_size, int) or stage.batch_size < 1:
