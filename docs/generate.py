@@ -343,7 +343,9 @@ def aot() -> str:
                 f"{k['stack']} B" if k["spills"] else "-",
                 f"{k['shared'] / 1024:.0f}",
                 f"{k['occupancy']:.0%}",
-                f"{k['matrix']} x{k['products']}" if k["matrix"] else "-",
+                f"{k['matrix']} x{k['products']} {k['shapes']}".strip() if k["matrix"] else "-",
+                str(k["copies"]),
+                str(k["barriers"]),
                 f"{k['wide']} of {k['loads']}",
                 re.sub(r"(?:num_)?(\w+)=", r"\1 ", k["options"]),
             ]
@@ -359,6 +361,8 @@ def aot() -> str:
             "shared KB",
             "occupancy",
             "matrix",
+            "copies",
+            "barriers",
             "16-byte loads",
             "as",
         ]

@@ -25,7 +25,7 @@ def accumulator_eps(x: Tensor) -> float:
     On a GPU it is twice that of float32: matrix units truncate where others round, and approximate exponentials and
     divisions are 2 units in the last place off (docs/numerics.md).
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)  # 16-bit results too are summed in float32
     return torch.finfo(dtype).eps * (2 if x.device.type == "cuda" and dtype == torch.float32 else 1)
 
 
