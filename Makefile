@@ -59,8 +59,8 @@ test-all: $(VENV)/.test
 
 # The tests whose verdict depends on the versions of torch and Triton. They need neither timm nor torchvision.
 test-versions: $(VENV)/.test
-	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive' tests/test_logits.py tests/test_prior.py
-	$(PYTEST) -m 'not exhaustive' tests/test_aot.py tests/test_contract.py tests/test_shapes.py tests/test_terms.py
+	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive' tests/logits tests/prior
+	$(PYTEST) -m 'not exhaustive' tests/gpu/test_aot.py $(addprefix tests/operators/test_,contract.py shapes.py terms.py)
 
 # Plants the faults of tests/mutants one at a time and records the test that catches each. Takes hours on two cores.
 mutants: $(VENV)/.test
@@ -93,7 +93,7 @@ gpu-build:
 
 gpu-test:
 	@mkdir -p $(GPU_OUT) && OMP_NUM_THREADS=1 $(GPU_LIMIT) $(GPU_PYTHON) -m pytest -m 'not install and not exhaustive' $(GPU_WORKERS) \
-	  --ignore tests/test_aot.py --junitxml $(GPU_OUT)/tests.xml $(verdict)
+	  --ignore tests/gpu/test_aot.py --junitxml $(GPU_OUT)/tests.xml $(verdict)
 
 gpu-sanitize:
 	@$(GPU_PYTHON) -m benchmarks sanitize --json $(GPU_OUT)/sanitizer.json $(verdict)

@@ -10,7 +10,6 @@ import importlib
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -265,9 +264,8 @@ def inspect(kernel: "Specialisation", is_brief: bool = False) -> Kernel:
 
 
 def _recorded() -> Any:
-    """Return the module tests/aot.py, which has the calls whose launches are compiled."""
-    sys.path[:0] = [] if str(ROOT / "tests") in sys.path else [str(ROOT / "tests")]
-    return importlib.import_module("aot")
+    """Return the module tests/_support/aot.py, which has the calls whose launches are compiled."""
+    return importlib.import_module("tests._support.aot")
 
 
 def _compile(of: str, number: int) -> Kernel:

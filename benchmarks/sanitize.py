@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("memcheck", "racecheck")
-TESTS = ("tests/test_moments.py", "tests/test_prior.py")
+TESTS = ("tests/moments", "tests/prior")
 CHOSEN = (
     "native and not permuted and not float16"  # a selection with every kernel in every mode that fits the time limit
 )

@@ -1,0 +1,145 @@
+"""The CUDA kernels' own sources, compiled for a CPU and held to the native tests of their stem: no GPU is needed."""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = [*KERNELS, ROOT / "csrc/bindings.cpp", ROOT / "csrc/moments_autograd.cpp"]
+EMULATION = ROOT / "tests/_support/cuda_on_cpu.h"
+HEADERS = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), EMULATION])
+# Objects are named by a digest of what they are made of, so all workers and later runs share them.
+BUILT = ROOT / "build/cuda_on_cpu"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+LAUNCH = re.compile(r"(\w+(?:<[\w, <>]+>)?)<<<(.+?)>>>\(", re.DOTALL)
+# Of each stem in parts of about the same length, so that workers share them: `pytest -k` of its tests.
+PARTS = {
+    "moments": ["test_matches_oracle", "not test_matches_oracle"],
+    "prior": [""],
+}
+ATTACKS = ["layouts", "values"]  # files whose tests go over the calls of all stems
+FOLDERS = dict.fromkeys(ATTACKS, "operators")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(sys.platform != "linux", reason="coroutines are those of Linux"),
+]
+
+
+def for_cpu(source: str) -> str:
+    """CUDA C++ as C++ for cuda_on_cpu.h, registered as the native implementation of CPUs."""
+    source = re.sub(r"#include <c10/cuda/.*>\n", "", source)
+    source = LAUNCH.sub(r"emulation::launch(\2, \1)(", source)
+    return source.replace("TORCH_LIBRARY_IMPL(fastkd, CUDA, m)", "TORCH_LIBRARY_IMPL(fastkd, CPU, m)")
+
+
+def compiler() -> list[str]:
+    from torch.utils.cpp_extension import include_paths
+
+    includes = [f"-I{sysconfig.get_path('include')}", *(f"-isystem{x}" for x in include_paths())]
+    defines = ["-DTORCH_API_INCLUDE_EXTENSION_H", "-DTORCH_EXTENSION_NAME=_C"]
+    defines.append(f"-DFASTKD_TORCH_VERSION={torch.__version__}")
+    # Jumps from stack to stack are what coroutines are made of, and what fortified ones refuse.
+    return ["g++", "-O1", "-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", *defines, *includes]
+
+
+# A vector that is read where it is not aligned, which a GPU refuses and a CPU does not, ends the process.
+CHECKS = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
+
+
+def build_extension() -> Path:
+    """The extension that holds the CUDA operators alone. Call it under the lock of BUILT."""
+    from torch.utils.cpp_extension import library_paths
+
+    command = compiler()
+    common = [*command, *CHECKS, *(for_cpu(header.read_text()) for header in HEADERS)]
+
+    def built(source: Path) -> Path:
+        digest = hashlib.sha256("\0".join([*common, for_cpu(source.read_text())]).encode()).hexdigest()[:16]
+        return BUILT / f"{source.stem}-{digest}.o"
+
+    objects = [built(source) for source in SOURCES]
+    extension = BUILT / f"_C-{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}{SUFFIX}"
+    if extension.exists():
+        return extension
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "csrc")
+        for path in (*SOURCES, *HEADERS):
+            copy = Path(folder, path.relative_to(ROOT).with_suffix(".cpp" if path in KERNELS else path.suffix))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(for_cpu(path.read_text()))
+
+        def compile_object(source: Path, output: Path) -> None:
+            if output.exists():
+                return
+            copy = Path(folder, source.relative_to(ROOT).with_suffix(".cpp"))
+            emulation = str(Path(folder, EMULATION.relative_to(ROOT)))
+            options = [*(CHECKS if source in KERNELS else []), f"-I{tree}", "-include", emulation]
+            part = Path(folder, output.name)
+            subprocess.run([*command, *options, "-c", str(copy), "-o", str(part)], check=True)
+            shutil.move(part, output)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compile_object, SOURCES, objects))
+    for stale in set(BUILT.glob("*-*")) - set(objects):
+        stale.unlink()
+    libraries = [*(f"-L{x}" for x in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    part = BUILT / "linked"
+    subprocess.run(["g++", "-shared", *CHECKS, *map(str, objects), *libraries, "-o", str(part)], check=True)
+    return part.rename(extension)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package and its tests whose extension holds the CUDA operators alone."""
+    tree = tmp_path_factory.mktemp("cuda_on_cpu")
+    ignored = shutil.ignore_patterns("_C*", "_built_for*", "__pycache__")
+    for name in ("fastkd", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    record = {"TORCH_VERSION": str(torch.__version__), "HAS_EXT": True, "HAS_CUDA": False, "WHY_NOT_CUDA": "emulated"}
+    (tree / "fastkd/_built_for.py").write_text("".join(f"{name} = {value!r}\n" for name, value in record.items()))
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with (BUILT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker compiles, the others wait and copy
+        shutil.copy(build_extension(), tree / f"fastkd/_C{SUFFIX}")
+    return tree
+
+
+def test_every_launch_is_emulated_and_every_stem_tested() -> None:
+    for path in KERNELS:
+        source = "".join(part.read_text() for part in path.parent.glob(f"{path.stem}*"))
+        assert len(LAUNCH.findall(source)) == source.count("<<<") > 0
+    assert [path.stem for path in KERNELS] == sorted(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("stem", "part"),
+    [*((stem, part) for stem, parts in PARTS.items() for part in parts), *((name, "not past") for name in ATTACKS)],
+)
+def test_native_tests_hold(stem: str, part: str, emulated: Path) -> None:
+    run = "import sys, fastkd._C, pytest; print(fastkd._C.__file__, flush=True); sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not exhaustive"]
+    options += ["-k", f"native and {part}" if part else "native", f"tests/{FOLDERS.get(stem, stem)}/test_{stem}.py"]
+    # No GPU: its tensors would go to operators that are not there.
+    path = os.pathsep.join(filter(None, (str(emulated), os.getenv("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", run, *options]
+    result = subprocess.run(command, cwd=emulated, env=env, capture_output=True, text=True, check=False, timeout=1500)
+    assert result.stdout.startswith(str(emulated)), result.stderr
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None and int(passed[1]) > 20 and "failed" not in result.stdout
