@@ -33,7 +33,7 @@ class Config:
 
 _AMPERE = {
     64: Config(
-        Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(32, 64, 4, 2), Tile(64, 16, 4, 2), Tile(32, 32, 8, 2),
+        Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(32, 64, 4, 2), Tile(64, 16, 4, 2), Tile(32, 32, 8, 2),
         (Tile(16, 64, 4, 2), Tile(16, 128, 8, 2)),
     ),
 }  # fmt: skip
