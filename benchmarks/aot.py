@@ -382,6 +382,7 @@ def main(argv: list[str]) -> int:
             print(f"{target}: {count} kernels use {matrix}")
     print(f"{len(kernels)} kernels compiled, {bad} with problems")
     if args.json:
-        body = {"kernels": [asdict(k) for k in kernels], "rooflines": rooflines()}
+        rows = [{k: "; ".join(v) if isinstance(v, list) else v for k, v in asdict(one).items()} for one in kernels]
+        body = {"kernels": rows, "rooflines": rooflines()}
         print(f"written to {report.write(args.json, report.header('cpu'), body)}")
     return int(bad > 0)
