@@ -13,22 +13,27 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from benchmarks import report
 from benchmarks.case import Case
 from benchmarks.cases import CASES
+from benchmarks.products import products
+
+if TYPE_CHECKING:
+    from benchmarks.dry_driver import Specialisation  # needs Triton
 
 ROOT = Path(__file__).parent.parent
 MOST_SPILLED = 64  # bytes per thread, outside the innermost loops
+TENSOR_MEMORY = 512  # columns of a block, where there are any
 
 
 class Card(NamedTuple):
@@ -66,7 +71,8 @@ class Unit(NamedTuple):
 
 
 UNITS = {
-    "sm_80": Unit(65_536, 256, 64, 32, 167_936, 1024, 166_912, 32),
+    # What is compiled for sm_80 also runs on consumer cards (compute capability 8.6 to 12.x), whose blocks have 99 KB.
+    "sm_80": Unit(65_536, 256, 64, 32, 167_936, 1024, 101_376, 32),
     "sm_90": Unit(65_536, 256, 64, 32, 233_472, 1024, 232_448, 32),
     "sm_100": Unit(65_536, 256, 64, 32, 233_472, 1024, 232_448, 32),
     "gfx942": Unit(4 * 512 * 64, 8 * 64, 32, 32, 65_536, 0, 65_536, 64),  # four SIMDs of eight waves
@@ -86,7 +92,9 @@ class Kernel:
     spills: loads and stores of spilled registers; looped: those in innermost loops.
     occupancy: share of the warps that a multiprocessor can hold. matrix: the matrix instruction; products: its number.
     loads: instructions that read global memory; wide: those that read 16 bytes per lane, or a tile.
-    multiplies16: the source has a product of 16-bit matrices.
+    copies: those that write to shared memory while the warps go on. barriers: instructions that wait for all warps.
+    multiplies16: the source has a product of 16-bit matrices. shapes: of matrix instructions, or of products in tensor
+    memory, of which tensor_memory columns are used. duplicated, converted, plain: as Products has them.
     """
 
     stem: str
@@ -105,7 +113,14 @@ class Kernel:
     products: int
     loads: int
     wide: int
+    copies: int
+    barriers: int
     multiplies16: bool
+    tensor_memory: int = 0
+    shapes: str = ""
+    duplicated: list[str] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
+    plain: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
         found = []
@@ -116,8 +131,12 @@ class Kernel:
             found.append(f"{self.stack} bytes a thread spilled, {MOST_SPILLED} are allowed")
         if self.shared > most:
             found.append(f"{self.shared} bytes of shared memory, a block can have {most}")
-        if self.multiplies16 and not self.matrix:
-            found.append("16-bit matrices multiplied without a matrix instruction")
+        if (self.multiplies16 and not self.matrix and not self.shapes) or self.plain:
+            found.append(f"16-bit matrices multiplied without a matrix instruction {' '.join(self.plain)}".strip())
+        if self.tensor_memory > TENSOR_MEMORY:
+            found.append(f"{self.tensor_memory} columns of tensor memory, a block can have {TENSOR_MEMORY}")
+        found += [f"product duplicated: {product}" for product in self.duplicated]
+        found += [f"sum moved through shared memory in a loop: {moved}" for moved in self.converted]
         return found
 
     def __str__(self) -> str:
@@ -171,6 +190,8 @@ def _nvidia(code: str) -> dict[str, Any]:
         "products": len(matrix),
         "loads": len(loads),
         "wide": sum(".128" in n or n.startswith("U") for n in loads),
+        "copies": sum(not n.startswith("LDG.") for n in loads),
+        "barriers": sum(n.startswith("BAR.") for n in names),
     }
 
 
@@ -192,6 +213,8 @@ def _amd(code: str) -> dict[str, Any]:
         "products": products,
         "loads": len(loads),
         "wide": sum(name.startswith("dwordx4") for name in loads),
+        "copies": sum(name.startswith("lds_") for name in loads),
+        "barriers": len(re.findall(r"\bs_barrier\b", code)),
     }
 
 
@@ -201,49 +224,62 @@ def _usage(text: str) -> tuple[int, int, int]:
     return registers, stack, shared
 
 
-def inspect(variant: Any, compiled: Any, target: str) -> Kernel:
-    """Return the report on a compiled Triton kernel; `variant` and `compiled` come from tests/_support/aot.py."""
+def inspect(kernel: "Specialisation", is_brief: bool = False) -> Kernel:
+    """Compile a Triton kernel and return the report on it. A brief one counts no instructions where nothing spills:
+    disassembling takes as long as compiling."""
+    compiled, target = kernel.compile(), kernel.target
     asm, meta, shared = compiled.asm, compiled.metadata, compiled.metadata.shared
     if target.startswith("sm"):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(asm["cubin"])
             file.flush()
             registers, stack, _ = _usage(_dump(Path(file.name), "-res-usage"))
-            found = {"registers": registers, "stack": stack, **_nvidia(_dump(Path(file.name), "-sass"))}
+            code = "" if is_brief and not stack else _dump(Path(file.name), "-sass")
+            found = {"registers": registers, "stack": stack, **_nvidia(code)}
     else:
         found = _amd(asm["amdgcn"])
     threads = meta.num_warps * UNITS[target].lanes
     # Only the tensors of the formula have names of one letter; all others are float32 intermediates.
-    types = variant.pointers(r"[a-z](_[st])?_ptr")
-    shown = {**variant.constants, **variant.options}
+    types = kernel.types(r"[a-z](_[st])?_ptr")
+    shown = {p.name: kernel.constexprs[p.name] for p in kernel.function.params if p.is_constexpr}
+    shown |= {"num_warps": meta.num_warps, "num_stages": meta.num_stages}
+    matrices = products(asm["ttgir"])
     return Kernel(
-        stem=variant.kernel.fn.__module__.rpartition(".")[2].strip("_").split("_")[0],
-        kernel=variant.kernel.fn.__name__.strip("_").removesuffix("_kernel"),
+        stem=kernel.function.fn.__module__.rpartition(".")[2].strip("_").split("_")[0],
+        kernel=kernel.name.strip("_").removesuffix("_kernel"),
         target=target,
         types="/".join(types) or "fp32",
-        options=", ".join(f"{k}={v}" for k, v in shown.items() if not k.startswith("stride")),
+        options=", ".join(f"{k}={v}" for k, v in shown.items()),
         threads=threads,
         shared=shared,
         occupancy=occupancy(target, found["registers"], shared, threads),
+        tensor_memory=getattr(meta, "tmem_size", 0) or 0,
         multiplies16=bool(re.search(r"tt\.dot\w* .*: tensor<\w+x(bf16|f16)>", asm["ttir"])),
+        shapes=" ".join(sorted(matrices.instructions)),
+        duplicated=matrices.duplicated,
+        converted=matrices.converted,
+        plain=matrices.plain,
         **found,
     )
 
 
-def _variants() -> Any:
-    """Return the module tests/_support/aot.py, which has the configurations that the tests compile."""
+def _recorded() -> Any:
+    """Return the module tests/_support/aot.py, which has the calls whose launches are compiled."""
     return importlib.import_module("tests._support.aot")
 
 
-def _compile(number: int, target: str) -> Kernel:
-    variant = _variants().variants()[number]
-    return inspect(variant, variant.compile(target), target)
+def _compile(of: str, number: int) -> Kernel:
+    chosen, others = _recorded().cover(of)
+    return inspect([*chosen, *others][number])
 
 
-def triton_kernels(jobs: int) -> Iterator[Kernel]:
-    pairs = [(i, t) for i, variant in enumerate(_variants().variants()) for t in variant.targets]
+def triton_kernels(jobs: int, is_all: bool) -> Iterator[Kernel]:
+    """Yield reports on what make test compiles, or on all that the calls launch."""
+    recorded = _recorded()
+    many = {of: [len(kernels) for kernels in recorded.cover(of)] for of in (*recorded.STEMS, "rest")}
+    todo = [(of, number) for of, (few, others) in many.items() for number in range(few + others * is_all)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_compile, *zip(*pairs, strict=True))
+        yield from pool.map(_compile, *zip(*todo, strict=True))
 
 
 def _demangle(names: list[str]) -> list[str]:
@@ -319,6 +355,9 @@ def main(argv: list[str]) -> int:
         "--extension", type=Path, help="path of a fastkd/_C*.so built with CUDA, whose kernels are read too"
     )
     parser.add_argument("--no-triton", action="store_true", help="only the extension's kernels")
+    parser.add_argument(
+        "--all", action="store_true", help="every recorded kernel, not the part that make test compiles"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of parallel compilations")
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="file for the results; the docs show benchmarks/results/aot.json"
@@ -327,7 +366,7 @@ def main(argv: list[str]) -> int:
     if find_spec("triton") is None:
         parser.error("triton is not installed: it compiles the kernels")
     kernels: list[Kernel] = []
-    for kernel in () if args.no_triton else triton_kernels(args.jobs):
+    for kernel in () if args.no_triton else triton_kernels(args.jobs, args.all):
         kernels.append(kernel)
         for problem in kernel.problems():
             print(f"{kernel}: {problem}", flush=True)
@@ -343,6 +382,7 @@ def main(argv: list[str]) -> int:
             print(f"{target}: {count} kernels use {matrix}")
     print(f"{len(kernels)} kernels compiled, {bad} with problems")
     if args.json:
-        body = {"kernels": [asdict(k) for k in kernels], "rooflines": rooflines()}
+        rows = [{k: "; ".join(v) if isinstance(v, list) else v for k, v in asdict(one).items()} for one in kernels]
+        body = {"kernels": rows, "rooflines": rooflines()}
         print(f"written to {report.write(args.json, report.header('cpu'), body)}")
     return int(bad > 0)

@@ -2,6 +2,7 @@
 #pragma once
 #include "common.h"
 
+#include <cmath>
 #include <tuple>
 
 namespace fastkd {
@@ -17,12 +18,20 @@ inline int64_t groups_of(const at::Tensor& x, bool per_image) {
   return per_image ? x.size(0) * x.size(1) : x.size(1);
 }
 
-// Uninitialised means and variances of all layers' groups, end to end.
+// Means and variances of all layers' groups, end to end: uninitialised, or NaN where a layer has no elements.
 inline std::tuple<at::Tensor, at::Tensor> empty_moments(const at::TensorList inputs, bool per_image) {
   int64_t groups = 0;
   for (const auto& x : inputs) groups += groups_of(x, per_image);
   const auto mean = at::empty({groups}, inputs[0].options().dtype(accumulator(inputs[0])));
-  return {mean, at::empty_like(mean)};
+  const auto var = at::empty_like(mean);
+  int64_t first = 0;
+  for (const auto& x : inputs) {
+    const int64_t n = groups_of(x, per_image);
+    if (x.numel() == 0 && n > 0)
+      for (const auto& moment : {mean, var}) moment.narrow(0, first, n).fill_(NAN);
+    first += n;
+  }
+  return {mean, var};
 }
 
 }  // namespace fastkd

@@ -390,7 +390,9 @@ def aot() -> str:
     if found is None:
         return NONE
     versions, commit = found["header"]["versions"], found["header"]["commit"]
-    parts = [f"Compiled by Triton {versions['triton']} and nvcc, commit {commit}, {found['header']['date'][:10]}.\n"]
+    parts = [f"Compiled by Triton {versions['triton']} and nvcc, commit {commit}, {found['header']['date'][:10]}."]
+    older = {k["commit"] for k in found["kernels"] if "commit" in k}
+    parts[0] += "".join(f" The CUDA kernels were read at commit {one}." for one in sorted(older)) + "\n"
     for stem in dict.fromkeys(kernel["stem"] for kernel in found["kernels"]):
         lines = [
             [
@@ -401,7 +403,9 @@ def aot() -> str:
                 f"{k['stack']} B" if k["spills"] else "-",
                 f"{k['shared'] / 1024:.0f}",
                 f"{k['occupancy']:.0%}",
-                f"{k['matrix']} x{k['products']}" if k["matrix"] else "-",
+                f"{k['matrix']} x{k['products']} {k.get('shapes', '')}".strip() if k["matrix"] else "-",
+                str(k.get("copies", "-")),
+                str(k.get("barriers", "-")),
                 f"{k['wide']} of {k['loads']}",
                 re.sub(r"(?:num_)?(\w+)=", r"\1 ", k["options"]),
             ]
@@ -417,6 +421,8 @@ def aot() -> str:
             "shared KB",
             "occupancy",
             "matrix",
+            "copies",
+            "barriers",
             "16-byte loads",
             "as",
         ]

@@ -55,6 +55,7 @@ def _attention_bias_kernel(  # noqa: C901 (branches on constants, of which one i
 ):  # fmt: skip
     """One program per tile of the bias and split of what it is summed over: images, heads, tiles of rows and keys."""
     HAS_SOFTMAX: tl.constexpr = DIVERGENCE != "score_mse"
+    rows_total = tl.cast(rows_total, tl.int64)  # its multiples are offsets
     split = tl.program_id(1).to(tl.int64)
     d_s, d_t = tl.arange(0, BLOCK_DS), tl.arange(0, BLOCK_DT)
     tile = tl.program_id(0)

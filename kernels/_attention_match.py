@@ -76,6 +76,7 @@ def _attention_rows_kernel(  # noqa: C901 (branches on constants, of which one i
     HAS_SOFTMAX: tl.constexpr = DIVERGENCE != "score_mse"
     IS_TWO_SWEEPS: tl.constexpr = DIVERGENCE == "js" or DIVERGENCE == "mse"
     HAS_TOP: tl.constexpr = IS_TWO_SWEEPS or DIVERGENCE == "reverse_kl"
+    rows_total = tl.cast(rows_total, tl.int64)  # its multiples are offsets
     bh = (tl.program_id(0) // q_tiles).to(tl.int64)
     b, h = bh // H, bh % H
     i0 = tl.program_id(0) % q_tiles * BLOCK_M
@@ -330,6 +331,7 @@ def _attention_keys_kernel(
 ):  # fmt: skip
     """One program per strip of a head's keys and piece of their gradient's width: dk from a strip of queries."""
     HAS_SOFTMAX: tl.constexpr = DIVERGENCE != "score_mse"
+    rows_total = tl.cast(rows_total, tl.int64)  # its multiples are offsets
     local = (tl.program_id(0) // k_tiles // H).to(tl.int64)
     b, h = first_b + local, (tl.program_id(0) // k_tiles % H).to(tl.int64)
     bh = b * H + h

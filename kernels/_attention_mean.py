@@ -278,6 +278,7 @@ def _attention_head_kernel(
     BLOCK_DS: tl.constexpr,
 ):  # fmt: skip
     """One program per strip of a head's queries and piece of their gradient's width: c and dq under a mean of heads."""
+    rows_total = tl.cast(rows_total, tl.int64)  # its multiples are offsets
     local = (tl.program_id(0) // q_tiles // H).to(tl.int64)
     b, h = first_b + local, (tl.program_id(0) // q_tiles % H).to(tl.int64)
     bh = b * H + h

@@ -80,7 +80,9 @@ def _finish_scores(z, scale, i, in_i, j, sees, visible, bias_ptr, stride_bq, str
         if HAS_SOFTMAX:
             top = tl.load(top_ptr + i.to(tl.int64) * stride_top, mask=in_i, other=0.0).to(tl.float32)
             bias = bias - _base(top)
-        z += bias * bias_scale
+        # Kernels compare a score with a maximum that another kernel found: its bits are equal only if no compiler is
+        # left to choose between one rounding and two.
+        z = tl.fma(bias, bias_scale, z)
     return tl.where(visible, z, NEVER)
 
 

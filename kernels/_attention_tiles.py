@@ -1,6 +1,6 @@
 """Tile shapes of the attention kernels, by architecture and dtype."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 UNSPECIALIZED = (  # that a count is 1 or a multiple of 16 is not worth a compilation
@@ -20,50 +20,70 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
+    """Tiles of the kernels. A warp computes 16 rows of a product or more: of more warps than BLOCK_M / 16 (BLOCK_N / 16
+    where keys are the rows), several would compute the same ones."""
+
     rows: Tile  # strips of queries, over keys
+    narrow: Tile  # the same, where a bias or averages of heads take registers
     keys: Tile  # strips of keys, over queries
     bias: Tile  # one tile, over images and heads
     mean: Tile  # strips of queries, over keys and heads
     fused: tuple[Tile, ...] = ()  # all keys, up to BLOCK_N, and strips of queries: loss and gradients in one pass
 
 
-_LARGE = {
+_AMPERE = {
     64: Config(
-        Tile(64, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2),
-        (Tile(32, 64, 4, 2), Tile(16, 128, 8, 2)),
-    ),
-    128: Config(Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2)),
-}  # fmt: skip
-
-
-_SMALL = {
-    64: Config(
-        Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2),
+        Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(32, 64, 4, 2), Tile(64, 16, 4, 2), Tile(32, 32, 8, 2),
         (Tile(16, 64, 4, 2), Tile(16, 128, 8, 2)),
     ),
-    128: Config(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+}  # fmt: skip
+_HOPPER = {
+    64: Config(
+        Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(32, 128, 8, 2), Tile(64, 16, 4, 2), Tile(64, 32, 8, 2),
+        (Tile(32, 64, 4, 2), Tile(16, 128, 8, 2)),
+    ),
+    128: Config(
+        Tile(64, 16, 4, 2), Tile(64, 16, 4, 2), Tile(32, 64, 4, 2), Tile(64, 16, 4, 2), Tile(64, 32, 8, 2)
+    ),
+}  # fmt: skip
+_BLACKWELL = {  # products in tensor memory, of 64 rows at least; smaller ones as on 8.x
+    64: Config(
+        Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 16, 8, 2), Tile(32, 32, 8, 2),
+        (Tile(16, 64, 4, 2), Tile(16, 128, 8, 2)),
+    ),
+    128: Config(
+        Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 16, 8, 2), Tile(32, 32, 8, 2)
+    ),
 }  # fmt: skip
 _CDNA = {
     64: Config(
-        Tile(64, 32, 8, 1), Tile(16, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1),
+        Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1),
         (Tile(16, 64, 4, 1), Tile(16, 128, 8, 1)),
     ),
-    128: Config(Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    128: Config(
+        Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)
+    ),
 }  # fmt: skip
 _FLOAT32 = {
-    64: Config(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
-    128: Config(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
-}
-_TINY = Tile(16, 16, 4, 1)
-# By architecture, bytes of the widest input (all are taken as wide) and the widest head taken. Heads are padded to a
-# power of two; those wider than the last are taken in pieces.
-CONFIGS: dict[tuple[str, int], dict[int, Config]] = {
-    ("8.x", 2): _SMALL,
-    ("9.0", 2): _LARGE,
-    ("10.x", 2): _LARGE | {64: replace(_LARGE[64], keys=Tile(32, 64, 8, 2), bias=Tile(64, 32, 8, 2))},
+    64: Config(
+        Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)
+    ),
+    128: Config(
+        Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)
+    ),
+}  # fmt: skip
+_SHORT = Tile(64, 16, 4, 1)
+_SHORT_TILES = (_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT)
+# By architecture and how float32 is multiplied, or bytes of the widest input (all are taken as wide), and the widest
+# head taken. Heads are padded to a power of two; those wider than the last are taken in pieces.
+CONFIGS: dict[tuple[str, int | str], dict[int, Config]] = {
+    ("8.x", 2): _AMPERE,
+    ("9.0", 2): _HOPPER,
+    ("10.x", 2): _BLACKWELL,
     ("cdna", 2): _CDNA,
-    ("8.x", 4): _FLOAT32,
-    ("9.0", 4): _FLOAT32,
-    ("10.x", 4): _FLOAT32,
-    ("cdna", 4): dict.fromkeys((64, 128), Config(_TINY, _TINY, _TINY, _TINY)),
+    **dict.fromkeys((("8.x", "ieee"), ("9.0", "ieee"), ("10.x", "ieee")), _FLOAT32),
+    ("8.x", "tf32"): {64: Config(*_SHORT_TILES)},
+    ("9.0", "tf32"): {64: Config(*_SHORT_TILES)},
+    ("10.x", "tf32"): {64: Config(*(tile._replace(num_warps=8) for tile in _SHORT_TILES))},
+    ("cdna", "ieee"): {64: Config(*_SHORT_TILES)},
 }

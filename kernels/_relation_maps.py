@@ -11,6 +11,7 @@ from ._relation_rows import (
     _of_layer,
     _products,
     _row_pointers,
+    _similarities,
     _store_terms,
 )
 from ._relation_tiles import UNSPECIALIZED
@@ -73,11 +74,12 @@ def _relation_map_kernel(
     # The teacher comes first and is scaled at once, which frees its norms' registers before the student's products.
     map_t = _products(t_i, in_i, t_j, in_j, Dt, stride_td, zero, BLOCK_K, PRECISION)
     r, q = norms_ptr + group * n, norms_ptr + total + group * n
-    if NORMALIZE:
-        map_t *= _inverse_norms(q, i, in_i, True)[:, None] * _inverse_norms(q, j, in_j, True)[None, :]
+    q_i, q_j = _inverse_norms(q, i, in_i, NORMALIZE), _inverse_norms(q, j, in_j, NORMALIZE)
+    map_t = _similarities(map_t, q_i, q_j, in_i, in_j, NORMALIZE)
     dot_s = _products(s_i, in_i, s_j, in_j, Ds, stride_sd, zero, BLOCK_K, PRECISION)
     r_i, r_j = _inverse_norms(r, i, in_i, NORMALIZE), _inverse_norms(r, j, in_j, NORMALIZE)
-    e, e_grad = _difference(dot_s, map_t, r_i, r_j, NORMALIZE, RECTIFY_S, RECTIFY_T)
+    map_s = _similarities(dot_s, r_i, r_j, in_i, in_j, NORMALIZE)
+    e, e_grad = _difference(map_s, map_t, RECTIFY_S, RECTIFY_T)
 
     square = tl.sum(e * e)  # at once: Triton 3.6 fails on nested sums over tensor memory
     if IS_TRIANGLE:
@@ -248,11 +250,11 @@ def _relation_fused_kernel(
         t_j = _row_pointers(t, g, row_j, run, stride_tg, stride_to, stride_ti)
         zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         map_t = _products(t_i, in_i, t_j, in_j, Dt, stride_td, zero, BLOCK_K, PRECISION)
-        if NORMALIZE:
-            map_t *= q_i[:, None] * _inverse_norms(q, j, in_j, True)[None, :]
+        map_t = _similarities(map_t, q_i, _inverse_norms(q, j, in_j, NORMALIZE), in_i, in_j, NORMALIZE)
         dot_s = _products(s_i, in_i, s_j, in_j, Ds, stride_sd, zero, BLOCK_K, PRECISION)
         r_j = _inverse_norms(r, j, in_j, NORMALIZE)
-        e, e_grad = _difference(dot_s, map_t, r_i, r_j, NORMALIZE, RECTIFY_S, RECTIFY_T)
+        map_s = _similarities(dot_s, r_i, r_j, in_i, in_j, NORMALIZE)
+        e, e_grad = _difference(map_s, map_t, RECTIFY_S, RECTIFY_T)
         square += tl.sum(e * e, 1)
         w = e_grad * (r_j * scale)[None, :]
         high = w.to(s.dtype.element_ty)

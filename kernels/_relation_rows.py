@@ -59,11 +59,17 @@ def _inverse_norms(ptr, i, mask, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def _difference(dot_s, map_t, r_i, r_j, NORMALIZE: tl.constexpr, RECTIFY_S: tl.constexpr, RECTIFY_T: tl.constexpr):
-    """Return E, and E as the gradient sees it (clamped similarities of the student pass no gradient)."""
-    map_s = dot_s
+def _similarities(dot, r_i, r_j, in_i, in_j, NORMALIZE: tl.constexpr):
+    """r_i r_j <x_i, x_j>. Where both networks are equal, so are the bits: the select, which changes nothing, keeps
+    compilers from contracting one network's product with the difference of the two."""
     if NORMALIZE:
-        map_s = dot_s * r_i[:, None] * r_j[None, :]
+        dot = tl.where(in_i[:, None] & in_j[None, :], dot * r_i[:, None] * r_j[None, :], 0.0)
+    return dot
+
+
+@triton.jit
+def _difference(map_s, map_t, RECTIFY_S: tl.constexpr, RECTIFY_T: tl.constexpr):
+    """Return E, and E as the gradient sees it (clamped similarities of the student pass no gradient)."""
     if RECTIFY_T:
         map_t = tl.where(map_t < 0, 0.0, map_t)  # keeps NaN, unlike maximum
     if RECTIFY_S:

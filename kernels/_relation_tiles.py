@@ -49,18 +49,20 @@ class Config:
     fused: dict[int, Fused]  # by the widest student it takes
 
 
-# By architecture and bytes of the wider input dtype. 8.x stays below the 99 KB that a block has on a consumer card,
-# 10.x within the 512 columns of its tensor memory; a map of 128 rows spills 240 bytes a thread there under Triton 3.6.
-CONFIGS: dict[tuple[str, int], Config] = {
+# By architecture and how float32 is multiplied, or bytes of the wider input dtype. 8.x stays below the 99 KB that a
+# block has on a consumer card, 10.x within the 512 columns of its tensor memory; a map of 128 rows spills 240 bytes a
+# thread there under Triton 3.6. A warp computes 16 rows of a product or more: of more warps than BLOCK_M / 16, several
+# would compute the same rows of a fused kernel.
+CONFIGS: dict[tuple[str, int | str], Config] = {
     ("8.x", 2): Config(
         Map(128, 32, 8, 3),
         (Apply(128, 32, 128, 8, 3), Apply(64, 32, 64, 4, 3)),
-        {384: Fused(64, 32, 32, 128, 8, 3)},
+        {256: Fused(64, 32, 32, 64, 4, 3)},
     ),
     ("9.0", 2): Config(
         Map(128, 64, 8, 3),
         (Apply(128, 64, 128, 8, 3), Apply(64, 64, 64, 4, 3)),
-        {256: Fused(64, 64, 64, 64, 8, 3)},
+        {256: Fused(64, 32, 64, 64, 4, 3)},
     ),
     ("10.x", 2): Config(
         Map(64, 64, 8, 3),
@@ -70,19 +72,27 @@ CONFIGS: dict[tuple[str, int], Config] = {
     ("cdna", 2): Config(
         Map(128, 32, 8, 2),
         (Apply(128, 32, 128, 8, 2), Apply(64, 32, 64, 4, 2)),
-        {256: Fused(64, 64, 32, 64, 8, 2), 384: Fused(64, 64, 32, 128, 8, 2)},
+        {256: Fused(64, 64, 32, 64, 4, 2), 384: Fused(64, 64, 32, 128, 4, 2)},
     ),
     **dict.fromkeys(
-        (("8.x", 4), ("9.0", 4), ("10.x", 4)),
+        (("8.x", "ieee"), ("9.0", "ieee"), ("10.x", "ieee")),
         Config(
             Map(64, 16, 4, 3),
-            (Apply(64, 16, 64, 4, 3), Apply(32, 16, 32, 4, 3)),
+            (Apply(64, 16, 64, 4, 3), Apply(32, 16, 32, 2, 3)),
             {256: Fused(32, 16, 16, 64, 8, 3), 384: Fused(32, 16, 16, 128, 8, 3)},
         ),
     ),
-    ("cdna", 4): Config(
+    **dict.fromkeys(
+        (("8.x", "tf32"), ("9.0", "tf32"), ("10.x", "tf32")),
+        Config(
+            Map(64, 16, 4, 3),
+            (Apply(64, 16, 64, 4, 3), Apply(32, 16, 32, 2, 3)),
+            {256: Fused(64, 16, 16, 64, 4, 3)},
+        ),
+    ),
+    ("cdna", "ieee"): Config(
         Map(64, 16, 4, 2),
-        (Apply(64, 16, 64, 4, 2), Apply(32, 16, 32, 4, 2)),
+        (Apply(64, 16, 64, 4, 2), Apply(32, 16, 32, 1, 2)),
         {256: Fused(32, 16, 16, 64, 8, 2)},
     ),
 }

@@ -116,12 +116,12 @@ class _Problem:
             network.centre(mask)
         (B, H, N_q, D_s), D_t, N_k = student.q.shape, teacher.q.shape[3], student.k.shape[2]
         self.B, self.H, self.N_q, self.N_k = B, H, N_q, N_k
-        table = CONFIGS[architecture(student.q.device), itemsize]
-        width = max(_width(D_s), _width(D_t))
-        is_wide = width > max(table)
-        self.config = table[128 if is_wide else min(w for w in table if w >= width)]
-        self.blocks = {"BLOCK_DS": 128, "BLOCK_DT": 128} if is_wide else {
-            "BLOCK_DS": _width(D_s), "BLOCK_DT": _width(D_t)
+        table = CONFIGS[architecture(student.q.device), 2 if itemsize == 2 else float32_products()]
+        width, widest = max(_width(D_s), _width(D_t)), max(table)
+        is_wide = width > widest
+        self.config = table[widest if is_wide else min(w for w in table if w >= width)]
+        self.blocks = {
+            "BLOCK_DS": widest if is_wide else _width(D_s), "BLOCK_DT": widest if is_wide else _width(D_t)
         }  # fmt: skip
         self.pieces = triton.cdiv(D_s, self.blocks["BLOCK_DS"])
         self.arguments: dict[str, Any] = {
@@ -169,6 +169,8 @@ class _Problem:
         arguments = self.arguments | self.blocks | more
         blocks = tile._asdict()
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+        if torch.version.hip is not None:
+            options["matrix_instr_nonkdim"] = 16  # rows that a warp computes, as elsewhere; 32 would need larger tiles
         arguments |= blocks
         kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options)
 
@@ -178,6 +180,11 @@ class _Problem:
         if in_float32 or heads < multiprocessors(self.student.q.device):
             return None
         return next((tile for tile in self.config.fused if tile.BLOCK_N >= self.N_k), None)
+
+    def strips(self) -> Tile:
+        """Return the tile of the kernel that compares networks head by head."""
+        has_bias = self.student.bias is not None or self.teacher.bias is not None
+        return self.config.narrow if has_bias else self.config.rows
 
     def tiles(self, rows: int, columns: int, tile: Tile) -> dict[str, int]:
         return {"q_tiles": triton.cdiv(rows, tile.BLOCK_M), "k_tiles": triton.cdiv(columns, tile.BLOCK_N)}
@@ -232,7 +239,7 @@ def _match(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbia
         if shared and d_queries is not None and d_keys is not None:
             torch.add(d_queries, d_keys, out=dq)
         return
-    tile = p.config.rows
+    tile = p.strips()
     tiles = triton.cdiv(p.N_q, tile.BLOCK_M)
     stats = q.new_empty((6, p.B, p.H, p.N_q), dtype=torch.float32)
     part = dq
@@ -254,7 +261,7 @@ def _stats(p: _Problem, network: _Network, scale: float, BLOCK_D: int, planes: i
     """(planes, B, H, N_q): m, l, and room."""
     B, H, N_q, _ = network.q.shape
     stats = network.q.new_empty((planes, B, H, N_q), dtype=torch.float32)
-    tile = p.config.rows
+    tile = p.config.narrow
     tiles = triton.cdiv(N_q, tile.BLOCK_M)
     p.launch(_attention_stats_kernel, (B * H * tiles,), tile, **network.arguments(""), stats_ptr=stats, scale=scale,
              H=H, q_tiles=tiles, rows_total=B * H * N_q, BLOCK_D=BLOCK_D)  # fmt: skip
@@ -267,7 +274,7 @@ def _mean(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbias
     stats_s = _stats(p, p.student, p.arguments["scale_s"], p.blocks["BLOCK_DS"], 4)
     stats_t = _stats(p, p.teacher, p.arguments["scale_t"], p.blocks["BLOCK_DT"], 2)
     has_grad = dq is not None or dk is not None or dbias is not None
-    budget = max(STRIP_BYTES // (8 * p.N_k), p.config.rows.BLOCK_M) if has_grad else p.B * p.N_q
+    budget = max(STRIP_BYTES // (8 * p.N_k), p.config.narrow.BLOCK_M) if has_grad else p.B * p.N_q
     images, rows = max(min(budget // p.N_q, p.B), 1), min(budget, p.N_q)
     y, dlog = (q.new_empty((images, rows, p.N_k) if has_grad else (1,), dtype=torch.float32) for _ in range(2))
     dkeys = dq if shared else dk
@@ -277,7 +284,7 @@ def _mean(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbias
     partial = None if dbias is None else p.bias_sums(dbias)
     dqueries = total if shared else dq
 
-    mean, tile = p.config.mean, p.config.rows
+    mean, tile = p.config.mean, p.config.narrow
     for b in range(0, p.B, images):
         for r in range(0, p.N_q, rows):
             here, tall = min(images, p.B - b), min(rows, p.N_q - r)

@@ -291,7 +291,9 @@ def _layer_fwd(
     shift: Tensor | None = None,
 ) -> None:
     """Write the moments of one layer, and y of its batch norm if there is one."""
-    if x.numel() == 0:
+    if x.numel() == 0:  # moments of nothing
+        mean.fill_(float("nan"))
+        var.fill_(float("nan"))
         return
     planes = fold_planes(x, x if y is None else y)
     if planes is None:

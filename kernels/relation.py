@@ -84,7 +84,8 @@ def _tile(
     n = n if index is None else index.shape[1]
     every, total = layers * G, layers * G * n
     s_rows, t_rows = _rows(student, scope), _rows(teachers[0], scope)
-    config = CONFIGS[architecture(student.device), max(student.itemsize, teachers[0].itemsize)]
+    itemsize = max(student.itemsize, teachers[0].itemsize)
+    config = CONFIGS[architecture(student.device), 2 if itemsize == 2 else float32_products()]
     # float16 would lose a W that is too large or small; bfloat16 has float32's range.
     has_scale = dstudents is not None and student.dtype == torch.float16
 

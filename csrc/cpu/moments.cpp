@@ -185,7 +185,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cpu(
   const auto dtype = accumulator(x);
   // PyTorch's allocator reuses the block that a convolution freed last, and that block is still in cache.
   const auto y = static_cast<int64_t>(x.nbytes()) < kHot ? at::empty_like(x) : empty_kept(x);
-  auto mean = at::empty({x.size(1)}, x.options().dtype(dtype)), var = at::empty_like(mean);
+  const auto moments = empty_moments(x, false);
+  const auto &mean = std::get<0>(moments), &var = std::get<1>(moments);
   if (x.numel() == 0) return {y, mean, var};
   auto out = y;
   auto folded = fold_planes<2>({x, y});

@@ -91,7 +91,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cuda(
   const c10::cuda::CUDAGuard guard(x.device());
   const auto acc = accumulator(x);
   auto y = at::empty_like(x);
-  auto mean = at::empty({x.size(1)}, x.options().dtype(acc)), var = at::empty_like(mean);
+  const auto moments = empty_moments(x, false);
+  const auto &mean = std::get<0>(moments), &var = std::get<1>(moments);
   if (x.numel() == 0) return {y, mean, var};
   const auto scale = scale_of(weight, running_var, eps, acc);
   const auto shift = (bias ? bias->to(acc) : at::zeros_like(scale)).addcmul(running_mean.to(acc), scale, -1);

@@ -117,7 +117,6 @@ __global__ void __launch_bounds__(kThreads, kResident) moments_partial_kernel(
 template <typename acc_t>
 __global__ void __launch_bounds__(kThreads) moments_merge_kernel(
     const __grid_constant__ Layers layers,
-    int64_t first,   // group of the first layer here
     int64_t groups,  // of all layers here
     const Moments<acc_t>* __restrict__ partial,
     acc_t* __restrict__ mean,   // (all groups)
@@ -126,9 +125,9 @@ __global__ void __launch_bounds__(kThreads) moments_merge_kernel(
   const int lane = threadIdx.x % kWarp;
   if (at >= groups) return;  // a whole warp
   int which = layers.count - 1;
-  while (layers.layer[which].first > first + at) --which;
+  while (layers.layer[which].before > at) --which;
   const Layer& l = layers.layer[which];
-  const int64_t group = first + at - l.first;
+  const int64_t group = at - l.before;
   Moments<acc_t> sum{0, 0, 0};
   for (int k = lane; k < l.splits; k += kWarp) sum.merge(partial[l.partial + k * l.groups + group]);
   for (int half = kWarp / 2; half > 0; half /= 2) {
@@ -139,8 +138,8 @@ __global__ void __launch_bounds__(kThreads) moments_merge_kernel(
     if (lane < half) sum.merge(other);
   }
   if (lane > 0) return;
-  mean[first + at] = sum.mean;
-  var[first + at] = sum.m2 / sum.count;
+  mean[l.first + group] = sum.mean;
+  var[l.first + group] = sum.m2 / sum.count;
 }
 
 // Moments of the layers of one launch; scale and shift with a batch norm.
@@ -167,12 +166,7 @@ void launch_fwd(
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     const int64_t warps = kThreads / kWarp;
     moments_merge_kernel<acc_t><<<static_cast<unsigned>((launch.groups + warps - 1) / warps), kThreads, 0, stream>>>(
-        launch.layers,
-        launch.first,
-        launch.groups,
-        partial_ptr,
-        mean.mutable_data_ptr<acc_t>(),
-        var.mutable_data_ptr<acc_t>());
+        launch.layers, launch.groups, partial_ptr, mean.mutable_data_ptr<acc_t>(), var.mutable_data_ptr<acc_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }

@@ -41,12 +41,13 @@ struct Moments {
   }
 };
 
-// One layer of a launch. The moments of its groups start at `first` in those of all layers.
+// One layer of a launch. The moments of its groups start at `first` in those of all layers, its groups at `before` in
+// those of the launch: layers without elements have moments but take part in no launch.
 struct Layer {
   const void *x, *dy;  // dy null without a batch norm
   void* out;           // y (null without a batch norm) or dx
   PlaneStrides s, g, d;
-  int64_t C, HW, W, groups, items, split, first, partial;
+  int64_t C, HW, W, groups, items, split, first, before, partial;
   int64_t pass_n, pass_p;  // images and positions from one load of a thread to its next
   int64_t block;           // of the launch, its first
   int64_t tiles;
@@ -139,7 +140,7 @@ bool is_aligned(const void* p, const PlaneStrides& s, int64_t V, int64_t size, b
 // Layers gathered for one launch: enough blocks to fill the card, a few loads of a thread each.
 struct Launch {
   Layers layers{};
-  int64_t blocks = 0, partials = 0, first = 0, groups = 0;
+  int64_t blocks = 0, partials = 0, groups = 0;
 
   bool is_full() const { return layers.count >= std::min<int64_t>(kFull, kLayers); }
 
@@ -178,8 +179,7 @@ struct Launch {
     const int64_t wanted = std::clamp<int64_t>(kWaves * multiprocessors() / l.tiles, 1, most_splits);
     l.split = ((l.items + wanted - 1) / wanted + step - 1) / step * step;
     l.splits = static_cast<int>((l.items + l.split - 1) / l.split);
-    l.first = first_group, l.block = blocks, l.partial = partials;
-    if (layers.count == 0) first = first_group;
+    l.first = first_group, l.before = groups, l.block = blocks, l.partial = partials;
     blocks += l.tiles * l.splits, partials += l.splits * l.groups, groups += l.groups;
     layers.layer[layers.count++] = l;
     return true;

@@ -117,7 +117,7 @@ class ViTKDLoss(nn.Module):
             raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
         elif mask.shape != (B, N):
             raise ValueError(f"mask must have shape ({B}, {N}), got {tuple(mask.shape)}")
-        masked = (mask.to(high_student.device, non_blocking=True) != 0)[..., None]
+        masked = (check.moved("mask", mask, high_student.device) != 0)[..., None]
 
         dtype = self.mask_token.dtype
         low_student, high_student = savable(low_student), savable(high_student)

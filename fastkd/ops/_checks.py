@@ -55,6 +55,14 @@ def unchecked_layers(values: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(values) if isinstance(values, list | tuple) else [values]  # type: ignore[list-item]
 
 
+def moved(name: str, x: Tensor, device: torch.device) -> Tensor:
+    """Return x on the device, without waiting. A CUDA graph under capture would record the address of a tensor of
+    another device, and read what is there at each replay: raise then."""
+    if x.device != device and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{name} must be on {device} while a CUDA graph is captured, got {x.device}")
+    return x.to(device, non_blocking=True)
+
+
 def not_empty(name: str, x: Tensor) -> None:
     if x.numel() == 0:
         raise ValueError(f"{name} must not be empty, got {tuple(x.shape)}")

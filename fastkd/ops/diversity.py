@@ -44,7 +44,7 @@ def run_intra_divergence(call: DivergenceCall) -> Tensor:
     x = features.to(accumulator(features))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     z = x * torch.where(norm > EPS, norm, torch.inf).reciprocal()
-    labels = labels.to(features.device, non_blocking=True)
+    labels = check.moved("labels", labels, features.device)
     with torch.no_grad():
         # 2 - 2 <z, z'> would lose all distances below 3e-4, so the vectors are subtracted first.
         distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")

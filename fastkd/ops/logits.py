@@ -42,11 +42,11 @@ def _target(label: Tensor | int, like: Tensor, mixed: bool) -> Tensor:
             raise ValueError(f"label must lie in [0, C = {C}), got {label}")
         return torch.full((B, 1), label, device=like.device)
     if mixed and label.shape == (B, C):
-        return label.to(like.device, non_blocking=True).argmax(1, keepdim=True)  # a new tensor
+        return check.moved("label", label, like.device).argmax(1, keepdim=True)  # a new tensor
     check.integers("label", label)
     if label.shape != (B,):
         raise ValueError(f"label must have shape ({B},){f' or ({B}, {C})' if mixed else ''}, got {tuple(label.shape)}")
-    label = savable(label).to(like.device, torch.int64, non_blocking=True)
+    label = check.moved("label", savable(label), like.device).to(torch.int64)
     torch._assert_async(((label >= 0) & (label < C)).all(), f"label must lie in [0, C = {C})")
     return label[:, None]
 

@@ -178,7 +178,7 @@ def check_relation(
 
 def _checked_index(index: Tensor, student: Tensor) -> Tensor:
     """Return index on the student's device; its range is asserted there without waiting."""
-    index = index.to(student.device, non_blocking=True)
+    index = check.moved("index", index, student.device)
     total = student.shape[0] * student.shape[1]
     check.rows("index", index, total)
     return index

@@ -1,12 +1,12 @@
-"""Every Triton configuration compiles for every architecture and fits its shared memory.
+"""What public calls launch on GPUs compiles for every architecture: without spills in loops, within shared memory, its
+products on matrix units and each computed once.
 
-Compiling takes the time, and configurations differ in one or two options. `make test` compiles each kernel for each
-architecture, with each of its types and with each value of its options; the other products are exhaustive.
+Compiling takes the time. `make test` compiles few specialisations: together they have every kernel on every
+architecture, with each of its types and each value of its options, and every tile of 16-bit inputs. The others are
+exhaustive.
 """
 
 import os
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -16,46 +16,28 @@ if os.getenv("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
 from benchmarks import aot as report
+from benchmarks.dry_driver import TARGETS, Specialisation
 from tests._support import aot
 
-
-def _held(variant: aot.Variant, target: str) -> set[tuple[str, str, Any]]:
-    """Return the pairs of a kernel and an option's value that a compilation tests."""
-    options = variant.constants | variant.options | {"types": tuple(variant.signature.values()), "target": target}
-    return {(variant.kernel.fn.__name__, *option) for option in options.items()}
+STEMS = (*aot.STEMS, "rest")
+PARTS = 8  # of what is exhaustive, so that workers share it
 
 
-def _compilations() -> Iterator[Any]:
-    """Yield every variant for every target: first those that together hold all pairs, then the exhaustive rest."""
-    variants = aot.variants()
-    rest = {(i, target): _held(v, target) for i, v in enumerate(variants) for target in v.targets}
-    missing = set().union(*rest.values())
-    while rest:
-        number, target = chosen = max(rest, key=lambda which: len(rest[which] & missing))
-        marks = () if missing & rest[chosen] else pytest.mark.exhaustive
-        missing -= rest.pop(chosen)
-        yield pytest.param(variants[number], target, marks=marks, id=f"{variants[number]}-{target}")
+def problems(kernels: list[Specialisation]) -> list[str]:
+    reports = [report.inspect(kernel, is_brief=True) for kernel in kernels]
+    return [f"{one}: {problem}" for one in reports for problem in one.problems()]
 
 
-@pytest.mark.parametrize(("variant", "target"), [*_compilations()])
-def test_compiles(variant: aot.Variant, target: str) -> None:
-    compiled = variant.compile(target)
-    assert compiled.asm["cubin" if target.startswith("sm") else "hsaco"]
-    assert compiled.metadata.shared <= aot.SHARED_MEMORY[target]
-    assert (getattr(compiled.metadata, "tmem_size", 0) or 0) <= aot.TENSOR_MEMORY
-    assert not report.inspect(variant, compiled, target).problems()
+@pytest.mark.slow
+@pytest.mark.parametrize("of", STEMS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target: str, of: str) -> None:
+    assert not problems([kernel for kernel in aot.cover(of)[0] if kernel.target == target])
 
 
-def test_every_kernel_is_covered() -> None:
-    """A kernel that no variant names would be compiled nowhere."""
-    from pathlib import Path
-
-    import fastkd_kernels
-
-    defined = {
-        line.removeprefix("def ").split("(")[0]
-        for path in Path(next(iter(fastkd_kernels.__path__))).glob("*.py")
-        for line in path.read_text().splitlines()
-        if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
-    }
-    assert defined == {variant.kernel.fn.__name__ for variant in aot.variants()}
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("of", STEMS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_all(target: str, of: str, part: int) -> None:
+    assert not problems([kernel for kernel in aot.cover(of)[1] if kernel.target == target][part::PARTS])

@@ -9,6 +9,7 @@ from torch import Tensor
 import fastkd
 from fastkd import reference
 from fastkd.eager import _common
+from fastkd.ops import _dispatch
 from fastkd.ops._dispatch import INTERPRETED
 from fastkd.testing import (
     DEVICE,
@@ -694,3 +695,34 @@ def test_gradients_of_weight_and_bias_whatever_the_layouts(backend: str, shape: 
     expected, *_ = reference.batch_norm_moments(x, *running, *leaves)
     for a, e in zip(*(torch.autograd.grad(v, leaves, incoming) for v in (y, expected)), strict=True):
         assert relative_difference(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_without_elements_have_no_moments(backend: str, per_image: bool) -> None:
+    """NaN, as torch.var_mean has them; the layers around them have their own."""
+    shapes = [(2, 4, 3, 3), (2, 3, 0, 3), (2, 5, 3, 3), (0, 6, 3, 3), (2, 2, 3, 3)]
+    inputs = [activations(shape, torch.float32) for shape in shapes]
+    with poisoned_allocations():
+        actual = _dispatch.call(backend, "moments_fwd", inputs, per_image)
+    for moment, name in zip(actual, ("mean", "var"), strict=True):
+        first = 0
+        for x in inputs:
+            groups = x.shape[1] * (x.shape[0] if per_image else 1)
+            own, first = moment[first : first + groups], first + groups
+            if x.numel() == 0:
+                assert own.isnan().all()
+                continue
+            oracle, eager = (
+                reference.batch_moments(x.to(dtype), dims="image" if per_image else "batch")[name == "var"].flatten()
+                for dtype in (torch.float64, torch.float32)
+            )
+            assert_matches_oracle(own, eager, oracle, x.numel() // groups, name)
+        assert first == len(moment)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_norm_of_nothing_has_no_moments(backend: str) -> None:
+    x, statistics = torch.ones(0, 3, 4, device=DEVICE), torch.ones(3, device=DEVICE)
+    y, mean, var = _dispatch.call(backend, "batch_norm_fwd", x, statistics, statistics, None, None, 1e-5)
+    assert y.shape == x.shape and mean.isnan().all() and var.isnan().all()

@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 import fastkd.reference
-from fastkd import _extension, _precision
+from fastkd import _extension, _precision, losses
 from fastkd.ops import _autograd, _checks, _dispatch, _schemas
 from fastkd.ops._autograd import scaled
 from fastkd.testing import DEVICE, loss_and_gradients, poisoned_allocations, relative_difference
@@ -231,6 +231,34 @@ def test_a_stored_gradient_on_a_gpu_is_never_written(monkeypatch: pytest.MonkeyP
         with Written() as written:
             scaled(torch.empty(8, dtype=dtype, device="meta"), torch.empty((), device="meta"), dtype)
         assert not any(name.split(".")[0].endswith("_") for name in written.names), written.names
+
+
+CPU = torch.arange(4)
+
+
+def _masked(x: Tensor) -> Tensor:
+    low = x[:, None].expand(-1, 2, -1, -1)
+    return losses.ViTKDLoss(8, 8).to("meta")(low, low, x, x, mask=torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("index", lambda x: fastkd.relation_loss(x, x, scope="batch", index=CPU)),
+        ("index", lambda x: fastkd.manifold_loss(x, x, index=CPU)),
+        ("label", lambda x: fastkd.dkd_loss(x[0], x[0], CPU)),
+        ("label", lambda x: fastkd.nkd_loss(x[0], x[0], torch.ones(4, 8), gamma=1.0)),
+        ("labels", lambda x: fastkd.intra_divergence_loss(x[0], CPU, spread_margin=1, boundary_margin=1)),
+        ("mask", _masked),
+    ],
+)
+def test_a_graph_under_capture_takes_no_tensor_of_a_cpu(
+    name: str, call: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay would read the memory where it was. Tensors without memory stand in for those of a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=f"{name} must be on meta while a CUDA graph is captured, got cpu"):
+        call(torch.empty(2, 4, 8, device="meta"))
 
 
 def test_a_stored_gradient_is_handed_out_once() -> None:

@@ -1,6 +1,9 @@
 """Elements more than 2^31 apart: one dimension of every tensor in turn has a stride of 2^30."""
 
+import mmap
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +73,16 @@ def sparse(x: Tensor, dim: int) -> Tensor:
     return memory.as_strided(x.shape, strides).copy_(x)
 
 
+PLANE = 2**30  # elements; of a call with as many rows
+MAP_NORESERVE = 0x4000  # of Linux; Python's mmap names it since 3.13
+
+
+def spread(planes: Tensor) -> Tensor:
+    """The same planes, each PLANE elements after the one before."""
+    memory = mmap.mmap(-1, 4 * PLANE * len(planes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    return torch.frombuffer(memory, dtype=torch.float32).as_strided(planes.shape, (PLANE, *planes.stride()[1:]))
+
+
 def run(call: Callable[..., Tensor], inputs: list[Tensor], count: int) -> tuple[Tensor, ...]:
     """Return the loss and the gradients of the first inputs, which are used where they are in memory."""
     inputs = [x.detach().requires_grad_(i < count) for i, x in enumerate(inputs)]
@@ -94,3 +107,38 @@ def test_elements_far_apart(backend: str, name: str) -> None:
                 actual = run(call, [*inputs[:number], far, *inputs[number + 1 :]], count)
             for result, (a, e, o) in enumerate(zip(actual, eager, oracle, strict=True)):
                 assert_matches_oracle(a, e, o, x.numel(), f"result {result} with input {number} sparse in {dim}")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU's memory is not virtual")
+@pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
+@pytest.mark.parametrize("heads", ["match", "mean"])
+@pytest.mark.parametrize("backend", ["triton"])
+def test_statistics_of_many_rows(backend: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiples of their number are offsets past 2^31 where there are 2^29 rows, of which three are looked at here."""
+    from fastkd_kernels import attention
+
+    launch = attention._Problem.launch
+    spreads: dict[int, Tensor] = {}
+
+    def far(problem: Any, kernel: Any, grid: Any, tile: Any, **arguments: Any) -> None:
+        for name in arguments.keys() & {"stats_ptr", "stats_t_ptr"}:
+            near = arguments[name]
+            arguments[name] = spreads.setdefault(near.data_ptr(), spread(near))
+            kept.append(near)  # else its address would be another's
+        names = ("rows_total", "rows_s", "rows_t")
+        launch(problem, kernel, grid, tile, **arguments | {name: PLANE for name in names if name in kernel.arg_names})
+
+    kept: list[Tensor] = []
+    shape = (1, 2, 3, 4)
+    q, k, bias, tq, tk = (torch.randn(shape if n != 2 else (1, 2, 3, 3)) for n in range(5))
+
+    def call(*inputs: Tensor) -> Tensor:
+        q, k, bias = inputs
+        loss = fastkd.attention_loss
+        return loss(q, k, tq, tk, bias_student=bias, heads=heads, divergence="js", backend=backend)
+
+    near = run(call, [q, k, bias], 3)
+    monkeypatch.setattr(attention._Problem, "launch", far)
+    for a, b in zip(run(call, [q, k, bias], 3), near, strict=True):
+        assert torch.equal(a, b)
+    assert spreads

@@ -16,6 +16,7 @@ from benchmarks.case import ALLOWANCE, COPY, Bar, Case, Provider
 from benchmarks.cases import CASES
 from benchmarks.cases.relation import case
 from benchmarks.measure import Measured, interleave, measure
+from benchmarks.products import products
 from benchmarks.providers.relation import relation
 
 
@@ -267,14 +268,17 @@ def test_cuda_kernels_are_judged() -> None:
     good = {
         "stem": "x", "kernel": "x", "target": "sm_90", "types": "bf16", "options": "", "threads": 256, "registers": 128,
         "stack": 0, "spills": 0, "looped": 0, "shared": 65_536, "occupancy": 0.25, "matrix": "wgmma", "products": 8,
-        "loads": 4, "wide": 4, "multiplies16": True,
+        "loads": 4, "wide": 4, "copies": 2, "barriers": 3, "multiplies16": True,
     }  # fmt: skip
     assert aot.occupancy("sm_90", 128, 65_536, 256) == 0.25  # two blocks of 8 warps by registers, three by memory
     assert aot.occupancy("sm_90", 32, 200_000, 128) == 4 / 64
     assert aot.occupancy("gfx942", 128, 0, 256) == 0.5  # four waves a SIMD of 512 registers
     assert not aot.Kernel(**good).problems()
     assert not aot.Kernel(**{**good, "types": "double, double", "looped": 1}).problems()
-    for change in ({"looped": 1}, {"spills": 40, "stack": 100}, {"shared": 300_000}, {"matrix": ""}):
+    for change in (
+        {"looped": 1}, {"spills": 40, "stack": 100}, {"shared": 300_000}, {"matrix": ""}, {"tensor_memory": 513},
+        {"duplicated": ["64x64 by 8x1 warps"]}, {"converted": ["64x64xf32"]}, {"plain": ["64x64"]},
+    ):  # fmt: skip
         assert len(aot.Kernel(**{**good, **change}).problems()) == 1
 
 
@@ -288,8 +292,34 @@ def test_machine_code_is_read() -> None:
         /*0060*/                   LDG.E R4, [R2.64] ;       /* 0x0 */
     """
     found = aot._nvidia(code)
-    assert found == {"spills": 2, "looped": 0, "matrix": "wgmma", "products": 1, "loads": 2, "wide": 1}
+    counted = {"spills": 2, "looped": 0, "matrix": "wgmma", "products": 1, "loads": 2, "wide": 1}
+    assert found == counted | {"copies": 0, "barriers": 0}
     assert aot._nvidia(code.replace("BRA 0x20", "BRA 0x10"))["looped"] == 1
+    assert aot._nvidia(code.replace("LDG.E.128", "LDGSTS.E.128"))["copies"] == 1
+    assert aot._nvidia(code.replace("LDG.E.128 R4, [R2.64]", "BAR.SYNC.DEFER_BLOCKING 0x0"))["barriers"] == 1
+
+
+def test_products_are_read() -> None:
+    """The last two of four products are wrong in one way each, and so is the sum that moves in the loop."""
+    code = """
+#blocked = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]}>
+#mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [4, 1], instrShape = [16, 32, 16]}>
+#mma1 = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [8, 1], instrShape = [16, 64, 16]}>
+    %z = ttng.warp_group_dot %q, %k, %zero : !ttg.memdesc<64x64xbf16, #s> * !ttg.memdesc<64x64xbf16, #s> -> tensor<64x64xf32, #mma>
+    %moved = ttg.convert_layout %z : tensor<64x64xf32, #mma> -> tensor<64x64xf32, #mma1> loc(#loc1)
+    %u = tt.dot %a, %b, %moved : tensor<128x64xf32, #a> * tensor<64x64xf32, #b> -> tensor<128x64xf32, #mma1> loc(#loc1)
+    %end = scf.for %i = %c0 to %n step %c1 iter_args(%v = %u) -> (tensor<64x64xf32, #mma>)  : i32 {
+      %sum = ttg.convert_layout %v : tensor<64x64xf32, #mma> -> tensor<64x64xf32, #mma1> loc(#loc1)
+      %w = ttng.warp_group_dot %q, %k, %sum {isAsync = true} : !ttg.memdesc<64x64xbf16, #s> * !ttg.memdesc<64x64xbf16, #s> -> tensor<64x64xf32, #mma1> loc(#loc1)
+      scf.yield %w : tensor<64x64xf32, #mma> loc(#loc1)
+    } loc(#loc1)
+    %x = tt.dot %a, %b, %c : tensor<32x32xbf16, #a> * tensor<32x32xbf16, #b> -> tensor<32x32xf32, #blocked> loc(#loc1)
+"""  # noqa: E501 (as the compiler prints it)
+    found = products(code)
+    assert found.instructions == {"16x32x16", "16x64x16"}
+    assert found.duplicated == ["64x64 by 8x1 warps"]
+    assert found.converted == ["64x64xf32 from #mma to #mma1"]
+    assert found.plain == ["32x32"]
 
 
 def test_rooflines_take_the_longer_of_moving_and_computing() -> None:

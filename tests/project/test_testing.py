@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastkd.testing import assert_matches_oracle
+from fastkd.testing import accumulator_eps, assert_matches_oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -108,6 +109,15 @@ def test_a_small_bias_of_16_bits_is_caught_though_every_element_may_be_rounded()
     biased = (oracle * (1 + torch.finfo(torch.bfloat16).eps)).to(torch.bfloat16)
     with pytest.raises(AssertionError, match="L2 error"):
         judge(biased, eager, oracle)
+
+
+def test_the_error_of_an_operation_is_twice_as_large_on_a_gpu() -> None:
+    with FakeTensorMode():
+        for dtype, device, bits in (
+            (torch.float32, "cpu", 23), (torch.float32, "cuda", 22), (torch.bfloat16, "cuda", 22),
+            (torch.float64, "cuda", 52),
+        ):  # fmt: skip
+            assert accumulator_eps(torch.empty(1, dtype=dtype, device=device)) == 2.0**-bits
 
 
 def test_rows_of_zeros_must_be_zeros() -> None:

@@ -371,7 +371,7 @@ def test_several_maps_at_a_time(
     scale = torch.tensor([1.0, 8.0, 1 / 8], device=DEVICE)[:, None, None]  # a float16 W has a scale for each group
     student, teacher = ((x * scale).to(dtype) for x in (student, teacher))
     with_short_rows(student, teacher)
-    pitch = kernels.CONFIGS["9.0", dtype.itemsize].map.BLOCK_M
+    pitch = kernels.CONFIGS["9.0", 2 if dtype.itemsize == 2 else "ieee"].map.BLOCK_M
     monkeypatch.setattr(kernels, "STRIP_BYTES", 4 * pitch * (2 * pitch + 5) - student.numel() * dtype.itemsize)
     check(student, teacher, 9, backend=backend, algorithm="tile", **options)
 
@@ -617,7 +617,8 @@ def test_a_student_equal_to_the_teacher(backend: str, scope: str) -> None:
             lambda s, a=algorithm: fastkd.relation_loss(s, student, scope=scope, algorithm=a, backend=backend),
             [student],
         )
-        assert loss <= 1e-12 and grad.abs().max() <= 1e-7
+        most = 0 if (backend, algorithm) == ("triton", "tile") else 1
+        assert loss <= most * 1e-12 and grad.abs().max() <= most * 1e-7
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
