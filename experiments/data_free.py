@@ -42,6 +42,7 @@ from fastkd.train.inversion.store import Store
 from fastkd.train.inversion.synthesis import normalisation
 from fastkd.train.job import choose_folder
 from fastkd.train.loop import Trainee
+from fastkd.train.options import sides
 from fastkd.train.prepare import prepare
 from fastkd.train.settings import DIGITS, Settings, Stage
 from fastkd.train.tasks import PlainTask
@@ -238,7 +239,7 @@ def read(images: Sequence[Image.Image], labels: Sequence[int]) -> float:
 
 
 def _pixels(image: Image.Image) -> Any:
-    side = DIGITS.img_size // FULL.cell if DIGITS.img_size else 0
+    side = sides(DIGITS.img_size or 0)[0] // FULL.cell
     return np.asarray(image.convert("L").resize((side, side), Image.Resampling.BOX)).ravel()
 
 

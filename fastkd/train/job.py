@@ -28,15 +28,15 @@ from . import DataError, DivergedError, InputError, InterruptedRun, checkpoint, 
 from .evaluate import not_finite
 from .loop import Trainee
 from .models import pretrained_cfg
-from .prepare import Setup, choose_device, fingerprint, prepare
+from .prepare import Setup, choose_device, class_order_note, fingerprint, prepare
 from .report import Row
 from .settings import Settings, anchored, differences, plain, read_settings, stages, write_settings
 
 CHECKPOINTS = "checkpoints"
-CONFIG = "config.yaml"
+CONFIG, CLASSES = "config.yaml", "classes.txt"
 EVENTS = "tensorboard"
 FILES = (
-    "config.json", CONFIG, "log.csv", "curve.png", "teacher.safetensors", "student.safetensors",
+    "config.json", CONFIG, CLASSES, "log.csv", "curve.png", "teacher.safetensors", "student.safetensors",
     "student_ema.safetensors", "student_alone.safetensors", "student_alone_ema.safetensors", "summary.json",
 )  # fmt: skip
 FILE_OF = {"teacher": "teacher", "student alone": "student_alone", "student distilled": "student"}
@@ -140,8 +140,10 @@ def check_out(settings: Settings, resume: bool) -> None:
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file, not a folder")
-    if settings.teacher_checkpoint and Path(settings.teacher_checkpoint).resolve().parent == out.resolve():
-        raise InputError(f"--out: {out} holds the --teacher-checkpoint, which the run would replace; name another")
+    for role in ("teacher", "student"):
+        given = getattr(settings, f"{role}_checkpoint")
+        if given and Path(given).resolve().parent == out.resolve():
+            raise InputError(f"--out: {out} holds the --{role}-checkpoint, which the run would replace; name another")
     finished = (out / "summary.json").exists()
     if resume and finished:
         raise InputError(f"--resume: the run in {settings.out} is finished")
@@ -183,6 +185,7 @@ def start_folder(out: Path, config: dict[str, Any], settings: Settings) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
         with checkpoint.replacing(out / CONFIG) as partial:  # config.json, the sign of a run, comes last
             write_settings(partial, settings)
+        (out / CLASSES).write_text("".join(f"{name}\n" for name in config["classes"]), encoding="utf-8")
         report.write_json(out / "config.json", config)
     except OSError as error:
         raise InputError(f"--out: {out} cannot be written: {error.strerror}") from error
@@ -215,8 +218,8 @@ def describe(setup: Setup) -> dict[str, Any]:
 def cache_key(setup: Setup) -> str:
     """Return what cached logits depend on besides the weights; names and sizes do not tell datasets apart."""
     settings, transform = setup.settings, setup.students[-1].loaders[0].images.transform
-    source = settings.data, settings.data_root, settings.train_split, fingerprint(setup.data), repr(transform)
-    return json.dumps(source)
+    source = [settings.data, settings.data_root, settings.train_split, fingerprint(setup.data), repr(transform)]
+    return json.dumps([*source, settings.exif, settings.seed if settings.augment else None])
 
 
 def machine(setup: Setup) -> str:
@@ -298,13 +301,13 @@ class Run:
         """Write the weights for timm, the log and the picture."""
         setup, (trainee, _) = self.setup, self.plan[entry]
         if trainee is not setup.teacher:
-            name, args = setup.settings.student, setup.nets.student_args
+            about = setup.settings.student, setup.nets.student_args, setup.data.classes
             file = self.out / f"{FILE_OF[trainee.label]}.safetensors"
             weights = checkpoint.weights_of(trainee.network)
             if self.main:
-                checkpoint.write_tensors(file, weights, name, args)
+                checkpoint.write_tensors(file, weights, *about)
                 if trainee.ema is not None:
-                    checkpoint.write_weights(file.with_stem(f"{file.stem}_ema"), trainee.ema.module, name, args)
+                    checkpoint.write_weights(file.with_stem(f"{file.stem}_ema"), trainee.ema.module, *about)
         if self.main:
             report.write_log(self.out / "log.csv", self.rows)
             if trainee is setup.students[-1]:
@@ -324,6 +327,8 @@ class Run:
             self.teacher_top1 = next(row["top1"] for row in reversed(self.rows) if row["network"] == teacher.label)
         elif not new_head(setup) and self.teacher_top1 is None:
             self.teacher_top1 = teacher.evaluate()
+            if (note := class_order_note(setup, self.teacher_top1)) and self.main:
+                tqdm.write(note)
         if setup.cache is not None:
             loader = setup.students[-1].loaders[0]
             setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, cache_key(setup))
@@ -346,8 +351,8 @@ class Run:
         if self.main:
             state |= {"rows": self.rows, "teacher_top1": self.teacher_top1}
             if place.entry == self.first_student and setup.teacher is not None and setup.teacher.epochs:
-                name, args = str(setup.settings.teacher), setup.nets.teacher_args
-                checkpoint.write_weights(self.out / "teacher.safetensors", setup.teacher.network, name, args)
+                about = str(setup.settings.teacher), setup.nets.teacher_args, setup.data.classes
+                checkpoint.write_weights(self.out / "teacher.safetensors", setup.teacher.network, *about)
             checkpoint.write(self.out / CHECKPOINTS, place.name, weights, state)
 
     def _load(self) -> Place:
@@ -414,6 +419,8 @@ def full_disk(out: Path) -> Iterator[None]:
 def new_head(setup: Setup) -> bool:
     """Return whether top-1 of the teacher is meaningless: it has other classes, or a new, untrained head."""
     teacher = setup.nets.teacher
+    if setup.settings.teacher == "self":  # as the student, whose head may be new
+        return True
     if teacher is not None and setup.nets.teacher_args["num_classes"] != len(setup.data.classes):
         return True
     return (

@@ -10,10 +10,12 @@ from torch import nn
 from fastkd import distributed
 from fastkd.train import InputError
 from fastkd.train.clock import LossClock
+from fastkd.train.options import Size
 
 from .base import Criterion, DistillationTask, FeatureLoss, Layers, Trainable, renormalisation
 from .cikd import CIKDTask
 from .dearkd import DearKDTask
+from .gram import GramTask
 from .logits import LOGIT_LOSSES, HardTargetLoss, LogitLoss
 from .manifold import ManifoldTask
 from .plain import DKDTask, HardTargetTask, NKDTask, PlainTask, SoftTargetTask
@@ -27,6 +29,7 @@ __all__ = [
     "DearKDTask",
     "DistillationTask",
     "FeatureLoss",
+    "GramTask",
     "HardTargetLoss",
     "HardTargetTask",
     "LogitLoss",
@@ -47,6 +50,7 @@ TASKS: dict[str, type[DistillationTask]] = {
     "vitkd": ViTKDTask,
     "dearkd": DearKDTask,
     "cikd": CIKDTask,
+    "gram": GramTask,
     "soft": SoftTargetTask,
     "hard": HardTargetTask,
     "dkd": DKDTask,
@@ -73,7 +77,7 @@ def create_task(
     student: nn.Module,
     teacher: nn.Module | None,
     *,
-    img_size: int | None = None,
+    img_size: Size | None = None,
     criterion: Criterion | None = None,
     student_layers: Layers | None = None,
     teacher_layers: Layers | None = None,
