@@ -163,7 +163,7 @@ class AdversarialTask(PlainTask):
     network finds patterns that nobody can read.
     """
 
-    def forward(self, input: Tensor, target: Tensor, *, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:  # noqa: A002
+    def forward(self, input: Tensor, target: Tensor, **known: Any) -> dict[str, Tensor]:  # noqa: A002
         mean, std = normalisation(self.network, input.device)
         images = input * std + mean
         side = input.shape[-1] // FULL.cell
@@ -171,7 +171,7 @@ class AdversarialTask(PlainTask):
         moved = (_moved(images, offset.requires_grad_()) - mean) / std
         (gradient,) = torch.autograd.grad(F.cross_entropy(self.network(moved), target), offset)
         offset = (offset + 1.25 * EPSILON * gradient.sign()).clamp(-EPSILON, EPSILON).detach()
-        return super().forward((_moved(images, offset) - mean) / std, target, teacher_logits=teacher_logits)
+        return super().forward((_moved(images, offset) - mean) / std, target, **known)
 
 
 def _moved(images: Tensor, offset: Tensor) -> Tensor:

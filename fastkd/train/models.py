@@ -249,9 +249,9 @@ def alike(own: list[Layer], theirs: list[Layer], interpolate: bool) -> tuple[lis
     shared = {layer.tokens for layer in own} & {layer.tokens for layer in theirs}
     if not shared:
         if interpolate:
-            pairs = [(s.tokens, t.tokens) for s in own for t in theirs]
-            best = min(pairs, key=lambda pair: (abs(math.log(pair[0] / pair[1])), pair))
-            return of_grid(own, best[0]), of_grid(theirs, best[1])
+            pairs = [(one.tokens, other.tokens) for one in own for other in theirs]
+            s, t = min(pairs, key=lambda pair: (abs(math.log(pair[0] / pair[1])), pair))
+            return of_grid(own, s), of_grid(theirs, t)
         raise _grids_differ(f"the student has {_listed(own)}, the teacher {_listed(theirs)}")
 
     best = max(sorted(shared), key=lambda n: min(len(of_grid(own, n)), len(of_grid(theirs, n))))

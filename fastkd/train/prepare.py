@@ -35,7 +35,7 @@ from .ranks import ALONE, Ranks
 from .settings import STAGE_KINDS, Settings, Stage, stages
 from .sharding import shard
 from .targets import criterion
-from .tasks import TASKS, DistillationTask, FeatureLoss, create_task
+from .tasks import TASKS, FeatureLoss, create_task
 from .teacher_cache import TeacherCache
 
 
@@ -278,14 +278,14 @@ def plan_cache(settings: Settings, cache: TeacherCache, nets: Networks, tasks: l
     Raises:
         InputError: what the tasks need cannot be cached, or the disk has no room for it.
     """
-    compared = [task.trainable.features for task in tasks if isinstance(task, DistillationTask) and task.matched]
+    compared: list[Any] = [task.trainable.features for task in tasks if getattr(task, "matched", [])]
     for features in compared:
         if settings.augment:
             raise InputError("--teacher-cache: the tokens of layers are cached for equal images only: --no-augment")
         if type(features).watch is not FeatureLoss.watch or features.name == "gram":
             raise InputError(f"--teacher-cache: holds logits and tokens; {features.name} needs the teacher itself")
     names = dict.fromkeys(name for features in compared for name in features.teacher_layers)
-    if names:
+    if names and nets.teacher is not None:
         cache.layers = layers_of("teacher", nets.teacher, list(names), nets.img_size)
     cache.check_room()
 

@@ -126,7 +126,8 @@ class TeacherCache:
             self.ranks.first(lambda: _create(partial, self.shape, self.record))
             table = np.load(partial, mmap_mode="r+")
             names = [layer.name for layer in self.layers]
-            with capture.tokens(teacher, names) if names else nullcontext([]) as tokens:
+            watched: Any = capture.tokens(teacher, names) if names else nullcontext([])
+            with watched as tokens:
                 for epoch in range(self.shape[0]):
                     about = f"teacher's answers, epoch {epoch + 1}/{self.shape[0]}"
                     bar = tqdm(ordered.epoch(epoch), about, len(ordered), leave=False, disable=None)

@@ -104,8 +104,7 @@ def use_cache_offline() -> bool:
     Returns:
         Whether the hub can be reached.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=3)

@@ -76,7 +76,7 @@ class ViTKDTask(DistillationTask):
         super().__init__(student, teacher, _ViTKDFeatures(*names, loss, grids), **common)
 
 
-def _default(role: str, model: nn.Module, blocks: list[Layer], alike: list[Layer], size: int) -> list[Layer]:
+def _default(role: str, model: nn.Module, blocks: list[Layer], alike: list[Layer], size: Size) -> list[Layer]:
     """Return the first two blocks and the last, taken after the final norm unless that has another grid or width."""
     width = Counter(layer.width for layer in alike).most_common(1)[0][0]
     usable = [layer for layer in alike if layer.width == width]
