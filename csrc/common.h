@@ -1,8 +1,18 @@
 // Helpers shared by all C++ operators: accumulation types, folding of layouts.
 #pragma once
 
-#include <ATen/ATen.h>
+// ATen/ATen.h, which declares every operator, takes as long to read as all of these and their users together.
 #include <ATen/OpMathType.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/promote_types.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <array>
 #include <optional>

@@ -5,6 +5,7 @@
 #include "common.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/native_batch_norm_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

@@ -13,7 +13,9 @@
 
 #include "thresholds.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #if defined(__linux__)
 #include <ATen/EmptyTensor.h>

@@ -5,7 +5,8 @@
 #include "isa.h"
 #include "thresholds.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>

@@ -13,6 +13,9 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorIndexing.h>
+#include <ATen/ops/floor_divide.h>
+#include <ATen/ops/remainder.h>
 #include <torch/library.h>
 
 namespace fastkd {

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 T = TypeVar("T")
 Moments = tuple[Tensor, Tensor]  # mean and biased variance per channel
+Version = tuple[str, int]  # the graph that is traced ("" in eager mode), and the writes counted there
 
 
 class Captured(Sequence[T], Generic[T]):
@@ -65,10 +66,13 @@ class Captured(Sequence[T], Generic[T]):
         if slot.value is None:
             raise RuntimeError(slot.why_empty())
         if slot.result is None:
-            if slot.version is not None and slot.version != slot.value._version:
+            if any(is_written(x, seen) for x, seen in slot.held):
                 raise RuntimeError(
                     f"what {slot.name!r} gave was overwritten in place later in the forward pass; "
                     "capture the module that overwrites it, or one before an in-place operation"
+                    if isinstance(slot.value, Tensor)
+                    else f"an operand of the attention in {slot.name!r} was overwritten in place before its record was "
+                    "read; read the record before, right after the forward pass if an optimizer overwrote a bias"
                 )
             slot.result = self._finish(slot)
         return slot.result
@@ -126,10 +130,10 @@ class Slot:
         self.problem = ""
         self.is_cleared = False
         self.value: Any = None
-        self.version: int | None = None
+        self.held: tuple[tuple[Tensor, Version], ...] = ()  # what the value is made of, with the versions of then
         self.result: Any = None
 
-    def put(self, value: Any, state: State) -> None:
+    def put(self, value: Any, state: State, held: tuple[tuple[Tensor, Version], ...] = ()) -> None:
         if state.grad and not torch.is_grad_enabled() and (state.input_grad or _is_trained(self.module)):
             raise RuntimeError(
                 f"{self.name!r} runs without gradients inside a pass that records them, so a loss on it would train "
@@ -138,8 +142,8 @@ class Slot:
         self.reset()
         self.value = value
         self.has_fired = True
-        if isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference():
-            self.version = value._version
+        if not torch.compiler.is_compiling():
+            self.held = ((value, version(value)),) if isinstance(value, Tensor) else held
 
     def refuse(self, problem: str) -> None:
         """Put the reason why the module's latest run gave nothing."""
@@ -152,7 +156,7 @@ class Slot:
         self.is_cleared = False
         self.value = None
         self.result = None
-        self.version = None
+        self.held = ()
 
 
 @contextmanager
@@ -269,3 +273,18 @@ def after_only(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None]) -
 def is_recomputing() -> bool:
     # Checkpointing runs modules again from within backward, where the autograd engine has a task id.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def version(x: Tensor) -> Version:
+    """Return how often the memory of x was written; inference mode does not count."""
+    if torch.compiler.is_dynamo_compiling():
+        from fastkd.capture import _traced
+
+        return _traced.version(x)
+    return "", 0 if x.is_inference() else x._version
+
+
+def is_written(x: Tensor, seen: Version) -> bool:
+    """Return whether the memory of x was written since its version was seen, if that was in the same graph."""
+    now = version(x)
+    return now[0] == seen[0] and now[1] != seen[1]

@@ -82,7 +82,8 @@ def block_names(model: nn.Module) -> list[str]:
         names = [name for stage in stages if stage in modules for name in inside(stage)]
         if names and all(has_heads(modules[name]) for name in names):
             return names
-    names = [name for name in feature_channels(root) if name in modules]
+    features = [name for name in feature_channels(root) if name in modules]
+    names = [n for f in features for n in (inside(f) if isinstance(modules[f], nn.ModuleList) else [f])]
     return names or _attention_blocks(root, modules) or [name for name, _ in root.named_children()]
 
 

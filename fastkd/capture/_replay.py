@@ -25,6 +25,7 @@ class _Scores:
         self.scale = 1.0
         self.factor: Tensor | None = None
         self.bias: Tensor | None = None
+        self.is_part = False
 
     def times(self, x: Any, invert: bool = False) -> None:
         if isinstance(x, Tensor):
@@ -38,7 +39,9 @@ class _Scores:
 
     def plus(self, x: Any) -> None:
         if not isinstance(x, Tensor):
-            return  # the same for all keys
+            if not self.is_part:
+                return  # the same for all keys
+            x = torch.tensor(x)
         x = x.reshape((1,) * (len(self.shape) - x.dim()) + tuple(x.shape))
         self.bias = x if self.bias is None else self.bias + x
 
@@ -77,8 +80,6 @@ def _operand(node: Node) -> tuple[Tensor, float]:
     """Return the tensor of a chain that only scaled it and changed its layout, and its scale."""
     if node[0] == "leaf":
         return node[1], 1.0
-    if node[0] == "scores":  # the operand is itself a product
-        raise RuntimeError("an operand of the attention is itself a product that is scaled, which capture cannot read")
     x, scale = _operand(node[1])
     if node[0] == "times":
         return x, scale * node[2]
@@ -110,6 +111,7 @@ def _replay(chain: Node, q: Tensor, k: Tensor) -> _Scores:
     elif kind == "part":
         scores.bias = scores.whole(q)[rest[0]]
         scores.shape = tuple(scores.bias.shape)
+        scores.is_part = True
     elif kind == "put":
         index, part = rest
         changed = _replay(part, q, k)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastkd.capture._hooks import Slot, State
+from fastkd.capture._hooks import Slot, State, Version, is_written, version
 
 Node = tuple[Any, ...]
 
@@ -39,7 +39,11 @@ class Watch(TorchFunctionMode):
         self.shape: tuple[int, ...] = ()
         self.found: tuple[Node, ...] = ()
         self.reason = ""
-        self.followed: list[tuple[Tensor, Node]] = []
+        self.followed: list[
+            tuple[Tensor, Node, Version, int]
+        ] = []  # with the version that the chain describes, and a key
+        self.keys = 0
+        self.held: tuple[tuple[Tensor, Version], ...] = ()
 
     def start(self, shape: tuple[int, ...] = ()) -> None:
         self.found = ()
@@ -51,6 +55,7 @@ class Watch(TorchFunctionMode):
 
     def stop(self) -> None:
         self.followed = []
+        self.held = ()
         self.found = ()
         if self.is_on:
             self.is_on = False
@@ -58,9 +63,12 @@ class Watch(TorchFunctionMode):
 
     def finish(self) -> None:
         """Stop after a whole run."""
-        if self.is_on and len(self.found) not in (1, self.heads):
-            name, runs = self.slot.name, len(self.found)
+        name, runs = self.slot.name, len(self.found)
+        if self.is_on and runs not in (1, self.heads):
             self.slot.refuse(several(name, runs) if runs else f"{name!r} {self.reason}")
+        elif torch.compiler.is_dynamo_compiling() and any(is_written(x, seen) for x, seen in self.held):
+            # A traced graph returns what its tensors are at the end.
+            self.slot.refuse(f"{name!r} overwrites an operand of its attention in place after it ran")
         self.stop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,17 +80,65 @@ class Watch(TorchFunctionMode):
         if name == "multi_head_attention_forward":
             self._found(("mha", args, kwargs))
             return func(*args, **kwargs)
+        for x in args[1] if name == "einsum" and isinstance(args[1], (list, tuple)) else args:
+            self._check_version(x)
         output = func(*args, **kwargs)
         if name == "__setitem__":
             self._set_item(*args)
         elif isinstance(output, Tensor):
             self._see(name, args, kwargs, output)
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            self._check_aliases(name, args, kwargs)
         return output
+
+    def _check_version(self, x: Any) -> None:
+        """See a write into a followed tensor that was not shown: through a view, or an assignment in torch.compile."""
+        if not isinstance(x, Tensor):
+            return
+        for tensor, node, seen, key in self.followed:
+            if tensor is x and is_written(x, seen):
+                part = self._part_put_back(x, seen)
+                self._follow(
+                    x, ("other", node, "an assignment") if part is None else ("put", node, part[1][2], part[0])
+                )
+                return
+            if tensor is x:
+                for y, data, then, _ in self.followed:  # .data has versions of its own
+                    if data[0] == "other" and data[1][0] == "part" and data[1][3] == key and is_written(y, then):
+                        self._follow(x, ("other", node, "an assignment"))
+                return
+
+    def _part_put_back(self, x: Tensor, seen: Version) -> tuple[Node, Node] | None:
+        """Return the changed part that the only unseen assignment puts back into scores, and where it was taken."""
+        if torch.compiler.is_dynamo_compiling() and version(x)[1] == seen[1] + 2:
+            from fastkd.capture._traced import is_put_back
+
+            for part, node, _, _ in self.followed:
+                taken = _part(node)
+                if taken is not None and node[0] != "part" and is_put_back(x, part):
+                    return node, taken
+        return None
+
+    def _check_aliases(self, name: str, args: Any, kwargs: Any) -> None:
+        """See a write into the memory of a followed tensor by its address: inference mode counts no versions."""
+        x = kwargs.get("out", args[0] if args else None)
+        is_write = "out" in kwargs or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if is_write and isinstance(x, Tensor):
+            address = x.untyped_storage().data_ptr()
+            for tensor, node, _, _ in self.followed:
+                is_put = node[0] == "put" and node[3] is self._node(x)
+                if tensor is not x and not is_put and tensor.untyped_storage().data_ptr() == address:
+                    self._follow(tensor, ("other", node, "an assignment"))
 
     def _found(self, attention: tuple[Any, ...]) -> None:
         self.followed = []
         self.found = (*self.found, attention)
-        self.slot.put((self.found, self.shape, torch.is_grad_enabled()), self.state)
+        held: list[tuple[Tensor, Version]] = []
+        for one in self.found:
+            _hold(one, held)
+        self.slot.put((self.found, self.shape, torch.is_grad_enabled()), self.state, tuple(held))
+        if torch.compiler.is_dynamo_compiling():
+            self.held = tuple(held)
 
     def _see(self, name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         if name in _PRODUCTS and len(args) == 2:
@@ -90,7 +146,8 @@ class Watch(TorchFunctionMode):
         elif name == "einsum":
             self._einsum(args, output)
         elif name == "baddbmm" and len(args) == 3:
-            scores = ("times", ("scores", _leaf(args[1]), _leaf(args[2])), kwargs.get("alpha", 1))
+            product = ("scores", _leaf(args[1]), _leaf(args[2]))
+            scores = ("times", product, kwargs.get("alpha", 1))
             added = args[0] if kwargs.get("beta", 1) == 1 else args[0] * kwargs["beta"]
             self._follow(output, ("plus", scores, added))
         elif name == "where" and len(args) == 3 and self._node(args[1]) is not None:
@@ -109,16 +166,26 @@ class Watch(TorchFunctionMode):
         if node is None:
             if name == "softmax":
                 self.reason = "takes a softmax of something that is no product of queries and keys"
-            elif is_number and isinstance(x, Tensor) and x.dim() > 2 and (name in _TIMES or name in _OVER):
-                self._follow(output, _by_number(name, ("leaf", x), y))
+            elif (
+                is_number
+                and isinstance(x, Tensor)
+                and x.dim() > 2
+                and x is not output
+                and (name in _TIMES or name in _OVER)
+            ):
+                self._follow(output, _by_number(name, _leaf(x), y))
             return
         root = _root(node)
-        if name == "__getitem__" and root == "scores":
-            self._follow(output, ("part", node, y))  # its whole is followed on
+        if name == "__get__" and not _is_turned(x, output):
+            name = "detach"  # .data
+        if root == "scores" and (name == "__getitem__" or name == "detach"):  # the whole is followed on
+            key = next(key for tensor, _, _, key in self.followed if tensor is x)
+            part = ("part", node, y if name == "__getitem__" else ..., key)
+            self._follow(output, part if name == "__getitem__" else ("other", part, name))
             return
-        if name == "softmax" and root == "scores" and torch.compiler.is_compiling():
-            node = self._assigned(node)
         after = _next(name, node, root, x, y, args, kwargs)
+        if output is x:
+            self._write_through(node, after)
         if after[0] == "other" != node[0]:
             self._follow(output, after)  # it may be beside the way: the maximum that is subtracted from scores
         else:
@@ -131,8 +198,18 @@ class Watch(TorchFunctionMode):
         elif second is not None and _root(second) == "map":
             self._applied_to_values(second, left, is_left=False)
         elif left.dim() > 2 and right.dim() > 2:
-            self._advance(right, output, ("scores", first or _leaf(left), second or _leaf(right)))
+            self._advance(right, output, ("scores", _operand(left, first), _operand(right, second)))
             self._drop(left)
+
+    def _write_through(self, node: Node, after: Node) -> None:
+        """See a write into a view of followed scores in the scores as well."""
+        part = _part(node)
+        for tensor, whole, _, key in self.followed:
+            if part is not None and part[3] == key and _is_view(part[2]):
+                made = ("put", whole, part[2], after)
+                self._follow(tensor, made)
+                self._write_through(whole, made)
+                return
 
     def _applied_to_values(self, node: Node, values: Tensor, is_left: bool) -> None:
         """See a map times its values, or the transposed values times the transposed map."""
@@ -169,38 +246,37 @@ class Watch(TorchFunctionMode):
             if node is not None and left == "".join((*shared, rows[0], inner[0])):
                 self._applied_to_values(node, y.permute(order), is_left=True)
                 return
-            if result == "".join((*shared, rows[0], columns[0])) and self._node(y) is None:
+            if result == "".join((*shared, rows[0], columns[0])):
                 x_order = [left.index(c) for c in (*shared, rows[0], inner[0])]
-                q = ("leaf", x.permute(x_order)) if self._node(x) is None else None
-                if q is None and x_order == list(range(len(x_order))):
-                    q = self._node(x)
-                if q is not None:
-                    self._advance(x, output, ("scores", q, ("leaf", y.permute(order))))
-                    return
+                is_ordered = x_order == list(range(len(x_order)))
+                q = _operand(x, self._node(x)) if is_ordered else _leaf(x.permute(x_order))
+                self._advance(x, output, ("scores", q, _leaf(y.permute(order))))
+                return
 
     def _set_item(self, whole: Tensor, index: Any, value: Any) -> None:
         node, part = self._node(whole), self._node(value)
-        if node is not None:
-            made = ("other", node, "an assignment") if part is None else ("put", node, index, part)
-            self._advance(value, whole, made)
-
-    def _assigned(self, whole: Node) -> Node:
-        """Return scores with the part of them that was taken and changed, for torch.compile hides its assignment."""
-        for _, node in self.followed:
-            if node[0] != "part" and _part(node) is not None:
-                return ("put", whole, _part(node), node)
-        return whole
+        if node is None:
+            return
+        if node[0] == "put" and node[3] is part:  # `scores[i] += x` has changed the view already
+            self._follow(whole, node)
+            return
+        taken = None if part is None else _part(part)
+        is_back = taken is not None and taken[1] is node and _is_same(taken[2], index)  # Dynamo shows none
+        made = ("put", node, index, part) if is_back else ("other", node, "an assignment")
+        self._write_through(node, made)
+        self._advance(value, whole, made)
 
     def _node(self, x: Any) -> Node | None:
         if isinstance(x, Tensor):
-            for tensor, node in self.followed:
+            for tensor, node, _, _ in self.followed:
                 if tensor is x:
                     return node
         return None
 
     def _follow(self, output: Tensor, node: Node) -> None:
         others = [entry for entry in self.followed if entry[0] is not output]
-        self.followed = [*others[-_KEPT + 1 :], (output, node)]
+        self.keys += 1
+        self.followed = [*others[-_KEPT + 1 :], (output, node, version(output), self.keys)]
 
     def _advance(self, before: Any, output: Tensor, node: Node) -> None:
         """Follow the output in the place of the tensor it was made of, which can then be freed."""
@@ -266,7 +342,46 @@ def _by_number(name: str, node: Node, number: float) -> Node:
 
 
 def _leaf(x: Tensor) -> Node:
-    return ("leaf", x)
+    return ("leaf", x, version(x))
+
+
+def _operand(x: Tensor, node: Node | None) -> Node:
+    """Return the chain of an operand of a product as far as it is a scale and a layout."""
+    above = node
+    while above is not None and above[0] in ("times", "over", "view"):
+        above = above[1]
+    return _leaf(x) if node is None or above is None or above[0] != "leaf" else node
+
+
+def _hold(node: Any, held: list[tuple[Tensor, Version]]) -> None:
+    """Collect the tensors of a chain with the versions that it describes."""
+    if isinstance(node, Tensor):
+        held.append((node, version(node)))
+    elif isinstance(node, tuple) and len(node) == 3 and node[0] == "leaf":
+        held.append((node[1], node[2]))
+    elif isinstance(node, (tuple, list)):
+        for item in node:
+            _hold(item, held)
+    elif isinstance(node, dict):
+        for item in node.values():
+            _hold(item, held)
+
+
+def _is_turned(x: Tensor, output: Tensor) -> bool:
+    """Return whether a property of x is its transpose (T, mT), and not its data."""
+    return output.stride()[-2:] == x.stride()[-2:][::-1] and output.shape[-2:] == x.shape[-2:][::-1]
+
+
+def _is_view(index: Any) -> bool:
+    """Return whether an index gives a view."""
+    return not any(isinstance(i, (Tensor, list, bool)) for i in (index if isinstance(index, tuple) else (index,)))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Return whether two indices are the same; a tensor is the same as itself."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_is_same(x, y) for x, y in zip(one, other, strict=True))
+    return one is other or (not (isinstance(one, Tensor) or isinstance(other, Tensor)) and bool(one == other))
 
 
 def _root(node: Node) -> str:
@@ -276,11 +391,11 @@ def _root(node: Node) -> str:
     return str(node[0])
 
 
-def _part(node: Node) -> Any:
-    """Return the index of the part of the scores that a chain is about, None for all of them."""
+def _part(node: Node) -> Node | None:
+    """Return where a chain takes the part of the scores that it is about, None if it is about all of them."""
     while node[0] not in ("leaf", "scores", "map", "put"):
         if node[0] == "part":
-            return node[2]
+            return node
         node = node[1]
     return None
 
@@ -290,10 +405,19 @@ def _other(node: Node) -> str:
     while node[0] not in ("leaf", "scores"):
         if node[0] == "other":
             return str(node[2])
-        if node[0] == "put" and _other(node[3]):
-            return _other(node[3])
+        if node[0] == "put" and (_other(node[3]) or _is_scaled(node[3])):
+            return _other(node[3]) or "the scale of a part"
         node = node[1]
     return ""
+
+
+def _is_scaled(part: Node) -> bool:
+    """Return whether a part of the scores was scaled since it was taken."""
+    while part[0] != "part":
+        if part[0] in ("times", "over"):
+            return True
+        part = part[1]
+    return False
 
 
 def _sdpa_arguments(

@@ -890,14 +890,14 @@ def test_the_operator_holds_its_contract(backend: str, flags: tuple[bool, ...]) 
 @pytest.mark.parametrize("divergence", ["kl", "score_mse"])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 def test_memory_is_linear_in_tokens(backend: str, divergence: str) -> None:
-    """Forward and backward at N = 4096 in a fresh process: under 100 MB with both gradients (25 MB, twice)."""
+    """Forward and backward at N = 4096 in a fresh process: 40 MB with both gradients (4 MB each); a map has 67 MB."""
     setup = f"""
-q, k, tq, tk = (torch.randn(1, 12, 4096, 64) for _ in range(4))
+q, k, tq, tk = (torch.randn(1, 4, 4096, 64) for _ in range(4))
 def run(n):
     a, b = (x[:, :, :n].detach().requires_grad_() for x in (q, k))
     fastkd.attention_loss(a, b, tq[:, :, :n], tk[:, :, :n], divergence={divergence!r}, backend={backend!r}).backward()
 """
-    assert peak_extra_memory(setup, "run(64)", "run(4096)") < 100e6
+    assert peak_extra_memory(setup, "run(64)", "run(4096)") < 40e6
 
 
 def of_dtype(case: golden.Case, dtype: torch.dtype) -> dict[str, Tensor]:

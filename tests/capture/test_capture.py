@@ -1046,6 +1046,12 @@ BIAS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
         (lambda q, k: torch.bmm(q.flatten(0, 1), k.flatten(0, 1)), lambda z: z.view(3, 2, 5, 6) + BIAS),
         (lambda q, k: torch.baddbmm(BIAS.repeat(3, 1, 1), q.flatten(0, 1), k.flatten(0, 1), alpha=0.3),
          lambda z: z.unflatten(0, (3, 2))),
+        (lambda q, k: (q * 2 + 1) @ k, lambda z: z),
+        (lambda q, k: (q * 2).add_(1) @ k, lambda z: z),
+        (lambda q, k: q.mul_(0.3) @ k, lambda z: z),
+        (lambda q, k: (q @ BIAS[:, :4, :4]) @ k, lambda z: z),
+        (lambda q, k: q @ (k * 2).data, lambda z: z),
+        (lambda q, k: q @ (k * 2).mT.mT, lambda z: z),
     ],
 )  # fmt: skip
 def test_scores_of_every_form(product, scores):
@@ -1075,6 +1081,110 @@ def test_what_queries_and_keys_do_not_make_is_refused(scores, after, message):
     with pytest.raises(RuntimeError, match=message), capture.qkv(model, ["a"]) as captured:
         model["a"](q, k, v)
     with pytest.raises(RuntimeError, match=message):
+        captured[0]
+
+
+def assigned(scores: Tensor, place: object, value: Tensor | float) -> Tensor:
+    scores[place] = value
+    return scores
+
+
+def added(scores: Tensor, place: object, value: Tensor | float) -> Tensor:
+    scores[place] += value
+    return scores
+
+
+TAIL, ALIKE = (..., slice(1, None)), (..., slice(5))
+ASSIGNED, OTHER = r"changes its scores before the softmax \(by an assignment\)", "changes its scores before the softmax"
+WRITES = {
+    "put_back": (lambda z: assigned(z, TAIL, z[TAIL] + BIAS[:, :, 1:]), None),
+    "put_back_shifted": (lambda z: assigned(z, TAIL, z[TAIL] + 3), None),
+    "put_elsewhere": (lambda z: assigned(z, ALIKE, z[TAIL] + 3), ASSIGNED),
+    "put_back_mixed": (lambda z: assigned(z, ALIKE, z[TAIL] + z[ALIKE]), ASSIGNED),
+    "put_back_scaled": (lambda z: assigned(z, TAIL, z[TAIL] * 2), OTHER),
+    "put_back_and_hidden": (lambda z: assigned(assigned(z, TAIL, z[TAIL] + 3), MASK.expand_as(z), -9.0), ASSIGNED),
+    "part_in_place": (lambda z: added(z, TAIL, BIAS[:, :, 1:]), None),
+    "part_in_place_by_index": (lambda z: added(z, MASK.expand_as(z), 1.0), None),
+    "mask": (lambda z: assigned(z, MASK.expand_as(z), -9.0), ASSIGNED),
+    "whole": (lambda z: assigned(z, ..., BIAS.expand_as(z) * 2), ASSIGNED),
+    "view": (lambda z: (z[..., 0].add_(1.0), z)[1], None),
+    "view_filled": (lambda z: (z[..., 0].fill_(-9.0), z)[1], OTHER),
+    "view_made_before": (lambda z: (z.unbind(1)[0].add_(BIAS[0]), z)[1], ASSIGNED),
+    "whole_of_a_view": (lambda z: (z.flatten(0, 1), z.add_(BIAS))[0].view(3, 2, 5, 6), ASSIGNED),
+    "detached": (lambda z: (assigned(z.detach(), TAIL, -9.0), z)[1], ASSIGNED),
+    "data": (lambda z: (assigned(z.data, TAIL, -9.0), z)[1], ASSIGNED),
+    "fill": (lambda z: z.masked_fill_(~MASK, -1e9), None),
+    "fill_a_little": (lambda z: z.masked_fill_(~MASK, -9.0), OTHER),
+    "put": (lambda z: z.index_put_((MASK.expand_as(z),), torch.tensor(-9.0, dtype=z.dtype)), OTHER),
+    "beside": (lambda z: z + assigned(torch.zeros(5, 6), TAIL, 1.0), None),
+}
+
+
+class Writes(nn.Module):
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: Unfused(scores=WRITES[name][0]) for name in names})
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        for layer in self.layers.values():
+            layer(q, k, v)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("how", ["eager", "inference", "compiled"])
+def test_what_is_written_into_scores_is_in_the_record_or_refused(how):
+    q, k, v = (torch.randn(3, 2, n, 4, generator=torch.Generator().manual_seed(n)).double() for n in (5, 6, 6))
+    names = list(WRITES)
+    model = Writes(names)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if how == "compiled" else model
+    with torch.inference_mode() if how == "inference" else torch.no_grad():
+        with pytest.raises(RuntimeError), capture.qkv(run, [f"layers.{name}" for name in names]) as captured:
+            run(q, k, v)
+        model(q, k, v)
+        for name in names:
+            if WRITES[name][1] is not None:
+                with pytest.raises(RuntimeError, match=f"'layers.{name}' {WRITES[name][1]}"):
+                    captured[f"layers.{name}"]
+                continue
+            a = captured[f"layers.{name}"]
+            made = a.q @ a.k.mT * a.scale
+            applied = model.layers[name].applied
+            torch.testing.assert_close((made if a.bias is None else made + a.bias).softmax(-1), applied, msg=name)
+
+
+class Overwrites(nn.Module):
+    """Attention whose queries are overwritten after it ran."""
+
+    def forward(self, q: Tensor) -> Tensor:
+        q = q * 1
+        y = F.scaled_dot_product_attention(q, q, q)
+        q[..., 0] = 0
+        return y
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_operands_that_are_overwritten_later_are_refused():
+    q = torch.randn(3, 2, 5, 4)
+    model = nn.Sequential(Overwrites())
+    with torch.no_grad(), capture.qkv(model, [0]) as captured:
+        model(q)
+    with pytest.raises(RuntimeError, match=r"operand of the attention in '0' was overwritten .*read the record before"):
+        captured[0]
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="'0' overwrites an operand"), torch.no_grad(), capture.qkv(run, [0]):
+        run(q)
+    bias = nn.Parameter(torch.zeros(5, 5))
+    model = nn.ModuleDict({"a": Attention(attn_mask=bias)})
+    optimizer = torch.optim.SGD([bias], lr=1.0)
+    records = []
+    for reads_before in (True, False):
+        with capture.qkv(model, ["a"]) as captured:
+            model["a"](q, q).square().sum().backward()
+        if reads_before:
+            records.append(captured[0])
+        optimizer.step()
+    assert records[0] is not None
+    with pytest.raises(RuntimeError, match="right after the forward pass if an optimizer overwrote a bias"):
         captured[0]
 
 

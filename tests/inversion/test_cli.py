@@ -320,6 +320,7 @@ def test_demo_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "RUNGS", short)
     monkeypatch.setattr(demo, "STUDENT", dataclasses.replace(demo.STUDENT, epochs=1, warmup_epochs=0))
     monkeypatch.setattr(demo, "TEACHER_EPOCHS", 1)
+    monkeypatch.setattr(demo, "DIGITS", dataclasses.replace(demo.DIGITS, train_fraction=0.2))
     summary = demo.main(tmp_path, seeds=1, images=20, workers=0)
     assert summary == json.loads((tmp_path / "demo-datafree.json").read_text())
     assert [row["images"] for row in summary["results"]] == list(demo.RUNGS)

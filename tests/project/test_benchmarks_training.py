@@ -70,6 +70,7 @@ def test_turns_go_back_and_forth() -> None:
     assert "".join(order) == "ab" + "ba" + "ab" and [len(found[name]) for name in "ab"] == [3, 3]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_processes_take_turns_and_their_end_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     (figure,) = training.against_one((Pair("tiny", TINY, 2, 1),))

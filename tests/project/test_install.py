@@ -81,10 +81,13 @@ def requires_build_tools():
 @pytest.mark.parametrize(
     "options",
     [
-        (),
-        ("--no-build-isolation", "--config-settings", "editable_mode=strict", "-e"),
+        pytest.param((), id="isolated"),
+        pytest.param(
+            ("--no-build-isolation", "--config-settings", "editable_mode=strict", "-e"),
+            id="strict editable",
+            marks=pytest.mark.exhaustive,  # the next test installs so
+        ),
     ],
-    ids=["isolated", "strict editable"],
 )
 def test_builds_against_the_torch_that_is_there(options, source, tmp_path):
     if options:
@@ -136,7 +139,8 @@ def test_a_toolkit_for_another_torch_costs_cuda_alone(source, tmp_path):
     nvcc.chmod(0o755)
     environment = Environment(tmp_path / "env")
     environ = {"CUDA_HOME": str(toolkit), "FORCE_CUDA": "1", "FORCE_ONLY_CPU": "0"}
-    run = environment.install(source, "--no-build-isolation", **environ)
+    options = ("--no-build-isolation", "--config-settings", "editable_mode=strict", "-e")
+    run = environment.install(source, *options, **environ)
     assert run.returncode == 0, run.stdout
     missing = f"{toolkit} is 9.2 and torch needs" if torch.version.cuda else "is built without CUDA"
     said = [line for line in run.stdout.splitlines() if "the CUDA operators are left out" in line]

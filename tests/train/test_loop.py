@@ -36,7 +36,7 @@ TEACHER = "vit_tiny_patch16_224"  # normalised by other means than both students
 TEACHER_ARGS = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_path_rate": 0.5}
 STUDENTS = {
     "vit": ("deit_tiny_patch16_224", {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}),
-    "cnn": ("resnet18", {"channels": (8, 8, 8, 8), "stem_width": 8}),
+    "cnn": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8), "stem_width": 8}),
 }
 DROP = {"drop_path_rate": 0.3}
 SOFT = {"logit_options": {"temperature": 2.0}}
