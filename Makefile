@@ -6,19 +6,15 @@ BIN    := $(VENV)/bin
 ENV    := $(VENV)/.installed
 # A GPU machine may have no network, so its own Python and packages are used.
 GPU_PYTHON ?= python3
-GPU_PIP    := PIP_BREAK_SYSTEM_PACKAGES=1 $(GPU_PYTHON) -m pip install --no-index --no-deps --no-build-isolation
 # Each worker uses one thread, because workers with more threads would compete for the cores.
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
-# The GPU machine's Python may lack xdist. Most of the time goes into compiling 1,700 Triton kernels, which the workers
-# share on disk. A call that is too slow is interrupted by SIGINT, so that it still reports its results.
-GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import os, xdist; print("-n", max(1, os.cpu_count() - 2), "--dist worksteal")' \
-                2> /dev/null)
-GPU_LIMIT  := timeout --signal=INT --kill-after=20 540
+# Folders of the results, and of kernels compiled beforehand; the latter is ignored by git.
 GPU_OUT ?= gpu
+GPU_KERNELS ?= build/gpu-kernels
 verdict = && echo "$@: pass" || { echo "$@: fail"; exit 1; }
 
 .PHONY: install demo demo-datafree study test test-all test-versions mutants lint types bench docs dist clean
-.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-training gpu-report
+.PHONY: gpu gpu-kernels gpu-rehearse
 
 # An environment with everything that a demo needs: torch, the extension and the trainer.
 $(ENV): pyproject.toml setup.py MANIFEST.in $(wildcard csrc/* csrc/*/*)
@@ -40,7 +36,8 @@ install: $(ENV)
 	$(BIN)/fastkd info
 
 demo: $(ENV)
-	$(BIN)/fastkd train
+	$(BIN)/fastkd train --out runs/demo --overwrite
+	$(BIN)/fastkd look runs/demo --out runs/demo/maps.png
 
 demo-datafree: $(ENV)
 	$(BIN)/python -m experiments.data_free
@@ -59,7 +56,7 @@ test-all: $(VENV)/.test
 
 # The tests whose verdict depends on the versions of torch and Triton. They need neither timm nor torchvision.
 test-versions: $(VENV)/.test
-	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive' tests/logits tests/prior
+	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive' tests/logits tests/prior tests/gpu/test_interpreter.py
 	$(PYTEST) -m 'not exhaustive' tests/gpu/test_aot.py $(addprefix tests/operators/test_,contract.py shapes.py terms.py)
 
 # Plants the faults of tests/mutants one at a time and records the test that catches each. Takes hours on two cores.
@@ -83,30 +80,17 @@ docs: $(VENV)/.docs
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
 
-# Each part takes at most nine minutes. gpu.json and gpu.md in GPU_OUT hold the results of all of them.
+# Everything that a GPU can tell, in one call of nine minutes; $(GPU_OUT)/gpu.json holds the results.
 gpu:
-	@$(MAKE) --no-print-directory -k gpu-build gpu-test gpu-sanitize gpu-bench gpu-training; status=$$?; \
-	$(MAKE) --no-print-directory gpu-report && (exit $$status) $(verdict)
+	@$(GPU_PYTHON) -m benchmarks gpu-call --out $(GPU_OUT) --kernels $(GPU_KERNELS) $(verdict)
 
-gpu-build:
-	@FASTKD_BUILD_EXT=1 $(GPU_PIP) -v -e . && $(GPU_PYTHON) -m fastkd.info $(verdict)
+# The same steps on this machine's CPU, in a tenth of the time.
+gpu-rehearse: $(VENV)/.test
+	$(BIN)/python -m benchmarks gpu-call --rehearse --out $(GPU_OUT)/rehearsal
 
-gpu-test:
-	@mkdir -p $(GPU_OUT) && OMP_NUM_THREADS=1 $(GPU_LIMIT) $(GPU_PYTHON) -m pytest -m 'not install and not exhaustive' $(GPU_WORKERS) \
-	  --ignore tests/gpu/test_aot.py --junitxml $(GPU_OUT)/tests.xml $(verdict)
-
-gpu-sanitize:
-	@$(GPU_PYTHON) -m benchmarks sanitize --json $(GPU_OUT)/sanitizer.json $(verdict)
-
-gpu-bench:
-	@$(GPU_PYTHON) -m benchmarks profile --device cuda --trace $(GPU_OUT) --json $(GPU_OUT)/profile.json; \
-	$(GPU_LIMIT) $(GPU_PYTHON) -m benchmarks --device cuda --seconds 2 --json $(GPU_OUT)/cases.json $(verdict)
-
-gpu-training:
-	@$(GPU_LIMIT) $(GPU_PYTHON) -m benchmarks training --device cuda --json $(GPU_OUT)/training.json $(verdict)
-
-gpu-report:
-	@$(GPU_PYTHON) -m benchmarks gpu $(GPU_OUT) $(verdict)
+# Compiles the kernels that `make gpu` launches. VENV needs the Triton version of the GPU machine.
+gpu-kernels: $(VENV)/.test
+	$(BIN)/python -m benchmarks gpu-kernels $(GPU_KERNELS)
 
 # An sdist, a wheel without the extension for any machine, and a wheel for this machine and its torch.
 dist: $(VENV)/.lint

@@ -2,6 +2,7 @@
 
     FASTKD_BUILD_EXT=auto|1|0   build the parts that can be built | fail if a part cannot be built | pure Python
     FORCE_ONLY_CPU=1            build without CUDA
+    FORCE_ONLY_CUDA=1           build without the CPU's operators, for a GPU machine that has no time to compile them
     FORCE_CUDA=1                build CUDA on a machine without a GPU, as does TORCH_CUDA_ARCH_LIST="8.0;9.0"
     CUDA_HOME, CXX, MAX_JOBS    their usual meaning
 
@@ -169,7 +170,9 @@ def extension(build: Build) -> Extension:
     # at::parallel_for is inlined here and runs in this library's threads.
     if compiles("#include <omp.h>\n", "-fopenmp"):
         cxx, link = [*cxx, "-fopenmp"], ["-fopenmp"]
-    sources = ["csrc/bindings.cpp", "csrc/moments_autograd.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    sources = ["csrc/bindings.cpp", "csrc/moments_autograd.cpp"]
+    if not (build.has_cuda and flag("FORCE_ONLY_CUDA")):
+        sources += sorted(glob("csrc/cpu/*.cpp"))
     if build.has_cuda:
         sources += sorted(glob("csrc/cuda/*.cu"))
         cxx += [f"-DFASTKD_CUDA_VERSION={build.cuda_version}", f"-DFASTKD_CUDA_ARCHS={','.join(build.cuda_archs)}"]

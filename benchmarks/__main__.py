@@ -16,7 +16,8 @@ from benchmarks.case import Case
 from benchmarks.cases import CASES
 from benchmarks.measure import SECONDS, measure
 
-COMMANDS = ("compare", "aot", "scaling", "profile", "training", "capture", "sanitize", "gpu")
+MODULES = {"gpu-call": "gpu.call", "gpu-kernels": "gpu.kernels"}
+COMMANDS = ("compare", "aot", "scaling", "profile", "training", "capture", *MODULES)
 
 
 def select(cases: Sequence[Case], device: str, dtype: str | None, pattern: str) -> list[Case]:
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table. Return status 1 only if fastkd itself fails the accuracy gate or cannot run."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return int(importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:]))
+        return int(importlib.import_module(f"benchmarks.{MODULES.get(argv[0], argv[0])}").main(argv[1:]))
     about = f"{report.__doc__} Other commands: {', '.join(COMMANDS)}."
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=about)
     parser.add_argument("--case", metavar="GLOB", default="*", help="names to run, such as 'relation/*'")

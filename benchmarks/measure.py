@@ -111,7 +111,7 @@ def _gate(case: Case, values: list[Tensor], eager: list[Tensor], exact: list[Ten
         assert_matches_oracle(v, e.to(v.dtype), o, case.reduced, what)
 
 
-def _accuracy(case: Case, steps: Mapping[str, Step], inputs: Inputs) -> dict[str, Figures]:
+def accuracy(case: Case, steps: Mapping[str, Step], inputs: Inputs) -> dict[str, Figures]:
     """Run every provider once and record its errors, or a failure if it cannot run or is wrong."""
     results, gradients = oracle(case, inputs)
     n, exact = len(results), [*results, *gradients]
@@ -181,8 +181,14 @@ def interleave(
     return times
 
 
-def measure(case: Case, rounds: int | None = None, seconds: float = SECONDS, with_memory: bool = True) -> Measured:
-    """Check, time and measure the memory of every provider of a case."""
+def measure(
+    case: Case,
+    rounds: int | None = None,
+    seconds: float = SECONDS,
+    with_memory: bool = True,
+    ready: Callable[[], object] = lambda: None,
+) -> Measured:
+    """Check, time and measure the memory of every provider of a case; `ready` is called before the first is timed."""
     torch._dynamo.reset()
     gc.collect()  # frees the memory of earlier cases
     on_gpu = case.device == "cuda"
@@ -190,7 +196,8 @@ def measure(case: Case, rounds: int | None = None, seconds: float = SECONDS, wit
         torch.cuda.empty_cache()
     inputs = case.inputs(case.device, case.dtype)
     steps = {name: Step.of(provider, inputs, case.backward) for name, provider in case.providers.items()}
-    figures = _accuracy(case, steps, inputs)
+    figures = accuracy(case, steps, inputs)
+    ready()
 
     x = torch.ones((256 if on_gpu else 64) * MB // 4, device=case.device)
     a = torch.randn(side := 8192 if on_gpu else 2048, side, device=case.device).to(case.dtype)

@@ -191,7 +191,7 @@ def train_teacher(seed: int, out: Path) -> float:
     trainee.create_task = against_an_adversary
     fit(trainee)
     update_bn(trainee.loaders[0], trainee.network)  # running statistics come from unmoved images
-    top1 = trainee.evaluate()
+    top1 = trainee.evaluate()["top1"]
     folder = out / f"seed{seed}"
     folder.mkdir()
     write_weights(folder / "teacher.safetensors", trainee.network, str(DIGITS.teacher), setup.nets.teacher_args)
@@ -214,7 +214,7 @@ def climb(rung: str, seed: int, out: Path, images: int) -> Outcome:
     write_weights(folder / "vit.safetensors", setup.nets.student, settings.student, setup.nets.student_args)
     entries = Store.open(folder).entries
     made = [Image.open(folder / entry["file"]) for entry in entries]
-    return Outcome(student.evaluate(), read(made, [entry["label"] for entry in entries]))
+    return Outcome(student.evaluate()["top1"], read(made, [entry["label"] for entry in entries]))
 
 
 def fit(trainee: Trainee) -> None:

@@ -1,4 +1,4 @@
-"""The command line: fastkd train | invert | info, the same as python -m fastkd."""
+"""The command line: fastkd train | eval | look | export | invert | info, the same as python -m fastkd."""
 
 import sys
 

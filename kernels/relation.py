@@ -141,7 +141,8 @@ def _tile(
         row_tiles = columns if is_triangle else min(max(budget // BLOCK_M, 1), columns)
         row_tiles = triton.cdiv(columns, triton.cdiv(columns, row_tiles))
         terms = 2 if student.itemsize == 2 else 1
-        w = student.new_empty((terms, groups, row_tiles * BLOCK_M, pitch))
+        deepest = max(apply.BLOCK_M for apply in config.apply)  # whose tiles are read whole too
+        w = student.new_empty((terms, groups, triton.cdiv(row_tiles * BLOCK_M, deepest) * deepest, pitch))
         along = student.new_empty((groups, columns, n), dtype=torch.float32)
         partial = student.new_empty(every * (triangle if is_triangle else columns * columns), dtype=torch.float32)
         done = 0

@@ -2,18 +2,26 @@
 process of their own, interpreted.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastkd.ops import _dispatch
+from fastkd.testing import poisoned_allocations
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.getenv("TRITON_INTERPRET") == "1" and not _dispatch.HAS_TRITON:
+    if os.getenv("TRITON_INTERPRET") != "1":
+        return
+    if not _dispatch.HAS_TRITON:
         raise pytest.UsageError("TRITON_INTERPRET=1 needs triton")
+    from tests._support import interpreter
+
+    interpreter.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +35,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    if _dispatch.INTERPRETED:
+        from tests._support import interpreter
+
+        interpreter.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """What interpreted kernels and what lies around them leave unwritten is NaN."""
+    with poisoned_allocations() if _dispatch.INTERPRETED else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

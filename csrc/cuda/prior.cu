@@ -5,6 +5,7 @@
 #include "thresholds.h"
 #include "common.cuh"
 
+#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 

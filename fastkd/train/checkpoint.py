@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -141,6 +142,18 @@ def _in_order(content: bytes) -> bytes:
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header = header.ljust(-(-len(header) // 8) * 8)  # data begin at a multiple of 8 bytes
     return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+def saved_as(checkpoint: str | Path | None) -> tuple[str, dict[str, Any]] | None:
+    """Return architecture and arguments from the metadata of weights that `fastkd train` has written."""
+    if checkpoint is None or not Path(checkpoint).is_file():
+        return None
+    try:
+        with safe_open(checkpoint, "pt") as file:
+            metadata = file.metadata() or {}
+        return metadata["architecture"], json.loads(metadata["model_args"])
+    except Exception:  # another format; load_weights raises the error
+        return None
 
 
 def weights_of(module: nn.Module) -> Tensors:

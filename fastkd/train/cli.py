@@ -1,9 +1,10 @@
-"""The command line: `fastkd train | invert | info`, with the options that settings.py and the presets define."""
+"""The command line: `fastkd train | eval | look | export | invert | info`, with options that dataclasses define."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 COMMANDS = {
     "train": "Distil a timm student from a timm teacher.",
+    "eval": "Evaluate a network: top-1, top-5, classes, agreement with a teacher.",
+    "look": "Draw the relation and attention maps of networks side by side.",
+    "export": "Write a student as ONNX, torch.export or a Hugging Face folder.",
     "invert": "Synthesise labelled images from a trained CNN.",
     "info": "Print the versions and the backends of this installation.",
 }
+MODULES = {"eval": ".evaluation", "look": ".look", "export": ".export", "invert": ".inversion.cli"}
 
 
 def parser(command: str = "") -> Parser:
@@ -73,10 +78,8 @@ def parser(command: str = "") -> Parser:
         own = Parser(description=text)
         if name == "train" and command in (name, ""):
             own = train_parser()
-        elif name == "invert" and command in (name, ""):
-            from .inversion.cli import parser as invert_parser
-
-            own = invert_parser()
+        elif name in MODULES and command in (name, ""):
+            own = import_module(MODULES[name], __package__).parser()
         chosen.add_subcommand(name, own, help=text)
     return top
 
@@ -87,10 +90,8 @@ def _run(command: str, given: dict[str, Any]) -> None:
             train(given)
         except KeyboardInterrupt as error:
             raise InterruptedRun("interrupted before the first step", 130) from error
-    elif command == "invert":
-        from .inversion.cli import run
-
-        run(given)
+    elif command in MODULES:
+        import_module(MODULES[command], __package__).run(given)
     else:
         from fastkd.info import main as info
 

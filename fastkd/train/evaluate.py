@@ -1,10 +1,11 @@
-"""Evaluation: top-1 over all images, and whether weights are finite."""
+"""Evaluation: top-1, top-5 and loss over all images, and whether weights are finite."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.utils import accuracy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import DataError
@@ -21,22 +22,29 @@ def not_finite(network: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, loader: Any, context: Any, ranks: Ranks = ALONE) -> float:
-    """Return top-1 in percent over all images of the loader."""
+def evaluate(
+    network: nn.Module,
+    loader: Any,
+    context: Any,
+    ranks: Ranks = ALONE,
+    watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+) -> dict[str, float]:
+    """Return top-1 and top-5 in percent and the mean cross-entropy over all images of the loader.
+
+    `watch` receives images, targets and float32 logits of each batch.
+    """
     network.eval()
-    right, count = None, 0
+    device = next(network.parameters()).device
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # a rank may have no image at all
     for images, targets in loader:
         with context:
-            logits = network(images)
-        rows = accuracy(logits.float(), targets)[0] * len(targets)
-        right = rows if right is None else right + rows
-        count += len(targets)
-    # A rank may have no image at all.
-    device = next(network.parameters()).device
-    totals = torch.tensor([0.0, count], dtype=torch.float64, device=device)
-    if right is not None:
-        totals[0] = right
-    hits, images_seen = ranks.sum(totals).tolist()
-    if not images_seen:
+            logits = network(images).float()
+        rows = torch.stack([*accuracy(logits, targets, (1, 5)), nn.functional.cross_entropy(logits, targets)])
+        totals[:3] += rows * len(targets)
+        totals[3] += len(targets)
+        if watch is not None:
+            watch(images, targets, logits)
+    *sums, count = ranks.sum(totals).tolist()
+    if not count:
         raise DataError("--data: there is no validation image to be read")
-    return hits / images_seen
+    return dict(zip(("top1", "top5", "val_loss"), (x / count for x in sums), strict=True))

@@ -5,14 +5,11 @@ import datetime as dt
 import json
 import platform
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import timm
@@ -24,7 +21,7 @@ from yaml import YAMLError
 from fastkd._version import __version__
 from fastkd.info import cpu_name
 
-from . import DataError, DivergedError, InputError, InterruptedRun, checkpoint, ranks, report
+from . import DataError, DivergedError, InputError, checkpoint, ranks, report
 from .evaluate import not_finite
 from .loop import Trainee
 from .models import pretrained_cfg
@@ -37,8 +34,11 @@ CONFIG, CLASSES = "config.yaml", "classes.txt"
 EVENTS = "tensorboard"
 FILES = (
     "config.json", CONFIG, CLASSES, "log.csv", "curve.png", "teacher.safetensors", "student.safetensors",
-    "student_ema.safetensors", "student_alone.safetensors", "student_alone_ema.safetensors", "summary.json",
+    "student_ema.safetensors", "student_alone.safetensors", "student_alone_ema.safetensors",
+    "student_best.safetensors", "student_ema_best.safetensors", "student_alone_best.safetensors",
+    "student_alone_ema_best.safetensors", "summary.json",
 )  # fmt: skip
+FOLDERS = (CHECKPOINTS, EVENTS, "eval", "wandb")
 FILE_OF = {"teacher": "teacher", "student alone": "student_alone", "student distilled": "student"}
 
 
@@ -99,19 +99,19 @@ def carry_out(setup: Setup, out: Path, resume: bool, began: float) -> dict[str, 
     return summary | {"out": str(out)}
 
 
-def saved_settings(out: str) -> Settings:
+def saved_settings(out: str, option: str = "--resume") -> Settings:
     """Return the settings of the run in a folder.
 
     Raises:
         InputError: there is no run in the folder.
     """
     if not (Path(out) / "config.json").is_file():
-        raise InputError(f"--resume: {out} holds no run (no config.json)")
+        raise InputError(f"{option}: {out} holds no run (no config.json)")
     try:
         return dataclasses.replace(read_settings(Path(out) / CONFIG), out=out)
     except (OSError, YAMLError, ValueError, TypeError, AttributeError) as error:
         detail = " ".join(str(error).split())
-        raise InputError(f"--resume: {Path(out) / CONFIG} cannot be read as the settings of a run: {detail}") from error
+        raise InputError(f"{option}: {Path(out) / CONFIG} cannot be read as the settings of a run: {detail}") from error
 
 
 def check_resume(now: Settings, before: Settings) -> None:
@@ -181,7 +181,9 @@ def start_folder(out: Path, config: dict[str, Any], settings: Settings) -> None:
     try:
         for name in FILES:
             (out / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, EVENTS):
+        for path in out.glob("student*_epoch*.safetensors"):
+            path.unlink()
+        for name in FOLDERS:
             shutil.rmtree(out / name, ignore_errors=True)
         with checkpoint.replacing(out / CONFIG) as partial:  # config.json, the sign of a run, comes last
             write_settings(partial, settings)
@@ -258,24 +260,33 @@ class Run:
         """Run all remaining epochs. Log, picture and weights are written after each."""
         settings = self.setup.settings
         place = self._load()
-        board = report.TensorBoard(self.out / EVENTS, self.rows) if settings.tensorboard and self.main else None
+        boards: list[Any] = []
+        if self.main and settings.tensorboard:
+            boards.append(report.TensorBoard(self.out / EVENTS, self.rows))
+        if self.main and settings.wandb is not None:
+            boards.append(report.WeightsAndBiases(settings.wandb, self.out, plain(settings)))
         steps = [trainee.steps(epoch) for trainee, epoch in self.plan]
         done, total = sum(steps[: place.entry]) + place.step, sum(steps)
         with (
             tqdm(total=total, initial=done, unit="step", disable=None if self.main else True, smoothing=0.05) as bar,
-            Stop(self.setup.ranks) as stop,
+            ranks.Stop(self.setup.ranks) as stop,
         ):
             if place.entry >= self.first_student:
                 self._finish_teacher()
             for entry in range(place.entry, len(self.plan)):
                 if entry == self.first_student and place.entry < entry:
                     self._finish_teacher()
-                self._epoch(entry, place.step if entry == place.entry else 0, bar, stop, board)
+                self._epoch(entry, place.step if entry == place.entry else 0, bar, stop, boards)
+        for board in boards:
+            board.close()
 
-    def _epoch(self, entry: int, start: int, bar: tqdm, stop: "Stop", board: report.TensorBoard | None) -> None:
+    def _epoch(self, entry: int, start: int, bar: tqdm, stop: ranks.Stop, boards: list[Any]) -> None:
         trainee, epoch = self.plan[entry]
         bar.set_description(f"{trainee.label} {epoch + 1}/{trainee.epochs}")
-        every = self.setup.settings.checkpoint_every
+        every, (stage, own_epoch) = self.setup.settings.checkpoint_every, trainee.at(epoch)
+        if self.main and len(trainee.stages) > 1 and own_epoch == start == 0:
+            now = trainee.stages[stage]
+            bar.write(f"{trainee.label:<17} stage {stage + 1}/{len(trainee.stages)}: {now.task}, {now.epochs} epochs")
         if start < trainee.steps(epoch):
             for step in trainee.train_epoch(epoch, bar, start, lambda: stop.signal):
                 self.steps += 1
@@ -287,10 +298,11 @@ class Run:
         row = trainee.row(epoch)
         self.rows.append(row)
         if self.main:
-            if board is not None:
+            for board in boards:
                 board.add(row)
             progress = f"{trainee.label:<17} epoch {epoch + 1:>3}/{trainee.epochs}"
-            bar.write(f"{progress}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f}%  {row['seconds']:.1f} s")
+            scores = f"top-1 {row['top1']:6.2f}%  top-5 {row['top5']:6.2f}%"
+            bar.write(f"{progress}  loss {row['loss']:.4f}  {scores}  {row['seconds']:.1f} s")
             sys.stdout.flush()
         self._export(entry)
         self._save(Place(entry + 1, 0))
@@ -301,19 +313,32 @@ class Run:
         """Write the weights for timm, the log and the picture."""
         setup, (trainee, _) = self.setup, self.plan[entry]
         if trainee is not setup.teacher:
-            about = setup.settings.student, setup.nets.student_args, setup.data.classes
             file = self.out / f"{FILE_OF[trainee.label]}.safetensors"
             weights = checkpoint.weights_of(trainee.network)
             if self.main:
-                checkpoint.write_tensors(file, weights, *about)
+                self._write(file, weights, "top1")
                 if trainee.ema is not None:
-                    checkpoint.write_weights(file.with_stem(f"{file.stem}_ema"), trainee.ema.module, *about)
+                    average = checkpoint.weights_of(trainee.ema.module)
+                    self._write(file.with_stem(f"{file.stem}_ema"), average, "top1_ema")
         if self.main:
             report.write_log(self.out / "log.csv", self.rows)
             if trainee is setup.students[-1]:
                 title = f"{setup.settings.student} learns from {setup.settings.teacher}"
                 title += f" on {Path(setup.settings.data).name}"
                 report.write_curve(self.out / "curve.png", self.rows, self.teacher_top1, title)
+
+    def _write(self, file: Path, weights: checkpoint.Tensors, key: str) -> None:
+        """Write a student's weights of this epoch, a second time if they are its best, and keep those of the best."""
+        last, keep = self.rows[-1], self.setup.settings.keep
+        own = [row for row in self.rows if row["network"] == last["network"]]
+        ranking = [row["epoch"] for row in sorted(own, key=lambda row: -row[key])]  # equal ones in their order
+        about = self.setup.settings.student, self.setup.nets.student_args, self.setup.data.classes
+        paths = {file: True, file.with_stem(f"{file.stem}_best"): ranking[0] == last["epoch"]}
+        paths[file.with_stem(f"{file.stem}_epoch{last['epoch']}")] = last["epoch"] in ranking[:keep]
+        for path in (path for path, wanted in paths.items() if wanted):
+            checkpoint.write_tensors(path, weights, *about)
+        for epoch in ranking[keep:]:
+            file.with_stem(f"{file.stem}_epoch{epoch}").unlink(missing_ok=True)
 
     def _finish_teacher(self) -> None:
         """Finish the teacher for the students: take its trained or given weights, measure top-1, cache its logits."""
@@ -326,7 +351,7 @@ class Run:
         if teacher.epochs:
             self.teacher_top1 = next(row["top1"] for row in reversed(self.rows) if row["network"] == teacher.label)
         elif not new_head(setup) and self.teacher_top1 is None:
-            self.teacher_top1 = teacher.evaluate()
+            self.teacher_top1 = teacher.evaluate()["top1"]
             if (note := class_order_note(setup, self.teacher_top1)) and self.main:
                 tqdm.write(note)
         if setup.cache is not None:
@@ -370,39 +395,6 @@ class Run:
             own = {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
             trainee.load_state(own, state[trainee.label])
         return place
-
-
-class Stop:
-    """Handler that turns Ctrl-C and SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
-
-    def __init__(self, own: ranks.Ranks) -> None:
-        self.ranks, self.signal = own, 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._heard)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def asked(self, wished: int) -> bool:
-        """Return whether the run ends here. Several ranks use the signal that all know from the last exchange."""
-        known = self.signal if self.ranks.world == 1 else wished
-        self.signal = known or self.signal
-        return known != 0
-
-    def leave(self, out: Path) -> None:
-        raise InterruptedRun(f"interrupted; go on with: fastkd train --resume {out}", 128 + self.signal)
-
-    def _heard(self, number: int, _: FrameType | None) -> None:
-        # torchrun forwards a signal that the terminal has already sent to all of its processes.
-        if number == signal.SIGINT and self.signal == signal.SIGINT and self.ranks.world == 1:
-            raise KeyboardInterrupt
-        self.signal = number
 
 
 @contextmanager

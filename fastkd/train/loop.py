@@ -1,5 +1,6 @@
 """Training of one network: stages, steps, top-1. One rule: a step depends only on seed, epoch and step number."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from .sharding import shard_beside
 from .targets import mixup
 
 AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ESTIMATE_AFTER = 20  # steps after which the time of an epoch is told
 LOOK_EVERY = 20  # steps between checks of the loss on devices where a check has to wait
 Row = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
@@ -79,6 +81,7 @@ class Trainee:
         self.ema = None if ema is None else ModelEmaV3(network, decay=ema, use_warmup=True)
         self.stage = self.epoch = -1
         self.wish: Callable[[], int] = lambda: 0
+        self.estimated = False  # whether the time of an epoch has been told
         self.wished = 0  # the largest of what the ranks wished at the last look
         self.record = Record(device, ranks)
 
@@ -143,20 +146,21 @@ class Trainee:
         self.task.train()
         if hasattr(self.task, "set_epoch"):
             self.task.set_epoch(own_epoch)
-        self.record.began = time.perf_counter()
+        self.record.began = self.record.shown = time.perf_counter()
         steps = self.steps(epoch)
         batches = self.loaders[stage].epoch(epoch, start * self.settings.accumulate)
         for step in range(start, steps):
+            waiting = time.perf_counter()
             group = list(islice(batches, self.settings.accumulate))
+            self.record.data_seconds += time.perf_counter() - waiting
             if not group:
                 raise DataError(f"the training images end at step {step + 1} of {steps} in epoch {epoch + 1}")
             if self.scheduler is not None:
                 self.scheduler.step_update(own_epoch * steps + step)
             self._step(epoch, step, group)
             bar.update()
-            if self.record.shown + SHOW_EVERY < time.perf_counter() and self.record.seen == self.record.steps:
-                images_per_step = self.settings.accumulate * cast(int, self.stages[self.stage].batch_size)
-                self.record.show(bar, images_per_step, self.clock)
+            if self.ranks.rank == 0 and self.record.seen == self.record.steps:
+                self._show(bar, step + 1, steps)
             yield step + 1
         self.record.send(wish())
         self._look(epoch, [])
@@ -174,19 +178,20 @@ class Trainee:
             "lr": self.optimizer.param_groups[0]["lr"],
             **{name: value / record.steps for name, value in record.sums.items()},
             "seconds": record.seconds,
+            "data_seconds": record.data_seconds,
             "loss_seconds": record.loss_seconds,
             "steps": record.steps,
         }
         if self.ranks.world > 1:
             distribute_bn(self.network, self.ranks.world, reduce=False)
-        row["top1"] = self.evaluate()
+        row |= self.evaluate()
         if self.ema is not None:
-            row["top1_ema"] = self.evaluate(self.ema.module)
+            row |= {f"{name}_ema": value for name, value in self.evaluate(self.ema.module).items()}
         self.record = Record(self.device, self.ranks)
         return row
 
-    def evaluate(self, network: nn.Module | None = None) -> float:
-        """Return top-1 on the validation images in percent, over all ranks."""
+    def evaluate(self, network: nn.Module | None = None) -> dict[str, float]:
+        """Return top-1, top-5 and loss on the validation images, over all ranks."""
         network = self.network if network is None else network
         loader_ranks = ALONE if self.settings.shard else self.ranks
         return evaluate(network, self.val_loader, self.autocast, loader_ranks)
@@ -253,6 +258,25 @@ class Trainee:
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.network, step=self.before[epoch] + step + 1)
+
+    def _show(self, bar: tqdm, step: int, steps: int) -> None:
+        """Write the progress beside the bar, or from time to time as a line; after 20 steps the time of an epoch."""
+        every = self.settings.log_every if bar.disable else SHOW_EVERY
+        if every and self.record.shown + every < time.perf_counter():
+            images_per_step = self.settings.accumulate * cast(int, self.stages[self.stage].batch_size)
+            text = self.record.progress(images_per_step, steps - step, self.clock)
+            if bar.disable:
+                bar.write(f"{self.label:<17} epoch {self.epoch + 1:>3}/{self.epochs}  step {step}/{steps}  {text}")
+                sys.stdout.flush()
+            else:
+                bar.set_postfix_str(text, refresh=False)
+        if self.record.steps == ESTIMATE_AFTER and not self.estimated:
+            self.record.stop(self.clock)
+            self.estimated, each = True, self.record.seconds / ESTIMATE_AFTER
+            times = [tqdm.format_interval(each * n) for n in (steps, self.before[-1] - self.before[self.epoch])]
+            bar.write(
+                f"{self.label:<17} an epoch takes about {times[0]}, the {self.epochs - self.epoch} left {times[1]}"
+            )
 
     def _mixed(self, images: Tensor, targets: Tensor) -> Batch:
         if self.settings.channels_last:

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -52,6 +52,8 @@ class Parser(ArgumentParser):
             message = f"argument {action.option_strings[0]}: {text}"
         if chosen := re.match(r"argument \w+: invalid choice: '(.+?)' \(choose from (.*)\)", message):
             raise InputError(f"there is no command {chosen[1]!r}; the commands are {chosen[2]}") from ex
+        if missing := re.match(r"the following arguments are required: \w+\.(\w+)", message):
+            raise InputError(f"needs a {missing[1].replace('source', 'RUN_OR_MODEL')}") from ex
         raise InputError(" ".join(message.removeprefix("argument ").split())) from ex
 
 
@@ -64,13 +66,23 @@ class _Repeated(argparse.Action):
         setattr(namespace, self.dest, joined)
 
 
-def add_options(parser: Parser, *groups: type, shown: Callable[[str], str | None] = lambda _: None) -> None:
-    """Add the fields of each dataclass, in a group named after it; `shown` describes the default of a field."""
+def add_options(
+    parser: Parser,
+    *groups: type,
+    shown: Callable[[str], str | None] = lambda _: None,
+    only: Container[str] | None = None,
+) -> None:
+    """Add the fields of each dataclass, in a group named after it.
+
+    Args:
+        shown: describes the default of a field.
+        only: names of the fields to add, if not all.
+    """
     for group in groups:
         own = parser.add_argument_group(group.__name__.lower())
         hints = get_type_hints(group)
         for item in dataclasses.fields(group):
-            if item.metadata:
+            if item.metadata and (only is None or item.name in only):
                 described = item.metadata["shown"] or shown(item.name)
                 parser.needs[item.name] = _add(own, item, hints[item.name], described)
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,14 +29,14 @@ from .data import (
     size_of,
     take_share,
 )
-from .loop import AMP_DTYPES, Trainee
+from .loop import Trainee
 from .models import check_one_image, create_model, layers_of, load_weights, pretrained_cfg, uncovered
 from .options import Size, as_size, pixels
 from .ranks import ALONE, Ranks
 from .settings import STAGE_KINDS, Settings, Stage, stages
 from .sharding import shard
 from .targets import criterion
-from .tasks import TASKS, FeatureLoss, create_task
+from .tasks import FeatureLoss, create_task, methods
 from .teacher_cache import TeacherCache
 
 
@@ -133,11 +134,12 @@ def check_settings(settings: Settings) -> None:
             check_self(settings)
         elif settings.teacher_epochs < 1 and not settings.teacher_pretrained and settings.teacher_checkpoint is None:
             raise InputError(
-                "--teacher-epochs: 0 leaves the teacher untrained; give some, "
-                "--teacher-checkpoint or --teacher-pretrained"
+                f"--teacher: {settings.teacher} is untrained; give --teacher-checkpoint FILE, --teacher-pretrained, or "
+                "--teacher-epochs N to train it here first"
             )
-    if settings.amp not in AMP_DTYPES:
-        raise InputError(f"--amp: {settings.amp} is not one of {', '.join(AMP_DTYPES)}")
+    for package in ("tensorboard", "wandb"):
+        if getattr(settings, package) and find_spec(package) is None:
+            raise InputError(f"--{package}: needs the package {package}; install it with: pip install {package}")
     if settings.shard and (settings.ema is not None or settings.compile):
         raise InputError("--shard: works neither with --ema nor with --compile")
     own_images = any(stage.augment_args is not None for stage in settings.stages)
@@ -159,8 +161,7 @@ def check_self(settings: Settings) -> None:
 
 
 def check_stage(stage: Stage) -> None:
-    if stage.task not in TASKS:
-        raise InputError(f"--task: needs one of {', '.join(TASKS)}, got {stage.task!r}")
+    methods(stage.task)
     if stage.epochs < 1:
         raise InputError(f"--stage: {stage.task} needs an epoch at least, got {stage.epochs}")
     if not isinstance(stage.batch_size, int) or stage.batch_size < 1:

@@ -1,7 +1,11 @@
 """Processes of a run: one, or those that torchrun started. Only the first one writes files."""
 
 import os
+import signal
+import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -10,7 +14,7 @@ from torch import Tensor
 
 from fastkd import distributed
 
-from . import RunError
+from . import InterruptedRun, RunError
 
 T = TypeVar("T")
 
@@ -132,6 +136,39 @@ def keep_to_own_cores(workers: int) -> None:
     if len(cores) == os.cpu_count() and torch.get_num_threads() + workers <= share:
         first = int(os.environ["LOCAL_RANK"]) * share
         os.sched_setaffinity(0, cores[first : first + share])  # inherited by threads that start later
+
+
+class Stop:
+    """Handler that turns Ctrl-C and SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
+
+    def __init__(self, own: Ranks) -> None:
+        self.ranks, self.signal = own, 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self, wished: int) -> bool:
+        """Return whether the run ends here. Several ranks use the signal that all know from the last exchange."""
+        known = self.signal if self.ranks.world == 1 else wished
+        self.signal = known or self.signal
+        return known != 0
+
+    def leave(self, out: Path) -> None:
+        raise InterruptedRun(f"interrupted; go on with: fastkd train --resume {out}", 128 + self.signal)
+
+    def _heard(self, number: int, _: FrameType | None) -> None:
+        # torchrun forwards a signal that the terminal has already sent to all of its processes.
+        if number == signal.SIGINT and self.signal == signal.SIGINT and self.ranks.world == 1:
+            raise KeyboardInterrupt
+        self.signal = number
 
 
 def leave(together: bool = False) -> None:

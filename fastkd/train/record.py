@@ -23,7 +23,7 @@ class Record:
         self.sums: dict[str, float] = {}
         self.steps = 0  # done
         self.seen = 0  # and brought to the host
-        self.seconds = self.loss_seconds = self.shown = 0.0
+        self.seconds = self.data_seconds = self.loss_seconds = self.shown = 0.0
         self.began = time.perf_counter()
         self.wished = 0
         self._pending: dict[int, Tensor] = {}  # step -> its loss and parts
@@ -67,14 +67,17 @@ class Record:
         self.seen += len(steps)
         return None
 
-    def show(self, bar: tqdm, images_per_step: int, clock: LossClock | None) -> None:
-        """Write the epoch's mean losses and its images per second, over all ranks, beside the bar."""
+    def progress(self, images_per_step: int, left: int, clock: LossClock | None) -> str:
+        """Return the epoch's mean losses, images per second over all ranks, shares of the time, and the time left."""
         self.stop(clock)
         images = self.steps * images_per_step * self.ranks.world
         parts = [f"{name} {value / self.steps:.4g}" for name, value in self.sums.items()]
-        share = [] if clock is None else [f"in loss {self.loss_seconds / self.seconds:.1%}"]
-        bar.set_postfix_str(", ".join([*parts, f"{images / self.seconds:.0f} images/s", *share]), refresh=False)
+        parts += [f"{images / self.seconds:.0f} images/s", f"loading {self.data_seconds / self.seconds:.0%}"]
+        parts += [] if clock is None else [f"in loss {self.loss_seconds / self.seconds:.1%}"]
+        if self.device.type == "cuda":
+            parts.append(f"{torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB")
         self.shown = time.perf_counter()
+        return ", ".join([*parts, f"epoch ends in {tqdm.format_interval(left * self.seconds / self.steps)}"])
 
     def stop(self, clock: LossClock | None) -> None:
         """Add the time since the last stop."""
@@ -85,7 +88,9 @@ class Record:
             self.loss_seconds += clock.total()
 
     def state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("sums", "steps", "seen", "seconds", "loss_seconds")}
+        return {
+            name: getattr(self, name) for name in ("sums", "steps", "seen", "seconds", "data_seconds", "loss_seconds")
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -1,6 +1,7 @@
 """Reports of a run: log, picture, tables. One rule: a file is complete or does not exist."""
 
 import csv
+import hashlib
 import itertools
 import json
 import warnings
@@ -14,7 +15,11 @@ from . import InputError
 from .checkpoint import replacing
 
 Row = dict[str, Any]
-FIRST, LAST = ("network", "epoch", "lr", "loss", "task_loss"), ("top1", "top1_ema", "steps", "seconds", "loss_seconds")
+FIRST = ("network", "epoch", "lr", "loss", "task_loss")
+LAST = (
+    "top1", "top1_ema", "top5", "top5_ema", "val_loss", "val_loss_ema", "steps", "seconds", "data_seconds",
+    "loss_seconds",
+)  # fmt: skip
 COLOURS = {"teacher": "#7a7a7a", "student alone": "#d1783c", "student distilled": "#2563a8"}
 PART_COLOURS = ("#2563a8", "#5f9e6e", "#b3558c", "#d1783c", "#7a7a7a")
 
@@ -43,12 +48,8 @@ class TensorBoard:
     """Writer of the log's rows as TensorBoard events, with epochs as steps."""
 
     def __init__(self, folder: Path, rows: list[Row]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "--tensorboard: needs the package tensorboard; install it with: pip install tensorboard"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         # In a resumed run, rows after its checkpoint are dropped.
         epochs = {row["network"]: row["epoch"] for row in rows}
         self._writers: dict[str, Any] = {}
@@ -63,6 +64,32 @@ class TensorBoard:
             if isinstance(value, float):
                 writer.add_scalar(key, value, row["epoch"])
         writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class WeightsAndBiases:
+    """Writer of the log's rows to Weights & Biases; a resumed run goes on with the same id."""
+
+    def __init__(self, project: str, out: Path, config: Row) -> None:
+        import wandb
+
+        own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
+        try:
+            self._run = wandb.init(project=project, dir=out, name=out.name, id=own, resume="allow", config=config)
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"--wandb: {reason}; WANDB_MODE=offline needs no account") from error
+        self._run.define_metric("*", step_metric="epoch")
+
+    def add(self, row: Row) -> None:
+        values = {f"{row['network']}/{key}": value for key, value in row.items() if isinstance(value, float)}
+        self._run.log({"epoch": row["epoch"], **values})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def write_curve(path: Path, rows: list[Row], teacher_top1: float | None, title: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from . import InputError
 from .options import BadValueError, Size, as_yaml, kind_of, mapping, names, near, option, read_size, tuples
@@ -73,7 +73,7 @@ def _stage(value: Any) -> Stage:
 @dataclass(frozen=True, kw_only=True)
 class Data:
     data: str = option(
-        "Training data: digits, a folder, or a timm dataset such as hfds/NAME or wds/NAME.", "digits", metavar="DATA"
+        "Images: digits, a folder, or a timm dataset such as hfds/NAME or wds/NAME.", "digits", metavar="DATA"
     )
     data_root: str | None = option("Root folder of a timm dataset.", None, metavar="FOLDER")
     train_split: str = option("Split to train on.", "train")
@@ -90,7 +90,7 @@ class Data:
     skip_images: int = option("Maximum number of unreadable images to skip.", 0, least=0)
     img_size: Size | None = option(
         "Image side in pixels, or height and width.", None, metavar="PIXELS|HxW", read=read_size,
-        shown="digits 64, folder the student's own",
+        shown="digits 64, folder the network's own",
     )  # fmt: skip
 
 
@@ -105,11 +105,9 @@ class Teacher:
         "Argument of the teacher's model; repeatable.", factory=dict, flag="teacher-arg", metavar="KEY=VALUE",
         read=mapping,
     )  # fmt: skip
-    teacher_checkpoint: str | None = option(
-        "Checkpoint of the teacher.", None, metavar="FILE", shown="the teacher is trained first"
-    )
+    teacher_checkpoint: str | None = option("Checkpoint of the teacher.", None, metavar="FILE", shown="none")
     teacher_pretrained: bool = option("Use timm's pretrained weights for the teacher.", False)
-    teacher_epochs: int = option("Number of epochs to train a teacher without weights.", 30, least=0)
+    teacher_epochs: int = option("Number of epochs to train a teacher without weights.", 0, least=0)
     teacher_lr: float = option("Learning rate for training the teacher.", 1e-3, least=0)
     teacher_layers: tuple[str, ...] | None = option(
         "Names of the teacher layers to match, comma-separated.", None, metavar="NAMES", read=names,
@@ -137,7 +135,7 @@ class Student:
         "Names of the student layers to match, as many as --teacher-layers.", None, metavar="NAMES", read=names,
         shown="the task's choice",
     )  # fmt: skip
-    baseline: bool = option("Also train the student without the teacher.", True)
+    baseline: bool = option("Also train the student without the teacher.", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +144,9 @@ class Method:
         "Name of a paper's settings; without --data, print them and stop.", None, shown="no recipe"
     )
     task: str = option(
-        "Method: none, manifold, vitkd, dearkd, cikd, gram, soft, hard, dkd, nkd.", "manifold", metavar="TASK"
+        "Method, or several such as manifold=2+dkd=1: none, manifold, vitkd, dearkd, cikd, gram, soft, hard, dkd, nkd.",
+        "manifold",
+        metavar="TASK",
     )
     task_args: dict[str, Any] = option(
         "Option of the method; repeatable.", factory=dict, flag="task-arg", metavar="KEY=VALUE", read=mapping
@@ -201,7 +201,7 @@ class Augmentation:
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
     device: str = option("Device: auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
-    amp: str = option("Mixed precision: none, bf16 or fp16.", "none", metavar="TYPE")
+    amp: Literal["none", "bf16", "fp16"] = option("Mixed precision: none, bf16 or fp16.", "none")
     channels_last: bool = option("Store images and weights channels-last.", False)
     compile: bool = option("Compile both networks with torch.compile.", False)
     shard: bool = option("Use FSDP2 instead of DDP for the student under torchrun.", False)
@@ -217,7 +217,15 @@ class Output:
     checkpoint_every: int = option(
         "Steps between checkpoints.", 0, least=0, metavar="STEPS", shown="0: only at the end of each epoch"
     )
+    keep: int = option(
+        "Number of best epochs whose weights are kept beside those of the best and the last.", 0, least=0
+    )
+    log_every: float = option("Seconds between lines of progress where the output is no terminal.", 30.0, least=0)
     tensorboard: bool = option("Also write TensorBoard events.", False)
+    wandb: str | None = option(
+        "Project of Weights & Biases that receives the log; WANDB_MODE=offline keeps it here.", None, metavar="PROJECT",
+        shown="none",
+    )  # fmt: skip
 
 
 GROUPS = (Data, Teacher, Student, Method, Optimisation, Augmentation, Hardware, Output)
@@ -229,7 +237,9 @@ class Settings(Output, Hardware, Augmentation, Optimisation, Method, Student, Te
 
 
 # These do not change the results of a run, so a resume may change them.
-FREE = frozenset({"out", "overwrite", "workers", "checkpoint_every", "tensorboard", "check", "recipe"})
+FREE = frozenset(
+    {"out", "overwrite", "workers", "checkpoint_every", "keep", "log_every", "tensorboard", "wandb", "check", "recipe"}
+)
 
 # At 64 px, a digit's pixel is one patch of the student and one cell of the teacher's map at stride 8.
 DIGITS = Settings(
@@ -239,6 +249,7 @@ DIGITS = Settings(
     teacher="resnet18",
     teacher_args={"output_stride": 8, "channels": (16, 32, 64, 64), "stem_width": 16},
     teacher_layers=("layer2.1", "layer3.0", "layer3.1", "layer4.0"),
+    baseline=True,
     teacher_epochs=4,
     teacher_lr=3e-3,
     epochs=20,
@@ -248,17 +259,36 @@ DIGITS = Settings(
     workers=0,
 )
 FOLDER = Settings()
+# method -> the task of its second stage, and that stage's share of the epochs
+SECOND_STAGES = {"cikd": ("dkd", 1 / 2), "dearkd": ("none", 1 / 6)}
 
 
 def stages(settings: Settings) -> tuple[Stage, ...]:
-    """Return the run's stages with None replaced by the run's values."""
-    given = settings.stages or (Stage(settings.task, settings.epochs, settings.task_args),)
+    """Return the run's stages with None replaced by the run's values.
+
+    Raises:
+        InputError: too few epochs for the stages of a method.
+    """
+    given = settings.stages or _stages_of(settings)
     return tuple(
         dataclasses.replace(
             stage, **{name: getattr(settings, name) for name in STAGE_FIELDS if getattr(stage, name) is None}
         )
         for stage in given
     )
+
+
+def _stages_of(settings: Settings) -> tuple[Stage, ...]:
+    """Return the stages of a method; those after the first have their own task's options."""
+    second, share = SECOND_STAGES.get(settings.task, ("", 0.0))
+    epochs = round(share * settings.epochs) or int(share > 0)
+    if epochs == settings.epochs:
+        raise InputError(
+            f"--epochs: {settings.task} has two stages, the second is {second}; give 2 at least, or --stage "
+            f"{settings.task}:1 for the first alone"
+        )
+    first = Stage(settings.task, settings.epochs - epochs, settings.task_args)
+    return (first, Stage(second, epochs)) if second else (first,)
 
 
 def anchored(settings: Settings) -> Settings:

@@ -1,5 +1,7 @@
 // Enough of CUDA to run fastkd's kernels on a CPU: blocks one after another, the threads of a block as coroutines that
-// change places at each barrier. What holds for any order of threads is found here; time and memory models are not.
+// change places at each barrier. What holds for any order of blocks and threads is found here, as both are drawn by
+// EMULATED_SEED; time and memory models are not. Shared memory is NaN when a block starts. What CUDA refuses or leaves
+// undefined ends the process: launches beyond its limits, barriers and shuffles that some threads have left out.
 #pragma once
 
 #include <setjmp.h>
@@ -8,17 +10,20 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // of the block that runs
+#define __shared__ static  // of the block that runs; emulation::share follows
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -29,6 +34,30 @@ namespace emulation {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 << 10;
+constexpr unsigned kGrid = 65535;           // of blocks along y and z; 2^31 - 1 along x
+constexpr unsigned kThreads = 1024;         // of a block
+constexpr size_t kShared = 48 << 10;        // bytes of a block
+constexpr size_t kParameters = 32764;       // bytes of a launch, since CUDA 12.1 on compute capability 7.0
+constexpr unsigned char kUnwritten = 0xff;  // bytes of a NaN
+
+inline void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "emulated CUDA: %s\n", what);
+  std::abort();
+}
+
+inline unsigned setting(const char* name, unsigned otherwise) {
+  const char* value = std::getenv(name);
+  return value ? static_cast<unsigned>(std::atoi(value)) : otherwise;
+}
+
+inline std::mt19937 random{setting("EMULATED_SEED", 0)};
+
+inline void shuffle(std::vector<unsigned>& order, size_t size) {
+  order.resize(size);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), random);
+}
 
 // A coroutine that runs one thread of each block in turn. Its first start takes a context, which costs system calls;
 // from then on it is left and entered by jumps.
@@ -54,6 +83,9 @@ struct Block {
   unsigned size = 0, now = 0;  // the thread that runs
   Group all;
   std::vector<Group> warps;
+  std::vector<unsigned> order;
+  std::vector<const void*> shared;  // arrays that the block has met
+  size_t shared_bytes = 0;
   jmp_buf scheduler;
   const std::function<void()>* body = nullptr;
 };
@@ -83,6 +115,7 @@ inline void enter() {
   for (;;) {
     (*block.body)();
     block.threads[block.now]->has_ended = true;
+    require(block.all.waiting == 0, "a thread ended while others wait for it in __syncthreads");
     for (Group* group : {&block.all, &block.warps[block.now / kWarp]}) {
       --group->left;
       group->open_if_complete();
@@ -105,13 +138,14 @@ inline void run_block(unsigned size, const std::function<void()>& body) {
   block.all = {size};
   block.warps.clear();
   for (unsigned first = 0; first < size; first += kWarp) block.warps.push_back({std::min(kWarp, size - first)});
+  block.shared.clear();
+  block.shared_bytes = 0;
   for (unsigned i = 0; i < size; ++i) block.threads[i]->has_ended = false;
-  // In an order that changes: a result that depends on it is a race.
-  static unsigned turn = 0;
+  // In an order that changes from barrier to barrier: a result that depends on it is a race.
   while (block.all.left > 0) {
-    ++turn;
-    for (unsigned i = 0; i < size; ++i) {
-      block.now = turn % 2 ? i : size - 1 - i;
+    shuffle(block.order, size);
+    for (const unsigned thread : block.order) {
+      block.now = thread;
       if (block.threads[block.now]->has_ended) continue;
       thread_idx = dim3(block.now, 0, 0);
       resume(*block.threads[block.now]);
@@ -119,24 +153,41 @@ inline void run_block(unsigned size, const std::function<void()>& body) {
   }
 }
 
+// What follows the declaration of a __shared__ array: the first thread to get there finds nothing of an earlier block.
+template <typename T>
+void share(T& array) {
+  if (std::find(block.shared.begin(), block.shared.end(), &array) != block.shared.end()) return;
+  block.shared.push_back(&array);
+  block.shared_bytes += sizeof array;
+  require(block.shared_bytes <= kShared, "more than 48 KB of shared memory");
+  std::memset(static_cast<void*>(&array), kUnwritten, sizeof array);
+}
+
 // What kernel<<<grid, block, shared, stream>>> becomes: called with the arguments.
 template <typename... Parameters, typename Stream>
 auto launch(dim3 grid, dim3 threads, size_t, Stream, void (*kernel)(Parameters...)) {
+  require((sizeof(Parameters) + ... + 0) <= kParameters, "more than 32764 bytes of parameters");
+  require(grid.x > 0 && grid.y > 0 && grid.z > 0, "an empty grid");
+  require(grid.x < 1u << 31 && grid.y <= kGrid && grid.z <= kGrid, "a grid beyond CUDA's limits");
+  require(threads.x <= kThreads && threads.x % kWarp == 0, "a block of more than 1024 threads or of part of a warp");
+  require(grid.z == 1 && threads.y == 1 && threads.z == 1, "more dimensions than are emulated");
   return [=](auto&&... arguments) {
     grid_dim = grid, block_dim = threads;
     const std::function<void()> body = [&] { kernel(arguments...); };
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block_idx = dim3(x, y, 0);
-        run_block(threads.x, body);
-      }
+    std::vector<unsigned> order;
+    shuffle(order, static_cast<size_t>(grid.x) * grid.y);
+    for (const unsigned i : order) {
+      block_idx = dim3(i % grid.x, i / grid.x, 0);
+      run_block(threads.x, body);
+    }
   };
 }
 
 template <typename T>
-T shuffle_down(T value, unsigned by) {
+T shuffle_down(unsigned mask, T value, unsigned by) {
   const unsigned here = block.now, last = std::min(here / kWarp * kWarp + kWarp, block.size);
   Group& warp = block.warps[here / kWarp];
+  require(mask == 0xffffffff && warp.left == last - here / kWarp * kWarp, "a shuffle without some threads of its mask");
   std::memcpy(block.threads[here]->value, &value, sizeof value);
   wait(warp);
   if (here + by < last) std::memcpy(&value, block.threads[here + by]->value, sizeof value);
@@ -152,12 +203,13 @@ T shuffle_down(T value, unsigned by) {
 #define blockDim emulation::block_dim
 
 inline void __syncthreads() {
+  emulation::require(emulation::block.all.left == emulation::block.size, "__syncthreads after a thread has ended");
   emulation::wait(emulation::block.all);
 }
 
 template <typename T>
-T __shfl_down_sync(unsigned, T value, unsigned by) {
-  return emulation::shuffle_down(value, by);
+T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+  return emulation::shuffle_down(mask, value, by);
 }
 
 using std::isfinite;
@@ -171,7 +223,7 @@ inline int cudaGetDevice(int* device) {
   return 0;
 }
 inline int cudaDeviceGetAttribute(int* value, int, int) {
-  *value = 3;
+  *value = static_cast<int>(emulation::setting("EMULATED_MULTIPROCESSORS", 3));
   return 0;
 }
 #define C10_CUDA_CHECK(call) (void)(call)

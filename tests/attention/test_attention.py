@@ -38,8 +38,7 @@ SHAPES = [(1, 1, 1, 1, 8, 8), (2, 3, 7, 7, 8, 24), (1, 2, 65, 130, 24, 8), (1, 2
 if INTERPRETED:  # a program takes milliseconds there
     SHAPES = [*SHAPES[:2], (1, 1, 65, 70, 24, 8)]
 MANY, HEADS = (67, 1) if INTERPRETED else (197, 3)
-# bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF = float("inf")
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -24,13 +24,20 @@ HEADERS = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cu
 BUILT = ROOT / "build/cuda_on_cpu"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 LAUNCH = re.compile(r"(\w+(?:<[\w, <>]+>)?)<<<(.+?)>>>\(", re.DOTALL)
-# Of each stem in parts of about the same length, so that workers share them: `pytest -k` of its tests.
-PARTS = {
-    "moments": ["test_matches_oracle", "not test_matches_oracle"],
-    "prior": [""],
+SHARED = re.compile(r"(__shared__ [^;\[]+?(\w+)\[[^;]*;)")
+# (files of tests, multiprocessors of the card, seed of the orders of blocks and threads, which tests), in runs of about
+# the same length, so that workers share them.
+RUNS = {
+    "moments": (["moments/test_moments.py"], 3, 1, "native"),
+    "prior": (["prior/test_prior.py"], 3, 2, "native"),
+    "calls": (
+        ["operators/test_layouts.py", "operators/test_values.py", "operators/test_contract.py"],
+        132,
+        3,
+        "not past and not compiles and not named_by and "
+        "(native or auto and (moments or bn_stat or batch_norm or prior or variation))",
+    ),
 }
-ATTACKS = ["layouts", "values"]  # files whose tests go over the calls of all stems
-FOLDERS = dict.fromkeys(ATTACKS, "operators")
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,6 +50,7 @@ def for_cpu(source: str) -> str:
     """CUDA C++ as C++ for cuda_on_cpu.h, registered as the native implementation of CPUs."""
     source = re.sub(r"#include <c10/cuda/.*>\n", "", source)
     source = LAUNCH.sub(r"emulation::launch(\2, \1)(", source)
+    source = SHARED.sub(r"\1 emulation::share(\2);", source)
     return source.replace("TORCH_LIBRARY_IMPL(fastkd, CUDA, m)", "TORCH_LIBRARY_IMPL(fastkd, CPU, m)")
 
 
@@ -123,23 +131,85 @@ def test_every_launch_is_emulated_and_every_stem_tested() -> None:
     for path in KERNELS:
         source = "".join(part.read_text() for part in path.parent.glob(f"{path.stem}*"))
         assert len(LAUNCH.findall(source)) == source.count("<<<") > 0
-    assert [path.stem for path in KERNELS] == sorted(PARTS)
+        assert len(SHARED.findall(source)) == source.count("__shared__") > 0
+    assert {path.stem for path in KERNELS} < RUNS.keys()
 
 
-@pytest.mark.parametrize(
-    ("stem", "part"),
-    [*((stem, part) for stem, parts in PARTS.items() for part in parts), *((name, "not past") for name in ATTACKS)],
-)
-def test_native_tests_hold(stem: str, part: str, emulated: Path) -> None:
-    run = "import sys, fastkd._C, pytest; print(fastkd._C.__file__, flush=True); sys.exit(pytest.main(sys.argv[1:]))"
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not exhaustive"]
-    options += ["-k", f"native and {part}" if part else "native", f"tests/{FOLDERS.get(stem, stem)}/test_{stem}.py"]
+def run(tree: Path, multiprocessors: int, seed: int, *command: str) -> subprocess.CompletedProcess[str]:
     # No GPU: its tensors would go to operators that are not there.
-    path = os.pathsep.join(filter(None, (str(emulated), os.getenv("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(tree), os.getenv("PYTHONPATH"))))
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", run, *options]
-    result = subprocess.run(command, cwd=emulated, env=env, capture_output=True, text=True, check=False, timeout=1500)
-    assert result.stdout.startswith(str(emulated)), result.stderr
+    env |= {"EMULATED_MULTIPROCESSORS": str(multiprocessors), "EMULATED_SEED": str(seed)}
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False, timeout=1500)
+
+
+def check_native_tests(tree: Path, files: list[str], multiprocessors: int, seed: int, chosen: str) -> None:
+    code = "import sys, fastkd._C, pytest; print(fastkd._C.__file__, flush=True); sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not exhaustive", "-k", chosen]
+    result = run(tree, multiprocessors, seed, sys.executable, "-c", code, *options, *(f"tests/{f}" for f in files))
+    assert result.stdout.startswith(str(tree)), result.stderr
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None and int(passed[1]) > 20 and "failed" not in result.stdout
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_native_tests_hold(name: str, emulated: Path) -> None:
+    check_native_tests(emulated, *RUNS[name])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("name", RUNS)
+def test_native_tests_hold_on_other_cards(name: str, multiprocessors: int, emulated: Path) -> None:
+    files, _, seed, chosen = RUNS[name]
+    check_native_tests(emulated, files, multiprocessors, 10 + seed, chosen)
+
+
+def test_no_call_goes_past_its_inputs(emulated: Path) -> None:
+    result = run(emulated, 132, 4, sys.executable, "-m", "tests._support.guards", "native")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert int(result.stdout.split()[0]) > 100
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    source = folder / "faults.cpp"
+    source.write_text(for_cpu((ROOT / "tests/_support/faults.cu").read_text()))
+    command = ["g++", "-O1", "-std=c++20", "-U_FORTIFY_SOURCE", "-include", str(EMULATION), str(source)]
+    subprocess.run([*command, "-o", str(folder / "faults")], check=True)
+    return folder / "faults"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("grid x", "an empty grid"),
+        ("grid y", "a grid beyond"),
+        ("threads", "more than 1024 threads"),
+        ("warp", "part of a warp"),
+        ("parameters", "bytes of parameters"),
+        ("shared bytes", "48 KB"),
+        ("barrier of some", "a thread ended while others wait"),
+        ("barrier after an end", "ended"),
+        ("shuffle of some", "a shuffle without"),
+    ],
+)
+def test_what_cuda_refuses_ends_the_process(fault: str, message: str, faults: Path) -> None:
+    result = run(faults.parent, 3, 0, str(faults), fault)
+    assert result.returncode < 0
+    assert message in result.stderr
+
+
+def test_results_that_depend_on_an_order_or_on_another_block(faults: Path) -> None:
+    def printed(name: str, seed: int) -> str:
+        result = run(faults.parent, 3, seed, str(faults), name)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "nan" in printed("unwritten", 0)
+    for name in ("without barrier", "order of blocks"):
+        assert printed(name, 0) == printed(name, 0) != printed(name, 1)
+    assert printed("right", 0) == printed("right", 1)
+    assert printed("right", 0).split()[:3] == ["62", "61", "60"]

@@ -37,8 +37,7 @@ SHAPES = [
 ]
 if INTERPRETED:  # a program takes milliseconds there
     SHAPES = [(1, 1, 1, 1), (2, 5, 7, 7), (2, 70, 3), (2, 3, 41, 50)]
-# bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def activations(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -91,15 +90,28 @@ def check_batch_norm(
         assert_matches_oracle(a, e, o, x.numel() // C, name)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels", "permuted", "sliced", "offset"])
-@pytest.mark.parametrize("dims", ["batch", "image"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+LAYOUTS = ["contiguous", "channels", "permuted", "sliced", "offset"]
+
+
+@in_pairs({"shape": SHAPES, "layout": LAYOUTS, "dtype": DTYPES, "dims": ["batch", "image"]})
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_oracle(
     backend: str, dtype: torch.dtype, shape: tuple[int, ...], dims: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_common, "CHUNK", 3000)  # several pieces and a tail at these sizes
+    check(strided(activations(shape, dtype), layout), dims, backend)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dims", ["batch", "image"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_combination_matches_oracle(
+    backend: str, dtype: torch.dtype, shape: tuple[int, ...], dims: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_common, "CHUNK", 3000)
     check(strided(activations(shape, dtype), layout), dims, backend)
 
 
@@ -126,9 +138,13 @@ def test_mean_far_above_the_spread(backend: str) -> None:
 INFINITY = float("inf")
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels", "sliced"])
-@pytest.mark.parametrize("dims", ["batch", "image"])
-@pytest.mark.parametrize("shape", [(3, 16, 5, 5), (4, 16, 40, 50), (9, 16, 3, 3)], ids=str)
+@in_pairs(
+    {
+        "shape": [(3, 16, 5, 5), (4, 16, 40, 50), (9, 16, 3, 3)],
+        "layout": ["contiguous", "channels", "sliced"],
+        "dims": ["batch", "image"],
+    }
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_infinite_element(backend: str, shape: tuple[int, ...], dims: str, layout: str) -> None:
     """Makes its channel's mean infinite, not NaN, wherever it lies. The other channels, here the last, are whole."""
@@ -231,15 +247,21 @@ def test_more_pieces_than_a_warp_merges_at_once(backend: str) -> None:
         check(activations((1, 1, OVER), torch.float32), "batch", backend)
 
 
-@pytest.mark.parametrize("dy", ["expanded", "alternate", "offset", "gaps", "channels", "contiguous"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels", "gaps"])
-@pytest.mark.parametrize("shape", [(2, 8, 8, 4), (2, 8, 8, 16), (3, 4, 64, 48)][: 2 if INTERPRETED else 3], ids=str)
+@in_pairs(
+    {
+        "dy": ["expanded", "alternate", "offset", "gaps", "channels", "contiguous"],
+        "layout": ["contiguous", "channels", "gaps"],
+        "shape": [(2, 8, 8, 4), (2, 8, 8, 16), (3, 4, 64, 48)][: 2 if INTERPRETED else 3],
+        "dtype": DTYPES,
+    }
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_gradient_of_other_strides_than_the_input(backend: str, shape: tuple[int, ...], layout: str, dy: str) -> None:
-    for dtype in DTYPES[:2]:
-        x = spread(activations(shape, dtype), layout)
-        g = torch.randn(shape, device=DEVICE).to(dtype)
-        check_batch_norm(x, g[:1, :, :1, :1].expand(shape) if dy == "expanded" else spread(g, dy), backend)
+def test_a_gradient_of_other_strides_than_the_input(
+    backend: str, shape: tuple[int, ...], layout: str, dy: str, dtype: torch.dtype
+) -> None:
+    x = spread(activations(shape, dtype), layout)
+    g = torch.randn(shape, device=DEVICE).to(dtype)
+    check_batch_norm(x, g[:1, :, :1, :1].expand(shape) if dy == "expanded" else spread(g, dy), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -303,9 +325,7 @@ def layers(sizes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> 
     return inputs, means, [torch.rand(x.shape[1], device=DEVICE) + 0.5 for x in inputs]
 
 
-@pytest.mark.parametrize("momentum", [None, 0.9])
-@pytest.mark.parametrize("distance", ["l2", "mse", "image"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@in_pairs({"distance": ["l2", "mse", "image"], "dtype": DTYPES, "momentum": [None, 0.9]})
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bn_stat_loss_matches_oracle(backend: str, dtype: torch.dtype, distance: str, momentum: float | None) -> None:
     inputs, means, variances = layers([(4, 3, 9, 9), (4, 16, 5, 5), (4, 70, 3, 3)], dtype)
@@ -447,6 +467,27 @@ def test_more_layers_than_a_launch_takes(
         assert_matches_oracle(a, e, o, 60, "loss" if i == 0 else f"dinputs[{i - 1}]")
 
 
+@pytest.mark.parametrize("distance", ["l2", "image"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_many_layers_as_take_two_whole_launches(backend: str, distance: str) -> None:
+    """More than 96, the moments of which a launch of CUDA forms; layers of several shapes and memory layouts."""
+    count = 20 if INTERPRETED else 200
+    inputs, means, variances = layers([(2, 1 + i % 3, 3, 4 + i % 2) for i in range(count)])
+    inputs = [strided(x, ("contiguous", "channels", "offset")[i % 3]) for i, x in enumerate(inputs)]
+
+    def run(module: object, dtype: torch.dtype, **options: str) -> tuple[Tensor, Tensor]:
+        stats = [[v.to(dtype) for v in which] for which in (means, variances)]
+        loss, *gradients = loss_and_gradients(
+            lambda *x: module.bn_stat_loss(x, *stats, distance=distance, **options), [x.to(dtype) for x in inputs]
+        )
+        return loss, torch.cat([g.flatten() for g in gradients])
+
+    actual = run(fastkd, torch.float32, backend=backend)
+    eager, oracle = run(reference, torch.float32), run(reference, torch.float64)
+    for name, a, e, o in zip(("loss", "dinputs"), actual, eager, oracle, strict=True):
+        assert_matches_oracle(a, e, o, 30 * count, name)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_spreads_as_small_as_the_constant_beside_them(backend: str) -> None:
     """ "image" adds 1e-6 to both variances before it takes their roots."""
@@ -567,9 +608,13 @@ def test_nan_goes_through(backend: str) -> None:
     assert mean.isnan().tolist() == var.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels", "sliced", "offset"])
-@pytest.mark.parametrize("shape", [(3, 5, 7, 7), (4, 70, 2, 2), (2, 33, 3), (2, 3, 41, 50)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@in_pairs(
+    {
+        "layout": ["contiguous", "channels", "sliced", "offset"],
+        "shape": [(3, 5, 7, 7), (4, 70, 2, 2), (2, 33, 3), (2, 3, 41, 50)],
+        "dtype": DTYPES,
+    }
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batch_norm_moments_match_the_oracle(
     backend: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str

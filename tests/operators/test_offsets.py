@@ -66,7 +66,8 @@ def sparse(x: Tensor, dim: int) -> Tensor:
     strides = list(x[(slice(None),) * dim + (0,)].contiguous().stride())
     strides.insert(dim, 2**30)
     reach = sum(stride * (size - 1) for stride, size in zip(strides, x.shape, strict=True)) + 1
-    return torch.empty(reach, dtype=x.dtype, device=x.device).as_strided(x.shape, strides).copy_(x)
+    memory = torch.empty_permuted((reach,), (0,), dtype=x.dtype, device=x.device)  # which no test fills with NaN
+    return memory.as_strided(x.shape, strides).copy_(x)
 
 
 def run(call: Callable[..., Tensor], inputs: list[Tensor], count: int) -> tuple[Tensor, ...]:
@@ -85,7 +86,8 @@ def test_elements_far_apart(backend: str, name: str) -> None:
         eager, oracle = run(call, inputs, count), run(call, [x.double() for x in inputs], count)
     for number, x in enumerate(inputs):
         dims = [d for d in range(x.ndim) if x.shape[d] == 3]
-        for dim in [dims[number % len(dims)]] if INTERPRETED else dims:
+        is_slow = INTERPRETED and name.startswith("attention")  # there one dimension of each input has to do
+        for dim in [dims[number % len(dims)]] if is_slow else dims:
             far = sparse(x, dim)
             assert far.stride(dim) * (far.shape[dim] - 1) >= 2**31
             with fastkd.backend(backend):

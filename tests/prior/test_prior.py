@@ -21,8 +21,9 @@ from tests._support import golden
 from tests._support.pairs import in_pairs
 from tests._support.splits import THREADS, around, built, lowered, threads
 
-# bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
-FLOATS = [torch.float64, torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+if INTERPRETED:
+    FLOATS = FLOATS[1:]  # no kernel there takes float64
 # (2, 2) the least with a diagonal; odd and unequal sides; more channels than images; one past a power of two.
 SHAPES = [(1, 1, 2, 2), (3, 3, 8, 8), (2, 3, 5, 9), (1, 7, 33, 17), (5, 3, 65, 129)]
 if INTERPRETED:  # a program takes milliseconds there
@@ -48,12 +49,24 @@ def check(x, backend, options, reduced=None):
         assert_matches_oracle(a, e, o, reduced or x.numel(), what)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced", "channels", "offset"])
+LAYOUTS = ["contiguous", "permuted", "sliced", "channels", "offset"]
+
+
+@in_pairs({"layout": LAYOUTS, "shape": SHAPES, "dtype": FLOATS, "l2_per_image": [True, False]})
+@available
+def test_oracle(backend, dtype, l2_per_image, shape, layout):
+    skip_unless_runs(backend, dtype)
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    check(strided(x, layout), backend, ALL | {"l2_per_image": l2_per_image})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=["per image", "per batch"])
 @dtypes
 @available
-def test_oracle(backend, dtype, options, shape, layout):
+def test_oracle_in_every_combination(backend, dtype, options, shape, layout):
     skip_unless_runs(backend, dtype)
     check(strided(torch.randn(shape, device=DEVICE).to(dtype), layout), backend, options)
 

@@ -262,23 +262,6 @@ def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch: pytest.Monkey
     assert report.header("cpu")["commit"] == "unknown"
 
 
-def test_gpu_report_says_what_is_missing_and_what_failed(tiny: Measured, tmp_path, capsys) -> None:
-    assert command.main(["gpu", str(tmp_path)]) == 1
-    assert capsys.readouterr().out.count("not run") == 5
-    cases = '<testcase classname="t" name="a"/><testcase classname="t" name="b"><failure/></testcase>'
-    (tmp_path / "tests.xml").write_text(f"<testsuite>{cases}</testsuite>")
-    (tmp_path / "sanitizer.json").write_text(json.dumps([{"tool": "memcheck", "errors": None, "why": "none"}]))
-    report.write(tmp_path / "cases.json", report.header("cpu"), report.rows([tiny]))
-    late = {"figure": "x", "setting": "y", "unit": "seconds", "value": 0.006, "goal": 0.005, "reached": False}
-    (tmp_path / "training.json").write_text(json.dumps({"training": [late, late | {"goal": None, "reached": None}]}))
-    assert command.main(["gpu", str(tmp_path)]) == 1
-    text = (tmp_path / "gpu.md").read_text()
-    assert "1 failure" in text and "t::b" in text and "memcheck: not run, none" in text and "relation/tiny" in text
-    assert "| 0.006 seconds | 0.005 | missed |" in text and "| 0.006 seconds | - |  |" in text
-    (tmp_path / "tests.xml").write_text('<testsuite><testcase classname="t" name="a"/></testsuite>')
-    assert command.main(["gpu", str(tmp_path)]) == 0
-
-
 def test_cuda_kernels_are_judged() -> None:
     """Occupancy by hand, and each kind of problem."""
     good = {

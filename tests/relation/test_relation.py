@@ -36,8 +36,7 @@ SCOPES = ["intra", "inter", "batch"]
 SHAPES = [(4, 7, 24, 80), (5, 65, 80, 24), (6, 197, 192, 384)]
 if INTERPRETED:  # a program takes milliseconds there: the last is one past a tile of 64 in scope batch
     SHAPES = [(4, 7, 24, 80), (5, 15, 72, 40)]
-# bfloat16 is left to GPUs by the interpreted kernels: the interpreter truncates float32 to it.
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 ON_LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists() or DEVICE != "cpu", reason="reads /proc, on a CPU")
 

@@ -36,6 +36,7 @@ from fastkd.train.settings import (  # noqa: E402
     read_settings,
     read_stages,
     settings_from,
+    stages,
     write_settings,
 )
 from tests._support.runs import command, invoke, start, together  # noqa: E402
@@ -50,6 +51,7 @@ SMALL = [
 ]
 SMALL += [f"--student-arg={pair}" for pair in ("embed_dim=32", "num_heads=2", "depth=2")]
 SMALL += ["--teacher-arg=channels=(8,8,8,8)", "--teacher-arg=stem_width=8"]
+WAYS_OUT = ["--teacher-checkpoint FILE", "--teacher-pretrained", "--teacher-epochs N"]
 FEW = ["--train-fraction=0.3"]  # 269 images
 
 
@@ -147,7 +149,7 @@ def test_what_one_process_lacks_ends_both_and_is_told_once(tmp_path):
         for name in "abcde":
             Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
     (tmp_path / "1").mkdir()
-    arguments = ["train", "--device=cpu", "--data=images", "--teacher=resnet18", "--out=run"]
+    arguments = ["train", "--device=cpu", "--data=images", "--teacher=resnet18", "--teacher-epochs=1", "--out=run"]
     processes = start(2, command, tmp_path, *arguments)
     for process in processes:
         process.join(300)
@@ -201,6 +203,29 @@ def test_stages_on_the_command_line():
         read_stages("dearkd")
 
 
+def test_methods_of_two_stages_run_both(tmp_path, monkeypatch):
+    assert [(s.task, s.epochs) for s in stages(Settings(task="cikd", epochs=301))] == [("cikd", 151), ("dkd", 150)]
+    assert [(s.task, s.epochs) for s in stages(Settings(task="dearkd", epochs=300))] == [("dearkd", 250), ("none", 50)]
+    assert [(s.task, s.epochs) for s in stages(Settings(task="dearkd", epochs=2))] == [("dearkd", 1), ("none", 1)]
+    assert [(s.task, s.options) for s in stages(Settings(task="soft", task_args={"a": 1}))] == [("soft", {"a": 1})]
+    assert [s.task for s in stages(Settings(stages=(Stage("cikd", 5),)))] == ["cikd"]
+    monkeypatch.chdir(tmp_path)
+    teacher = ["--teacher=vit_tiny_patch16_224", "--teacher-epochs=1"]
+    teacher += [f"--teacher-arg={pair}" for pair in ("patch_size=8", "embed_dim=40", "num_heads=5", "depth=3")]
+    result = invoke(
+        "train",
+        *SMALL[:4],
+        "--epochs=4",
+        *SMALL[6:9],
+        "--student-arg=patch_size=8",
+        *teacher,
+        "--task=cikd",
+        "--dry-run",
+    )
+    assert result.exit_code == 0, result.output
+    assert "stage 1     cikd(), 2 epochs" in result.stdout and "stage 2     dkd(), 2 epochs" in result.stdout
+
+
 def test_missing_library_is_named(tmp_path):
     code = "import sys; sys.modules['jsonargparse'] = None; sys.argv = ['fastkd', 'train']; "
     code += "import fastkd.__main__ as m; m.main()"
@@ -235,12 +260,12 @@ def bad(tmp_path_factory) -> Path:
         ("--data empty --teacher resnet18", ["--data", "empty", "no images"]),
         ("--data one --teacher resnet18", ["--data", "sub-folder per class", "got 1"]),
         (
-            "--data broken --teacher resnet18 --batch-size 4 --img-size 64",
+            "--data broken --teacher resnet18 --teacher-epochs 1 --batch-size 4 --img-size 64",
             ["--data", "broken/b/3.png", "cannot be read"],
         ),
         ("--data few --teacher resnet18", ["--val-fraction"]),
         ("--data broken --no-check", ["--teacher", "timm model"]),
-        ("--data broken --no-check --teacher vit_tiny_patch16_224", ["--batch-size", "64", "6 training images"]),
+        ("--data broken --no-check --teacher resnet18 --teacher-epochs 1", ["--batch-size", "64", "6 training images"]),
         ("--student vit_tinny_patch16_224", ["--student", "vit_tinny", "vit_tiny_patch16_224"]),
         ("--data few --teacher resnet18 --num-classes 5", ["--num-classes", "few has 2", "got 5"]),
         ("--num-classes 5", ["--num-classes", "digits has 10", "got 5"]),
@@ -256,7 +281,8 @@ def bad(tmp_path_factory) -> Path:
         ("--teacher-checkpoint other.safetensors", ["--teacher-checkpoint", "other.safetensors", "resnet18"]),
         ("--teacher-checkpoint file", ["--teacher-checkpoint", "file"]),
         ("--teacher-checkpoint nowhere", ["--teacher-checkpoint", "nowhere"]),
-        ("--teacher-epochs 0", ["--teacher-epochs", "untrained"]),
+        ("--teacher-epochs 0", ["--teacher: resnet18 is untrained", *WAYS_OUT]),
+        ("--data broken --no-check --teacher resnet18", ["--teacher: resnet18 is untrained", *WAYS_OUT]),
         ("--batch-size 1000", ["--batch-size", "1000", "898"]),
         ("--out finished", ["--out", "finished", "--overwrite"]),
         ("--out file", ["--out", "file"]),
@@ -269,6 +295,11 @@ def bad(tmp_path_factory) -> Path:
         ("--sched none_such", ["--sched", "none_such"]),
         ("--mixup 0.5 --batch-size 31", ["--mixup", "even", "31"]),
         ("--task none_such", ["--task", "none_such", "manifold"]),
+        ("--task logits", ["--task", "'logits'; did you mean soft, hard, dkd or nkd?"]),
+        ("--task manifld+dkd", ["--task", "'manifld'; near it: manifold"]),
+        ("--task soft+dkd", ["--task: at most one of none, soft, hard, dkd, nkd beside other methods, got soft+dkd"]),
+        ("--task manifold=much+dkd", ["--task: needs a number as the weight of manifold, got 'much'"]),
+        ("--task cikd --epochs 1", ["--epochs: cikd has two stages", "--stage cikd:1"]),
         ("--task-arg colour=blue", ["--task", "colour", "num_samples"]),
         ("--task-arg intra=-1", ["--task", "manifold", "intra", ">= 0", "-1"]),
         ("--task soft --task-arg logit_weight=much", ["--task", "soft", "much"]),
@@ -422,7 +453,10 @@ def test_bad_config(tmp_path, monkeypatch, text, words):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian", "fastkd: there is no command 'trian'; the commands are 'train', 'invert', 'info'"),
+        (
+            "trian",
+            "fastkd: there is no command 'trian'; the commands are 'train', 'eval', 'look', 'export', 'invert', 'info'",
+        ),
         ("train --ler 1", "fastkd train: --ler: there is no such option; near it: --lr"),
         ("train --bach-size 1", "fastkd train: --bach-size: there is no such option; near it: --batch-size"),
         ("train --checkpoint 1", "fastkd train: --checkpoint: there is no such option; near it: --checkpoint-every"),

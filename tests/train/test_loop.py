@@ -64,13 +64,15 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 @torch.no_grad()
-def top1(network: nn.Module, loader: Loader, context: Any) -> float:
-    right = count = 0
+def scores(network: nn.Module, loader: Loader, context: Any) -> dict[str, float]:
+    right, loss, count = 0, 0.0, 0
     for images, targets in loader:
         with context:
-            right += int((network.eval()(images).argmax(1) == targets).sum())
+            logits = network.eval()(images).float()
+        right += int((logits.argmax(1) == targets).sum())
+        loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         count += len(targets)
-    return 100 * right / count
+    return {"top1": 100 * right / count, "val_loss": loss / count}
 
 
 def renormalised(images: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
@@ -183,8 +185,11 @@ class PlainLoop:
             scaler.scale(parts["loss"] / len(group)).backward()
 
     def judged(self) -> dict[str, float]:
-        found = {"top1": top1(self.student, self.val_loader, self.autocast)}
-        return found | ({} if self.ema is None else {"top1_ema": top1(self.ema.module, self.val_loader, self.autocast)})
+        found = scores(self.student, self.val_loader, self.autocast)
+        if self.ema is not None:
+            average = scores(self.ema.module, self.val_loader, self.autocast)
+            found |= {f"{name}_ema": value for name, value in average.items()}
+        return found
 
 
 class StoppedError(Exception):

@@ -147,7 +147,7 @@ def test_recipe_is_complete(name):
     assert {key for key, value in vars(settings).items() if value != getattr(FOLDER, key) and key not in given} == {
         "data",
         "recipe",
-    } | ({"teacher_epochs"} if settings.teacher_pretrained else set())
+    }
     expected = {*given} - {"stages"}
     for number, stage in enumerate(settings.stages):
         assert stage.options.keys() <= task_options(stage.task).keys()
@@ -169,7 +169,7 @@ def test_recipe_is_a_configuration_file(name):
     config = read_recipe(name)
     assert dataclasses.replace(settings_from({"data": "images"}, config=config), recipe=name) == settings
     assert settings.epochs == sum(stage.epochs for stage in settings.stages) >= 300
-    assert settings.teacher_epochs == (0 if settings.teacher_pretrained else FOLDER.teacher_epochs)
+    assert settings.teacher_epochs == 0
 
 
 def test_every_file_is_a_recipe():

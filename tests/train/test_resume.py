@@ -45,7 +45,8 @@ def small(folder: Path, out: Path, **changes) -> Settings:
     settings = {
         "data": str(folder), "out": str(out), "img_size": 32, "batch_size": 4, "workers": 0, "device": "cpu",
         "student": VIT, "student_args": SIZES | {"drop_path_rate": 0.2}, "teacher": VIT, "teacher_args": SIZES,
-        "teacher_epochs": 1, "warmup_epochs": 0, "lr": 3e-3, "check": False, "checkpoint_every": 1, "ema": 0.9,
+        "teacher_epochs": 1, "baseline": True, "keep": 1, "warmup_epochs": 0,
+        "lr": 3e-3, "check": False, "checkpoint_every": 1, "ema": 0.9,
         "augment_args": {"auto_augment": "rand-m5"}, "erase": 0.3, "mixup": 0.2, "clip_grad": 1.0,
         "stages": (Stage("manifold", 1), Stage("vitkd", 1, {"logits": "soft"}, **SECOND)),
     }  # fmt: skip

@@ -108,6 +108,50 @@ def test_loss_is_the_weighted_sum_of_its_parts(name, logits):
     torch.testing.assert_close(result["loss"].detach(), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "rest"),
+    [
+        ("manifold+dkd", {"manifold": 1.0}, {"dkd": 1.0}),
+        ("hard+manifold=2", {"manifold": 2.0}, {"hard": 0.5}),
+        ("manifold=2+vitkd=0.5+cikd", {"manifold": 2.0, "vitkd": 0.5, "cikd": 1.0}, {}),
+        ("dearkd=3+manifold", {"dearkd": 3.0, "manifold": 1.0}, {"hard": 0.5}),
+        ("vitkd+cikd=0.1+nkd=0.7", {"vitkd": 1.0, "cikd": 0.1}, {"nkd": 0.7}),
+    ],
+)
+def test_several_methods_are_the_weighted_sum_of_each(name, weights, rest):
+    """The layers and values of each method alone; labels with the largest of the methods' weights, here 1."""
+    student, teacher = build("vit"), build("vit", 1, embed_dim=32, depth=6)
+    options = {"random": 0.0, "mask_ratio": 1.0}  # nothing is drawn
+
+    def loss_of(method: str) -> tuple[Tensor, list[tuple[str, str]]]:
+        torch.manual_seed(2)
+        own = {key: value for key, value in options.items() if key in task_options(method)}
+        task = create_task(method, student, teacher, options=own).train()
+        return task(IMAGES, TARGETS), task.matched
+
+    (together, matched), alone = loss_of(name), {method: loss_of(method) for method in {**weights, **rest}}
+    expected = together["task_loss"]
+    for method, weight in weights.items():
+        if method not in ("vitkd", "dearkd"):  # whose projectors are drawn
+            torch.testing.assert_close(together[f"{method}_loss"], alone[method][0][f"{method}_loss"])
+        expected = expected + weight * together[f"{method}_loss"]
+    for method, weight in rest.items():
+        expected = expected + weight * together[f"{method}_loss"]
+    torch.testing.assert_close(together["loss"].detach(), expected)
+    assert matched == [pair for method in weights for pair in alone[method][1]]
+    together["loss"].backward()
+
+
+def test_weight_of_one_method():
+    for name, key in (("manifold=2", "weight"), ("dkd=0.3", "logit_weight")):
+        assert (
+            create_task(name, build("vit"), build("vit", 1)).trainable.weights
+            == create_task(
+                name.partition("=")[0], build("vit"), build("vit", 1), options={key: float(name.partition("=")[2])}
+            ).trainable.weights
+        )
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_logit_losses_are_the_modules(mixed):
     student, teacher = build("vit").eval(), build("vit", 1).eval()
@@ -278,6 +322,13 @@ def test_cikd_compares_the_attention_maps(heads):
         for s, t in zip(own, theirs, strict=True)
     )
     torch.testing.assert_close(task(images, TARGETS)["cikd_loss"], expected.detach())
+
+
+def test_cikd_takes_relation_heads_that_divide():
+    student, teacher = build("vit"), build("vit", 1, embed_dim=40, num_heads=5)  # 24 and 40 wide
+    assert create_task("cikd", student, teacher).trainable.features.heads == [4, 4]
+    result = create_task("cikd", student, teacher)(IMAGES, TARGETS)
+    assert result["cikd_loss"] > 0
 
 
 @pytest.mark.parametrize(
@@ -617,7 +668,8 @@ def test_autocast_stays_near_float32(name):
 
 def _global_step(name: str, group: "dist.ProcessGroup | None", images: Tensor, targets: Tensor):
     # Masks and rows that are drawn would differ from those of one process.
-    options = {"manifold": {"random": 0.0}, "vitkd": {"mask_ratio": 1.0}}.get(name, {})
+    drawn = {"manifold": {"random": 0.0}, "vitkd": {"mask_ratio": 1.0}, "manifold+cikd=2+dkd": {"random": 0.0}}
+    options = drawn.get(name, {})
     torch.manual_seed(2)
     task = create_task(name, student_of(name), teacher_of(name), process_group=group, options=options).train()
     if group is not None:
@@ -633,7 +685,7 @@ def _rank() -> None:
     dist.init_process_group("gloo")
     try:
         own = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
-        for name in TASKS:
+        for name in (*TASKS, "manifold+cikd=2+dkd"):
             alone, _ = _global_step(name, None, IMAGES, TARGETS)
             shared, result = _global_step(name, dist.group.WORLD, IMAGES[own], TARGETS[own])
             assert result["loss"].isfinite()

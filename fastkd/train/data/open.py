@@ -16,7 +16,7 @@ READERS = ("hfds", "hfids", "tfds", "wds", "torch")  # timm's, as NAME/...
 
 def open_data(
     data: str,
-    val_fraction: float,
+    val_fraction: float | None,
     *,
     root: str | None = None,
     splits: tuple[str, str] = ("train", "validation"),
@@ -28,8 +28,8 @@ def open_data(
     """Return the training and validation images of `digits`, of a folder, or of a timm dataset such as hfds/NAME.
 
     A folder has one sub-folder per class, or train/ and val/ with such sub-folders (ClassFolders). Without val/, a
-    stratified share of the images, the same in each run, is used for validation. `class_map` is a file with a class per
-    line, in the order of their numbers.
+    stratified share of the images, the same in each run, is used for validation; with val_fraction=None all are.
+    `class_map` is a file with a class per line, in the order of their numbers.
 
     Raises:
         InputError: no such folder, no images, fewer than two classes, a missing class, or a reader not installed.
@@ -58,7 +58,7 @@ def open_data(
     folders.check_classes(data, len(classes), num_classes)
     held_out = folders.sub_folder(folder, VAL_FOLDERS)
     if held_out is None:
-        val = folders.split(train, val_fraction)
+        val = train if val_fraction is None else folders.split(train, val_fraction)
     else:
         val = folders.folder(held_out)
         if set(val.reader.class_to_idx) != set(classes):

@@ -1,7 +1,6 @@
 """Job of `fastkd invert`: check everything, then make batches until the folder has the requested images."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -21,13 +19,13 @@ from fastkd._version import __version__
 from fastkd.functional import soft_target_loss
 
 from .. import DataError, InputError
-from ..checkpoint import alone, replacing, write_weights
+from ..checkpoint import alone, replacing, saved_as, write_weights
 from ..data import seed_all
-from ..loop import AMP_DTYPES
 from ..models import check_one_image, create_model, input_size, load_weights
 from ..options import Size, as_yaml
 from ..prepare import choose_device
 from ..settings import Settings
+from ..teacher_cache import digest
 from .settings import Inversion
 from .store import CONFIG, GRID, Store
 from .synthesis import Inverter, normalisation
@@ -78,8 +76,6 @@ def check_settings(settings: Inversion) -> Inversion:
     """Check everything that needs no models, and fill in the model named in a checkpoint."""
     if settings.images < 1:
         raise InputError(f"--images: needs one at least, got {settings.images}")
-    if settings.amp not in AMP_DTYPES:
-        raise InputError(f"--amp: {settings.amp} is not one of {', '.join(AMP_DTYPES)}")
     if settings.teacher_checkpoint is None and not settings.teacher_pretrained:
         raise InputError("--teacher-checkpoint: what an untrained teacher knows is nothing; or --teacher-pretrained")
     if settings.preset.competition > 0 and settings.student is None:
@@ -88,7 +84,7 @@ def check_settings(settings: Inversion) -> Inversion:
         raise InputError("--intra: compares images of a batch; --batch-size 2 at least")
     if settings.teacher is not None:
         return settings
-    saved = _saved_as(settings.teacher_checkpoint)
+    saved = saved_as(settings.teacher_checkpoint)
     if saved is None:
         raise InputError("--teacher: needs the name of a timm model; the checkpoint does not tell it")
     name, args = saved
@@ -126,7 +122,7 @@ def header(settings: Inversion, teacher: nn.Module, img_size: Size, labels: Sequ
     assert settings.num_classes is not None
     digits = len(str(settings.num_classes - 1))
     content = dataclasses.asdict(settings) | {
-        "teacher_weights": weights_digest(teacher), "img_size": img_size, "labels": list(labels),
+        "teacher_weights": digest(teacher, ""), "img_size": img_size, "labels": list(labels),
         "classes": [f"{i:0{digits}}" for i in range(settings.num_classes)],
     }  # fmt: skip
     for name in (
@@ -140,13 +136,6 @@ def header(settings: Inversion, teacher: nn.Module, img_size: Size, labels: Sequ
         del content[name]
     versions = {"fastkd": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return json.loads(json.dumps(content | {"versions": versions}))
-
-
-def weights_digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, x in model.state_dict().items():
-        digest.update(name.encode() + x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def open_store(settings: Inversion, wanted: dict[str, Any]) -> Store:
@@ -264,15 +253,3 @@ class Rival:
     def _load(self, paths: list[Path]) -> Tensor:
         images = torch.stack([pil_to_tensor(Image.open(path)) for path in paths]).to(self.mean.device)
         return (images / 255 - self.mean) / self.std
-
-
-def _saved_as(checkpoint: str | None) -> tuple[str, dict[str, Any]] | None:
-    """Return architecture and arguments from the metadata of weights that `fastkd train` has written."""
-    if checkpoint is None or not Path(checkpoint).is_file():
-        return None
-    try:
-        with safe_open(checkpoint, "pt") as file:
-            metadata = file.metadata() or {}
-        return metadata["architecture"], json.loads(metadata["model_args"])
-    except Exception:  # another format; load_weights raises the error
-        return None

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .. import InputError
 from ..options import BadValueError, Size, mapping, near, option, read_size
@@ -70,7 +70,7 @@ class Student:
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
     device: str = option("Device: auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
-    amp: str = option("Mixed precision: none, bf16 or fp16.", "none", metavar="TYPE")
+    amp: Literal["none", "bf16", "fp16"] = option("Mixed precision: none, bf16 or fp16.", "none")
     seed: int = option("Random seed; the same seed gives the same images.", 0, least=0)
 
 

@@ -1,8 +1,9 @@
 """Base of all tasks: the frozen teacher in its own normalisation, one trainable module, the weights of the losses."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain, islice
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from .logits import LogitLoss
 Layers = Sequence[int | str]
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Parts = dict[str, Tensor]
+ROLES = ("student", "teacher")
 
 
 class FeatureLoss(nn.Module):
@@ -35,13 +37,43 @@ class FeatureLoss(nn.Module):
         super().__init__()
         self.student_layers, self.teacher_layers = list(student_layers), list(teacher_layers)
 
-    def watch(self, model: nn.Module, layers: Layers) -> AbstractContextManager[Sequence[Any]]:
+    def watch(self, model: nn.Module, layers: Layers) -> AbstractContextManager[Iterable[Any]]:
         """Return a context manager that captures the layers' values for forward."""
         return capture.tokens(model, layers)
 
     def forward(self, students: list[Any], teachers: list[Any]) -> tuple[Tensor, Parts]:
         """Return the loss and its parts by name, from the values captured in both networks."""
         raise NotImplementedError
+
+
+class Several(FeatureLoss):
+    """The weighted sum of losses between layers, each with its own layers and captured values."""
+
+    name = "layers"
+
+    def __init__(self, parts: Sequence[tuple[FeatureLoss, float]]) -> None:
+        losses = [loss for loss, _ in parts]
+        super().__init__(*([x for loss in losses for x in getattr(loss, f"{role}_layers")] for role in ROLES))
+        self.losses, self.weights = nn.ModuleList(losses), [weight for _, weight in parts]
+
+    @contextmanager
+    def watch(self, model: nn.Module, layers: Layers) -> Iterator[Iterable[Any]]:
+        names = iter(layers)
+        with ExitStack() as stack:
+            own = [stack.enter_context(x.watch(model, list(islice(names, len(x.student_layers))))) for x in self._parts]
+            yield chain.from_iterable(own)
+
+    def forward(self, students: list[Any], teachers: list[Any]) -> tuple[Tensor, Parts]:
+        total, parts, of_students, of_teachers = 0.0, Parts(), iter(students), iter(teachers)
+        for loss, weight in zip(self._parts, self.weights, strict=True):
+            count = len(loss.student_layers)
+            value, terms = loss(list(islice(of_students, count)), list(islice(of_teachers, count)))
+            total, parts = total + weight * value, parts | {f"{loss.name}_loss": value} | terms
+        return cast(Tensor, total), parts
+
+    @property
+    def _parts(self) -> list[FeatureLoss]:
+        return cast(list[FeatureLoss], list(self.losses))
 
 
 class Trainable(nn.Module):

@@ -1,5 +1,6 @@
 """CIKD's first stage: the student's attention maps imitate the teacher's, of q with k and of v with v."""
 
+import math
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class CIKDTask(DistillationTask):
         student_layers: the first and the last block.
         teacher_layers: the first and the code's block of ViT-Small (11th), Base (8th), Large (18th); of another
             teacher, our choice, the one after two thirds of its depth.
-        relation_heads: of the maps; None for the teacher's.
+        relation_heads: of the maps; None for the teacher's, or the next smaller number that divides both widths.
         common: as DistillationTask; by default task_weight=0.
     """
 
@@ -90,7 +91,7 @@ class CIKDTask(DistillationTask):
             raise InputError(f"--student-layers and --teacher-layers must pair up, got {len(own)} and {len(theirs)}")
         heads = []
         for (s_name, s), (t_name, t) in zip(own, theirs, strict=True):
-            heads.append(t.q.shape[1] if relation_heads is None else relation_heads)
+            heads.append(_relation_heads(s, t) if relation_heads is None else relation_heads)
             _check_heads("student", s_name, s, heads[-1])
             _check_heads("teacher", t_name, t, heads[-1])
             if (s.q.shape[0], s.q.shape[2]) != (t.q.shape[0], t.q.shape[2]):
@@ -106,6 +107,12 @@ class CIKDTask(DistillationTask):
 def _patient(teacher: Any) -> list[int]:
     depth = len(capture.attention_layers(teacher))
     return [0, _LAST.get((getattr(teacher, "embed_dim", 0), depth), -(-2 * depth // 3)) - 1]
+
+
+def _relation_heads(s: QKV, t: QKV) -> int:
+    """Return the teacher's number of heads, or the next smaller one that divides the widths of both."""
+    widths = math.gcd(*(x.q.shape[1] * x.q.shape[3] for x in (s, t)))
+    return max(heads for heads in range(1, t.q.shape[1] + 1) if widths % heads == 0)
 
 
 def _check_heads(role: str, name: str, x: QKV, heads: int) -> None:
