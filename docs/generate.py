@@ -143,6 +143,27 @@ HEADLINE = (
 )
 
 
+def anchoring() -> str:
+    """Return the results of `python -m experiments.anchoring`, means over its seeds."""
+    path = RESULTS / "anchoring.json"
+    if not path.exists():
+        return NONE
+    found = json.loads(path.read_text())
+
+    def mean(runs: list[Row], name: str, form: str) -> str:
+        values = [run[name] for run in runs if run[name] is not None]
+        return format(statistics.fmean(values), form) if values else "-"
+
+    lines = [
+        [label, mean(runs, "drift", ".2g"), mean(runs, "explained", ".1%"), mean(runs, "top1", ".1f")]
+        for label, runs in found["rows"].items()
+    ]
+    head = ["network", "difference of patch relations", "variance of ink explained", "top-1 (%)"]
+    seeds = len(next(iter(found["rows"].values())))
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{table(head, lines)}\nMean of {seeds} seed(s) on {found['machine']} ({versions}), {found['date']}.\n"
+
+
 def study() -> str:
     """Return the results of `make study`: every method, and training without distillation, on shares of the digits."""
     path = RESULTS / "study.json"
@@ -484,6 +505,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         demo,
         demo_datafree,
         study,
+        anchoring,
         numbers,
         migrations,
         headline,

@@ -42,6 +42,7 @@ from fastkd.train.inversion.store import Store
 from fastkd.train.inversion.synthesis import normalisation
 from fastkd.train.job import choose_folder
 from fastkd.train.loop import Trainee
+from fastkd.train.options import sides
 from fastkd.train.prepare import prepare
 from fastkd.train.settings import DIGITS, Settings, Stage
 from fastkd.train.tasks import PlainTask
@@ -162,7 +163,7 @@ class AdversarialTask(PlainTask):
     network finds patterns that nobody can read.
     """
 
-    def forward(self, input: Tensor, target: Tensor, *, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:  # noqa: A002
+    def forward(self, input: Tensor, target: Tensor, **known: Any) -> dict[str, Tensor]:  # noqa: A002
         mean, std = normalisation(self.network, input.device)
         images = input * std + mean
         side = input.shape[-1] // FULL.cell
@@ -170,7 +171,7 @@ class AdversarialTask(PlainTask):
         moved = (_moved(images, offset.requires_grad_()) - mean) / std
         (gradient,) = torch.autograd.grad(F.cross_entropy(self.network(moved), target), offset)
         offset = (offset + 1.25 * EPSILON * gradient.sign()).clamp(-EPSILON, EPSILON).detach()
-        return super().forward((_moved(images, offset) - mean) / std, target, teacher_logits=teacher_logits)
+        return super().forward((_moved(images, offset) - mean) / std, target, **known)
 
 
 def _moved(images: Tensor, offset: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ def read(images: Sequence[Image.Image], labels: Sequence[int]) -> float:
 
 
 def _pixels(image: Image.Image) -> Any:
-    side = DIGITS.img_size // FULL.cell if DIGITS.img_size else 0
+    side = sides(DIGITS.img_size or 0)[0] // FULL.cell
     return np.asarray(image.convert("L").resize((side, side), Image.Resampling.BOX)).ravel()
 
 

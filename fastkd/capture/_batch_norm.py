@@ -1,6 +1,7 @@
 """Capture the inputs of BatchNorm layers, or collect their moments while the layers normalise."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
@@ -130,7 +131,8 @@ def bn_inputs(
             logits = teacher(images)
             loss = bn_stat_loss(bn.inputs, bn.running_means, bn.running_vars, moments=bn.moments)
 
-    Put the model in eval mode: in train mode its forward pass moves the statistics towards what they are compared with.
+    Put the model in eval mode: in train mode its forward pass moves the statistics towards what they are compared with,
+    and a warning says so.
 
     Args:
         model: as in tokens. BatchNorm1d to 3d, SyncBatchNorm, timm's BatchNormAct2d and frozen ones are found.
@@ -191,6 +193,12 @@ def _batch_norms(root: nn.Module, layers: Sequence[str] | None, fused: bool) -> 
         )
 
     training = [name for name, module in found.items() if isinstance(module, _BatchNorm) and module.training]
+    if training and not fused:
+        warnings.warn(
+            f"{len(training)} batch norms are in train mode, such as {training[0]}: the forward pass moves the "
+            "statistics that its inputs are compared with; call model.eval()",
+            stacklevel=4,
+        )
     if fused and training:
         raise ValueError(f"{', '.join(training)} are in train mode, and fused=True needs eval mode: call model.eval()")
     return found

@@ -126,9 +126,10 @@ def _prefix_tokens(root: Any, name: str) -> int:
     if "patch_embed" in name.split(".") or _is_before_class_token(root, name):
         return 0
     count = nearest(root, name, "num_prefix_tokens")
-    if count is None and type(root).__module__.startswith("transformers."):
+    home = _transformers_model(root, name)
+    if count is None and home is not None:
         # Its embeddings put these in front of the patches.
-        leading = (p for n, p in root.named_parameters() if n.rsplit(".", 1)[-1] in _HF_TOKENS)
+        leading = (p for n, p in home.named_parameters() if n.rsplit(".", 1)[-1] in _HF_TOKENS)
         return sum(p.shape[-2] if p.dim() > 1 else 1 for p in leading)
     if count is None and any(n.rsplit(".", 1)[-1].startswith(_CLASS_TOKENS) for n, _ in root.named_parameters()):
         raise ValueError(
@@ -136,6 +137,13 @@ def _prefix_tokens(root: Any, name: str) -> int:
             "pass prefix='keep' or the number to drop"
         )
     return int(count or 0)
+
+
+def _transformers_model(root: nn.Module, name: str) -> nn.Module | None:
+    """Return the outermost module of transformers around `name`: the model, or one inside the user's own."""
+    parts = name.split(".")
+    around = (root.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1))
+    return next((module for module in around if type(module).__module__.startswith("transformers.")), None)
 
 
 def _is_before_class_token(root: Any, name: str) -> bool:

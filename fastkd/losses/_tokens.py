@@ -9,11 +9,25 @@ from fastkd.ops import _checks as check
 from fastkd.ops._autograd import savable
 
 
-def grid_side(name: str, N: int) -> int:
-    side = math.isqrt(N)
-    if side * side != N:
-        raise ValueError(f"{name} must hold a square grid of tokens, without class or register tokens, got N = {N}")
-    return side
+def token_grid(name: str, N: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Return (h, w) of N tokens; without a grid they must be a square."""
+    if grid is None:
+        side = math.isqrt(N)
+        if side * side != N:
+            raise ValueError(
+                f"{name} must hold a square grid of tokens, without class or register tokens, got N = {N}; of another "
+                "shape, give grid=(h, w)"
+            )
+        return side, side
+    check.sequence("grid", grid, "two ints (h, w)")
+    if len(grid) != 2:
+        raise ValueError(f"grid must be (h, w), got {tuple(grid)}")
+    for letter, x in zip("hw", grid, strict=True):
+        check.positive_int(f"{letter} of grid", x)
+    h, w = grid
+    if h * w != N:
+        raise ValueError(f"grid ({h}, {w}) has {h * w} tokens, {name} has {N}")
+    return h, w
 
 
 def check_tokens(name: str, x: Tensor, shape: tuple[int | None, ...], wanted: str) -> None:

@@ -1,11 +1,13 @@
 """DearKD, first stage: early features of a CNN."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.losses._tokens import check_tokens, grid_side, squared_error
+from fastkd.losses._tokens import check_tokens, squared_error, token_grid
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import savable
 
@@ -46,20 +48,28 @@ class EarlyDistillationLoss(nn.Module):
             for Ds, C in zip(self.student_dims, self.teacher_dims, strict=True)
         )
 
-    def forward(self, students: Tensor | Sequence[Tensor], teachers: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        students: Tensor | Sequence[Tensor],
+        teachers: Tensor | Sequence[Tensor],
+        *,
+        grid: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+    ) -> Tensor:
         """The sum over layers of the element means.
 
         Args:
-            students: per layer patch tokens (B, N, Ds), row-major on a square grid; one tensor for one layer.
+            students: per layer patch tokens (B, N, Ds), row-major on their grid; one tensor for one layer.
             teachers: per layer the CNN's map (B, C, h, w) of the same images. Constants.
+            grid: (h, w) of the students' tokens, or one per layer; None for the grid whose shape is nearest to
+                the teacher's map.
 
         Returns:
             Scalar, float32 (float64 if an input is).
 
         Raises:
             TypeError: not floating-point tensors.
-            ValueError: another number of layers, shapes that do not fit or are empty, N that is no square, devices that
-                differ, a teacher that requires a gradient.
+            ValueError: another number of layers, shapes that do not fit or are empty, N that is no such grid, devices
+                that differ, a teacher that requires a gradient.
         """
         students, teachers = check.layers("students", students), check.layers("teachers", teachers)
         layers = len(self.aligners)
@@ -67,6 +77,7 @@ class EarlyDistillationLoss(nn.Module):
             raise ValueError(
                 f"students and teachers must have {layers} layers each, got {len(students)} and {len(teachers)}"
             )
+        grids = _grids(grid, layers)
         terms = []
         for i, (aligner, s, t) in enumerate(zip(self.aligners, students, teachers, strict=True)):
             Ds, C = self.student_dims[i], self.teacher_dims[i]
@@ -75,9 +86,35 @@ class EarlyDistillationLoss(nn.Module):
             check_tokens(f"teachers[{i}]", t, (B, C, None, None), f"({B}, {C}, h, w)")
             check.same_device(**{f"students[{i}]": s, f"teachers[{i}]": t})
             check.constant(f"teachers[{i}]", t)
-            side = grid_side(f"students[{i}]", N)
-            x = aligner(savable(s).to(next(aligner.parameters()).dtype)).mT.reshape(B, C, side, side)
-            if t.shape[2:] != (side, side):
+            h, w = token_grid(f"students[{i}]", N, grids[i] or _shaped_as(t.shape[2], t.shape[3], N))
+            x = aligner(savable(s).to(next(aligner.parameters()).dtype)).mT.reshape(B, C, h, w)
+            if t.shape[2:] != (h, w):
                 x = nn.functional.interpolate(x, t.shape[2:], mode="bilinear", align_corners=False)
             terms.append(squared_error(x, t, "mean"))
         return torch.stack(terms).sum()
+
+
+def _grids(grid: Any, layers: int) -> list[tuple[int, int] | None]:
+    """Return the grid of each layer, from one for all of them or a list of grids."""
+    if grid is None:
+        return [None] * layers
+    check.sequence("grid", grid, "two ints (h, w), or of one such pair per layer")
+    if grid and all(isinstance(x, int) for x in grid):
+        return [grid] * layers
+    if len(grid) != layers:
+        raise ValueError(f"grid must be (h, w) or a list of one per layer, got {grid!r} for {layers} layers")
+    return list(grid)
+
+
+def _shaped_as(h: int, w: int, N: int) -> tuple[int, int] | None:
+    """Return the grid of N tokens whose shape is nearest to h x w, at most 1.5 times wider or narrower.
+
+    None, a square, for a square map (56 tokens on it would be 7 x 8 or 8 x 7), and if no grid is near a map that is at
+    most three times as long as wide. A longer map returns its own grid, which does not have N tokens and is refused.
+    """
+    low = [(a, N // a) for a in range(1, math.isqrt(N) + 1) if N % a == 0]
+    errors = {(a, b): abs(math.log(b * h / (a * w))) for a, b in [*low, *((b, a) for a, b in low)]}
+    best = min(errors, key=errors.__getitem__)
+    if h != w and errors[best] < math.log(1.5):
+        return best
+    return None if max(h, w) <= 3 * min(h, w) else (h, w)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastkd.losses._tokens import check_tokens, grid_side, squared_error
+from fastkd.losses._tokens import check_tokens, squared_error, token_grid
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import savable
 
@@ -77,15 +77,17 @@ class ViTKDLoss(nn.Module):
         high_teacher: Tensor,
         mask: Tensor | None = None,
         *,
+        grid: tuple[int, int] | None = None,
         generator: torch.Generator | None = None,
         return_terms: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The loss; patch tokens only, row-major on a square grid.
+        """The loss; patch tokens only, row-major on their grid.
 
         Args:
             low_student, low_teacher: (B, 2, N, Ds), (B, 2, N, Dt) tokens after the first two blocks.
             high_student, high_teacher: (B, N, Ds), (B, N, Dt) tokens after the final norm.
             mask: (B, N), nonzero = masked; drawn if None. On the device of the tokens, or moved there.
+            grid: (h, w) of the tokens; None for a square.
             generator: source of the draw (not under torch.compile); torch's default generator if None.
             return_terms: also give the two weighted terms (mimicking, generation).
 
@@ -94,8 +96,8 @@ class ViTKDLoss(nn.Module):
 
         Raises:
             TypeError: not floating-point tensors, a mask that is no tensor, a generator that is none.
-            ValueError: shapes that do not fit or are empty, N that is no square, devices that differ, a teacher that
-                requires a gradient.
+            ValueError: shapes that do not fit or are empty, N that is not the grid (None: no square), devices that
+                differ, a teacher that requires a gradient.
         """
         check_tokens("high_student", high_student, (None, None, self.student_dim), f"(B, N, {self.student_dim})")
         check.source(generator)
@@ -110,7 +112,7 @@ class ViTKDLoss(nn.Module):
         )
         check.constant("low_teacher", low_teacher)
         check.constant("high_teacher", high_teacher)
-        side = grid_side("high_student", N)
+        h, w = token_grid("high_student", N, grid)
         if mask is None:
             mask = self.draw_mask(B, N, generator=generator)
         elif not isinstance(mask, Tensor):
@@ -128,7 +130,7 @@ class ViTKDLoss(nn.Module):
             ]
         ).sum()
         x = torch.where(masked, self.mask_token, self.align(high_student.to(dtype)))
-        x = x.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # channels-last as it is, which convolutions take
+        x = x.unflatten(1, (h, w)).permute(0, 3, 1, 2)  # channels-last as it is, which convolutions take
         x = self.generation(x).flatten(2).mT
         generate = squared_error(x.masked_fill(~masked, 0), high_teacher.masked_fill(~masked, 0), "sum")
         # Divided by λ, not by the share that was really masked.

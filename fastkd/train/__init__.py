@@ -1,5 +1,8 @@
 """The thin trainer on timm: tasks for any loop, and the command `fastkd train`."""
 
+import os
+import sys
+
 
 class RunError(Exception):
     """An error that ends a run with a one-line message. If all processes raise it together, one of them prints it."""
@@ -32,3 +35,9 @@ class InterruptedRun(RunError):  # noqa: N818  this is not an error
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def tell(text: str) -> None:
+    """Print a line to stderr, from the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)

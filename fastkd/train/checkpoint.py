@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -117,15 +117,31 @@ def read(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     return weights, torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 
-def write_weights(path: Path, model: nn.Module, name: str, args: dict[str, Any]) -> None:
-    """Write weights for timm.create_model(name, checkpoint_path=path, **args), with name and args in the metadata."""
-    write_tensors(path, weights_of(model), name, args)
+def write_weights(
+    path: Path, model: nn.Module, name: str, args: dict[str, Any], classes: Sequence[str] | None = None
+) -> None:
+    """Write weights for timm.create_model(name, checkpoint_path=path, **args), with name and args in the metadata.
+
+    The metadata also has the names of the classes in the order of the logits. Equal content gives equal bytes.
+    """
+    write_tensors(path, weights_of(model), name, args, classes)
 
 
-def write_tensors(path: Path, tensors: Tensors, name: str, args: dict[str, Any]) -> None:
-    content = save(tensors, {"format": "pt", "architecture": name, "model_args": json.dumps(args)})
+def write_tensors(
+    path: Path, tensors: Tensors, name: str, args: dict[str, Any], classes: Sequence[str] | None = None
+) -> None:
+    about = {"format": "pt", "architecture": name, "model_args": json.dumps(args)}
+    content = _in_order(save(tensors, about | ({} if classes is None else {"classes": json.dumps(classes)})))
     with replacing(path) as partial:
         partial.write_bytes(content)
+
+
+def _in_order(content: bytes) -> bytes:
+    """Return the safetensors file with a sorted header; safetensors writes the metadata in random order."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)  # data begin at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def saved_as(checkpoint: str | Path | None) -> tuple[str, dict[str, Any]] | None:

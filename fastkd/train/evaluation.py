@@ -18,7 +18,7 @@ from .data import Data, Images, create_loaders, find_unreadable, leave_out, size
 from .evaluate import evaluate
 from .loop import AMP_DTYPES
 from .networks import Opening, network_parser, sources, split
-from .options import option
+from .options import Size, option
 from .parser import Parser
 from .prepare import choose_device
 from .report import write_json
@@ -105,7 +105,8 @@ def measure(
 
     device = next(network.parameters()).device
     loader = create_loaders(
-        data._replace(train=data.val), network, img_size=cast(int, settings.img_size), augment=False, device=device,
+        data._replace(train=data.val), network, img_size=cast(Size, settings.img_size), augment=False, device=device,
+        upright=settings.exif,
         batch_size=min(settings.batch_size, size_of(data.val)), workers=settings.workers, seed=settings.seed,
     )[1]  # fmt: skip
     autocast = torch.autocast(device.type, AMP_DTYPES[settings.amp], enabled=settings.amp != "none")

@@ -16,7 +16,7 @@ from . import InputError
 from .checkpoint import replacing
 from .models import first_line, pretrained_cfg
 from .networks import Opening, Source, network_parser, sources, split
-from .options import option
+from .options import option, sides
 from .parser import Parser
 
 EXPORT = """Write a network in formats that other programs load; each is loaded again and compared on a batch.
@@ -58,9 +58,10 @@ def run(given: dict[str, Any]) -> None:
     settings = source.settings(given)
     network = source.load(settings)
     size, cfg = source.size(settings, network), pretrained_cfg(network)
-    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, 3, *sides(size), generator=torch.Generator().manual_seed(0))
     print(f"network       {source.model}{f' from {source.file}' if source.file else ''}")
-    print(f"input         (batch, 3, {size}, {size}), normalised by mean {cfg['mean']}, std {cfg['std']}")
+    height, width = sides(size)
+    print(f"input         (batch, 3, {height}, {width}), normalised by mean {cfg['mean']}, std {cfg['std']}")
     writers = {"onnx": _onnx, "torch_export": _program, "hf": _folder}
     for flag, path in wanted.items():
         try:

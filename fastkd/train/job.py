@@ -25,15 +25,15 @@ from . import DataError, DivergedError, InputError, checkpoint, ranks, report
 from .evaluate import not_finite
 from .loop import Trainee
 from .models import pretrained_cfg
-from .prepare import Setup, choose_device, fingerprint, prepare
+from .prepare import Setup, choose_device, class_order_note, fingerprint, prepare
 from .report import Row
 from .settings import Settings, anchored, differences, plain, read_settings, stages, write_settings
 
 CHECKPOINTS = "checkpoints"
-CONFIG = "config.yaml"
+CONFIG, CLASSES = "config.yaml", "classes.txt"
 EVENTS = "tensorboard"
 FILES = (
-    "config.json", CONFIG, "log.csv", "curve.png", "teacher.safetensors", "student.safetensors",
+    "config.json", CONFIG, CLASSES, "log.csv", "curve.png", "teacher.safetensors", "student.safetensors",
     "student_ema.safetensors", "student_alone.safetensors", "student_alone_ema.safetensors",
     "student_best.safetensors", "student_ema_best.safetensors", "student_alone_best.safetensors",
     "student_alone_ema_best.safetensors", "summary.json",
@@ -140,8 +140,10 @@ def check_out(settings: Settings, resume: bool) -> None:
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file, not a folder")
-    if settings.teacher_checkpoint and Path(settings.teacher_checkpoint).resolve().parent == out.resolve():
-        raise InputError(f"--out: {out} holds the --teacher-checkpoint, which the run would replace; name another")
+    for role in ("teacher", "student"):
+        given = getattr(settings, f"{role}_checkpoint")
+        if given and Path(given).resolve().parent == out.resolve():
+            raise InputError(f"--out: {out} holds the --{role}-checkpoint, which the run would replace; name another")
     finished = (out / "summary.json").exists()
     if resume and finished:
         raise InputError(f"--resume: the run in {settings.out} is finished")
@@ -185,6 +187,7 @@ def start_folder(out: Path, config: dict[str, Any], settings: Settings) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
         with checkpoint.replacing(out / CONFIG) as partial:  # config.json, the sign of a run, comes last
             write_settings(partial, settings)
+        (out / CLASSES).write_text("".join(f"{name}\n" for name in config["classes"]), encoding="utf-8")
         report.write_json(out / "config.json", config)
     except OSError as error:
         raise InputError(f"--out: {out} cannot be written: {error.strerror}") from error
@@ -217,8 +220,8 @@ def describe(setup: Setup) -> dict[str, Any]:
 def cache_key(setup: Setup) -> str:
     """Return what cached logits depend on besides the weights; names and sizes do not tell datasets apart."""
     settings, transform = setup.settings, setup.students[-1].loaders[0].images.transform
-    source = settings.data, settings.data_root, settings.train_split, fingerprint(setup.data), repr(transform)
-    return json.dumps(source)
+    source = [settings.data, settings.data_root, settings.train_split, fingerprint(setup.data), repr(transform)]
+    return json.dumps([*source, settings.exif, settings.seed if settings.augment else None])
 
 
 def machine(setup: Setup) -> str:
@@ -329,10 +332,11 @@ class Run:
         last, keep = self.rows[-1], self.setup.settings.keep
         own = [row for row in self.rows if row["network"] == last["network"]]
         ranking = [row["epoch"] for row in sorted(own, key=lambda row: -row[key])]  # equal ones in their order
+        about = self.setup.settings.student, self.setup.nets.student_args, self.setup.data.classes
         paths = {file: True, file.with_stem(f"{file.stem}_best"): ranking[0] == last["epoch"]}
         paths[file.with_stem(f"{file.stem}_epoch{last['epoch']}")] = last["epoch"] in ranking[:keep]
         for path in (path for path, wanted in paths.items() if wanted):
-            checkpoint.write_tensors(path, weights, self.setup.settings.student, self.setup.nets.student_args)
+            checkpoint.write_tensors(path, weights, *about)
         for epoch in ranking[keep:]:
             file.with_stem(f"{file.stem}_epoch{epoch}").unlink(missing_ok=True)
 
@@ -348,6 +352,8 @@ class Run:
             self.teacher_top1 = next(row["top1"] for row in reversed(self.rows) if row["network"] == teacher.label)
         elif not new_head(setup) and self.teacher_top1 is None:
             self.teacher_top1 = teacher.evaluate()["top1"]
+            if (note := class_order_note(setup, self.teacher_top1)) and self.main:
+                tqdm.write(note)
         if setup.cache is not None:
             loader = setup.students[-1].loaders[0]
             setup.cache.fill(setup.nets.teacher, setup.nets.student, loader, cache_key(setup))
@@ -370,8 +376,8 @@ class Run:
         if self.main:
             state |= {"rows": self.rows, "teacher_top1": self.teacher_top1}
             if place.entry == self.first_student and setup.teacher is not None and setup.teacher.epochs:
-                name, args = str(setup.settings.teacher), setup.nets.teacher_args
-                checkpoint.write_weights(self.out / "teacher.safetensors", setup.teacher.network, name, args)
+                about = str(setup.settings.teacher), setup.nets.teacher_args, setup.data.classes
+                checkpoint.write_weights(self.out / "teacher.safetensors", setup.teacher.network, *about)
             checkpoint.write(self.out / CHECKPOINTS, place.name, weights, state)
 
     def _load(self) -> Place:
@@ -405,6 +411,8 @@ def full_disk(out: Path) -> Iterator[None]:
 def new_head(setup: Setup) -> bool:
     """Return whether top-1 of the teacher is meaningless: it has other classes, or a new, untrained head."""
     teacher = setup.nets.teacher
+    if setup.settings.teacher == "self":  # as the student, whose head may be new
+        return True
     if teacher is not None and setup.nets.teacher_args["num_classes"] != len(setup.data.classes):
         return True
     return (

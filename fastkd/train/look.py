@@ -73,6 +73,8 @@ def run(given: dict[str, Any]) -> None:
     device = choose_device(settings[0])
     networks = [source.load(options, device) for source, options in zip(found, settings, strict=True)]
     size = found[0].size(settings[0], networks[0])
+    if isinstance(size, tuple):
+        raise InputError(f"--img-size: square images are drawn, got {size[0]} x {size[1]} px")
     pixels = torch.stack([_pixels(image, size) for image in pictures(own, found[0], settings[0])]).to(device)
     columns = {}
     for source, network in zip(found, networks, strict=True):

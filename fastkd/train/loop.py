@@ -46,7 +46,7 @@ class Trainee:
         val_loader: loader of the validation images.
         num_classes: number of classes of mixed labels.
         clock: clock that the tasks use, if they have a distillation loss.
-        teacher_logits: function from image indices to the teacher's logits, if they are cached.
+        cached: function from an epoch and image indices to cached keyword arguments of the task.
         told: names of unreadable images already reported, in a dictionary that the networks of a run share.
     """
 
@@ -65,13 +65,13 @@ class Trainee:
         ranks: Ranks = ALONE,
         ema: float | None = None,
         clock: LossClock | None = None,
-        teacher_logits: Callable[[list[int]], Tensor] | None = None,
+        cached: Callable[[int, list[int]], dict[str, Any]] | None = None,
         told: dict[str, None] | None = None,
     ) -> None:
         self.label, self.network, self.stages, self.create_task = label, network, stages, create_task
         self.loaders, self.val_loader = loaders, val_loader
         self.settings, self.device, self.ranks, self.clock = settings, device, ranks, clock
-        self.teacher_logits = teacher_logits
+        self.cached = cached
         self.told = {} if told is None else told
         self.epochs = sum(stage.epochs for stage in stages)
         self.before = [0, *accumulate(self.steps(epoch) for epoch in range(self.epochs))]
@@ -235,12 +235,12 @@ class Trainee:
         group = [self._mixed(images, targets) for images, targets in group]
         self.optimizer.zero_grad()
         for number, (images, targets) in enumerate(group):
-            known: dict[str, Tensor] = {}
-            if self.teacher_logits is not None:
+            known: dict[str, Any] = {}
+            if self.cached is not None:
                 batches = self.loaders[self.stage].batches
                 assert batches is not None
                 indices = batches.indices(epoch, step * self.settings.accumulate + number)
-                known["teacher_logits"] = self.teacher_logits(indices)
+                known = self.cached(epoch, indices)
             last = number + 1 == len(group)
             with nullcontext() if last else self.task.no_sync():
                 with self.autocast:

@@ -17,7 +17,7 @@ from .checkpoint import saved_as
 from .data import Data, open_data
 from .job import CONFIG, FILE_OF, saved_settings
 from .models import create_model, input_size, load_weights
-from .options import near, option
+from .options import Size, near, option, read_size
 from .parser import Parser, add_options
 from .settings import FOLDER, Settings
 
@@ -85,6 +85,7 @@ class Source(NamedTuple):
         """
         splits = options.val_split, options.val_split
         more: dict[str, Any] = {"root": options.data_root, "splits": splits, "num_classes": options.num_classes}
+        more["class_map"] = options.class_map
         data = open_data(options.data, None if whole else options.val_fraction, **more)
         classes = self.config.get("classes", data.classes)
         if classes != data.classes:
@@ -92,9 +93,13 @@ class Source(NamedTuple):
             raise InputError(f"--data: the classes of {options.data} are not the run's: {differing}")
         return data
 
-    def size(self, options: Settings, network: nn.Module) -> int:
-        """Return the side of the images in pixels."""
-        return int(options.img_size or self.config.get("img_size") or input_size(network))
+    def size(self, options: Settings, network: nn.Module) -> Size:
+        """Return the size of the images in pixels."""
+        return self.given_size(options) or input_size(network)
+
+    def given_size(self, options: Settings) -> Size | None:
+        """Return the size that the options or the run have."""
+        return options.img_size or read_size(self.config.get("img_size"))
 
     def load(self, options: Settings, device: torch.device | None = None) -> nn.Module:
         """Return the network with its weights, frozen and in eval mode.
@@ -104,7 +109,7 @@ class Source(NamedTuple):
         """
         own = getattr(get_pretrained_cfg(self.model, allow_unregistered=True), "num_classes", None)
         classes = self.args.get("num_classes") or options.num_classes or own or 1000
-        size: dict[str, Any] = {"num_classes": classes, "img_size": options.img_size or self.config.get("img_size")}
+        size: dict[str, Any] = {"num_classes": classes, "img_size": self.given_size(options)}
         try:
             network, _ = create_model("model", self.model, self.args, pretrained=self.file is None, **size)
             if self.file is not None:

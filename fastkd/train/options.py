@@ -51,6 +51,33 @@ def names(value: Any) -> tuple[str, ...] | None:
     return None if value is None else tuple(value)
 
 
+Size = int | tuple[int, int]  # side of square images, or (height, width), in pixels
+
+
+def as_size(value: Any) -> Size:
+    """Return the size of images from a number, a text HEIGHTxWIDTH or a pair."""
+    parts = (
+        value.lower().split("x") if isinstance(value, str) else value if isinstance(value, tuple | list) else [value]
+    )
+    if not 1 <= len(parts) <= 2 or not all(str(x).isdecimal() and int(x) > 0 for x in parts):
+        raise BadValueError(f"needs a whole number at least 1, or HEIGHTxWIDTH, got {value!r}")
+    height, width = int(parts[0]), int(parts[-1])
+    return height if height == width else (height, width)
+
+
+def read_size(value: Any) -> Size | None:
+    return None if value is None else as_size(value)
+
+
+def sides(img_size: Size) -> tuple[int, int]:
+    """(height, width)"""
+    return (img_size, img_size) if isinstance(img_size, int) else img_size
+
+
+def pixels(img_size: Size) -> str:
+    return "x".join(map(str, img_size)) if isinstance(img_size, tuple) else str(img_size)
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """Return a dictionary from a mapping, a text KEY=VALUE, or a list of these."""
     found: dict[str, Any] = {}

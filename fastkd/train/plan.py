@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .data import size_of
 from .loop import Trainee
+from .options import sides
 from .prepare import Setup, prepare
 from .settings import Settings, stages
 
@@ -25,7 +26,7 @@ def plan(settings: Settings) -> str:
     setup = prepare(settings)
     student, nets = setup.students[-1], setup.nets
     counts = f"{size_of(setup.data.train):,} training, {size_of(setup.data.val):,} validation"
-    size = f"(3, {nets.img_size}, {nets.img_size})"
+    size = (3, *sides(nets.img_size))
     lines = [
         f"data        {settings.data}: {counts} images, {len(setup.data.classes)} classes",
         f"input       {size}, {_normalisation(nets.student)}",
@@ -34,6 +35,7 @@ def plan(settings: Settings) -> str:
     ]
     if nets.teacher is not None:
         source = "trained first" if settings.teacher_epochs else settings.teacher_checkpoint or "pretrained"
+        source = "the student as it starts" if settings.teacher == "self" else source
         lines.append(f"teacher     {settings.teacher}, {_count(nets.teacher)}, {source}")
         lines.append(f"            {_normalisation(nets.teacher)}")
     lines += [f"skipped     {fault}" for fault in setup.skipped]
@@ -142,7 +144,7 @@ def _saved_bytes(setup: Setup, trainee: Trainee, task: TrainingTask, batch: int)
 
 
 def _blank(setup: Setup, batch: int) -> Tensor:
-    return torch.zeros(batch, 3, setup.nets.img_size, setup.nets.img_size, device=setup.device)
+    return torch.zeros(batch, 3, *sides(setup.nets.img_size), device=setup.device)
 
 
 def _bytes(model: nn.Module | None) -> int:

@@ -5,15 +5,16 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from timm.task import TrainingTask
-from torch import Tensor, nn
+from torch import nn
 
-from . import InputError, ranks
+from . import InputError, ranks, tell
 from .clock import LossClock
 from .data import (
     Data,
@@ -21,6 +22,7 @@ from .data import (
     create_loaders,
     find_unreadable,
     leave_out,
+    listed,
     open_data,
     seed_all,
     shards,
@@ -28,12 +30,13 @@ from .data import (
     take_share,
 )
 from .loop import Trainee
-from .models import check_one_image, create_model, load_weights, pretrained_cfg
+from .models import check_one_image, create_model, layers_of, load_weights, pretrained_cfg, uncovered
+from .options import Size, as_size, pixels
 from .ranks import ALONE, Ranks
 from .settings import STAGE_KINDS, Settings, Stage, stages
 from .sharding import shard
 from .targets import criterion
-from .tasks import create_task, methods
+from .tasks import FeatureLoss, create_task, methods
 from .teacher_cache import TeacherCache
 
 
@@ -44,7 +47,7 @@ class Networks(NamedTuple):
     teacher_args: dict[str, Any]
     student: nn.Module
     student_args: dict[str, Any]
-    img_size: int
+    img_size: Size
 
 
 class Setup(NamedTuple):
@@ -71,6 +74,8 @@ def prepare(settings: Settings) -> Setup:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     own, device = ranks.join(choose_device(settings), settings.workers)
     data, nets = own.together(lambda: open_inputs(settings, device, own))
+    for note in data.notes:
+        tell(f"--data: {note}")
     if own.world > 1:
         prints = own.each(fingerprint(data))
         own.together(lambda: check_alike(prints))
@@ -89,6 +94,7 @@ def open_inputs(settings: Settings, device: torch.device, own: Ranks) -> tuple[D
         root=settings.data_root,
         splits=(settings.train_split, settings.val_split),
         num_classes=settings.num_classes,
+        class_map=settings.class_map,
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
@@ -109,8 +115,9 @@ def build(
         if trainee is not None and any(stage.epochs > 0 and stage.batch_size == 1 for stage in trainee.stages):
             check_one_image(trainee.label, trainee.network, nets.img_size)
     tasks = check_stages(students[-1])
-    if cache is not None and any(getattr(task, "matched", []) for task in tasks):
-        raise InputError("--teacher-cache: holds logits, but the task compares layers; it needs the teacher itself")
+    if cache is not None:
+        plan_cache(settings, cache, nets, tasks)
+        tell(cache.described())
     return Setup(settings, data, device, own, nets, teacher, students, tasks, cache, skipped)
 
 
@@ -123,7 +130,9 @@ def check_settings(settings: Settings) -> None:
     if wants_teacher(settings):
         if settings.teacher is None:
             raise InputError("--teacher: a folder of images needs the name of a timm model to learn from")
-        if settings.teacher_epochs < 1 and not settings.teacher_pretrained and settings.teacher_checkpoint is None:
+        if settings.teacher == "self":
+            check_self(settings)
+        elif settings.teacher_epochs < 1 and not settings.teacher_pretrained and settings.teacher_checkpoint is None:
             raise InputError(
                 f"--teacher: {settings.teacher} is untrained; give --teacher-checkpoint FILE, --teacher-pretrained, or "
                 "--teacher-epochs N to train it here first"
@@ -134,12 +143,21 @@ def check_settings(settings: Settings) -> None:
     if settings.shard and (settings.ema is not None or settings.compile):
         raise InputError("--shard: works neither with --ema nor with --compile")
     own_images = any(stage.augment_args is not None for stage in settings.stages)
-    changing = settings.augment or settings.mixup or settings.cutmix or settings.erase or own_images
+    changing = settings.mixup or settings.cutmix or settings.erase or own_images or settings.aug_repeats > 1
     if settings.teacher_cache is not None and changing:
         raise InputError(
-            "--teacher-cache: needs the same images in every epoch: --no-augment, without --mixup, --cutmix, "
-            "--erase and a stage's own augment_args"
+            "--teacher-cache: needs images that depend on epoch and index alone, without --mixup, --cutmix, --erase, "
+            "--aug-repeats and a stage's own augment_args"
         )
+
+
+def check_self(settings: Settings) -> None:
+    if settings.teacher_epochs or settings.teacher_checkpoint or settings.teacher_pretrained or settings.teacher_args:
+        raise InputError("--teacher: self is a copy of the student, without weights, arguments or epochs of its own")
+    if not settings.student_pretrained and settings.student_checkpoint is None:
+        raise InputError("--teacher: self needs a trained student; give --student-pretrained or --student-checkpoint")
+    if settings.shard and any(stage.options.get("refresh") for stage in stages(settings)):
+        raise InputError("--shard: does not work with refresh of gram, which copies whole weights")
 
 
 def check_stage(stage: Stage) -> None:
@@ -180,11 +198,16 @@ def create_networks(settings: Settings, num_classes: int, device: torch.device) 
     """Return both models, checked against each other, and the image size."""
     seed_all(settings.seed)
     student, student_args = create_model(
-        "student", settings.student, settings.student_args, num_classes=num_classes, img_size=settings.img_size
-    )
-    img_size = settings.img_size or pretrained_cfg(student)["input_size"][-1]
+        "student", settings.student, settings.student_args, num_classes=num_classes, img_size=settings.img_size,
+        pretrained=settings.student_pretrained,
+    )  # fmt: skip
+    if settings.student_checkpoint is not None:
+        load_weights("student", student, settings.student, settings.student_checkpoint, new_head=True)
+    img_size = settings.img_size or as_size(pretrained_cfg(student)["input_size"][1:])
     teacher, teacher_args = None, dict[str, Any]()
-    if settings.teacher is not None:
+    if settings.teacher == "self":
+        teacher, teacher_args = copy.deepcopy(student).to(device), student_args
+    elif settings.teacher is not None:
         teacher, teacher_args = create_model(
             "teacher", settings.teacher, settings.teacher_args, num_classes=num_classes, img_size=img_size,
             pretrained=settings.teacher_pretrained,
@@ -193,6 +216,9 @@ def create_networks(settings: Settings, num_classes: int, device: torch.device) 
         if settings.teacher_checkpoint is not None:
             load_weights("teacher", teacher, settings.teacher, settings.teacher_checkpoint)
         teacher = teacher.to(device)
+    for role, model in (("student", student), ("teacher", teacher)):
+        if (lost := uncovered(model, img_size)) is not None:
+            tell(f"--img-size: {lost} of the {role}")
     if settings.channels_last:
         student = student.to(memory_format=torch.channels_last)
         if teacher is not None:
@@ -200,10 +226,10 @@ def create_networks(settings: Settings, num_classes: int, device: torch.device) 
     return Networks(teacher, teacher_args, student.to(device), student_args, img_size)
 
 
-def check_teacher(settings: Settings, teacher: nn.Module, num_classes: int, img_size: int) -> None:
+def check_teacher(settings: Settings, teacher: nn.Module, num_classes: int, img_size: Size) -> None:
     """Check that the teacher's size and classes are those of the run, or that the user chose others for its weights."""
     cfg, own = pretrained_cfg(teacher), cast(int, teacher.num_classes)
-    size, classes = cfg["input_size"][-1], cfg["num_classes"]
+    size, classes = as_size(cfg["input_size"][1:]), cfg["num_classes"]
     if settings.teacher_epochs > 0 and own != num_classes:
         raise InputError(
             f"--teacher-arg: num_classes={own} cannot be trained on the {num_classes} classes of the data; "
@@ -211,9 +237,10 @@ def check_teacher(settings: Settings, teacher: nn.Module, num_classes: int, img_
         )
     trained = settings.teacher_pretrained or settings.teacher_checkpoint is not None
     if trained and settings.img_size is None and size != img_size:
+        theirs, ours = pixels(size), pixels(img_size)
         raise InputError(
-            f"--img-size: the teacher {settings.teacher} was made for {size} px, the student for {img_size}; "
-            f"both see the same images: give --img-size {size}, or --img-size {img_size} to have the teacher there too"
+            f"--img-size: the teacher {settings.teacher} was made for {theirs} px, the student for {ours}; both see "
+            f"the same images: give --img-size {theirs}, or --img-size {ours} to have the teacher there too"
         )
     new_head = settings.teacher_pretrained and settings.teacher_checkpoint is None and classes != own
     if new_head and settings.teacher_epochs < 1 and any(uses_logits(stage) for stage in stages(settings)):
@@ -241,7 +268,27 @@ def open_cache(settings: Settings, data: Data, nets: Networks, device: torch.dev
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if settings.teacher_epochs > 0 and not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise InputError(f"--teacher-cache: {folder} needs a folder that can be written, got {nearest}")
-    return TeacherCache(folder, own)
+    epochs = sum(stage.epochs for stage in stages(settings)) if settings.augment else 1
+    classes = nets.teacher_args["num_classes"]
+    return TeacherCache(folder, own, (epochs, size_of(data.train)), classes, settings.teacher_cache_top)
+
+
+def plan_cache(settings: Settings, cache: TeacherCache, nets: Networks, tasks: list[TrainingTask]) -> None:
+    """Give the cache the layers that the tasks compare, and check that it can hold them.
+
+    Raises:
+        InputError: what the tasks need cannot be cached, or the disk has no room for it.
+    """
+    compared: list[Any] = [task.trainable.features for task in tasks if getattr(task, "matched", [])]
+    for features in compared:
+        if settings.augment:
+            raise InputError("--teacher-cache: the tokens of layers are cached for equal images only: --no-augment")
+        if type(features).watch is not FeatureLoss.watch or features.name == "gram":
+            raise InputError(f"--teacher-cache: holds logits and tokens; {features.name} needs the teacher itself")
+    names = dict.fromkeys(name for features in compared for name in features.teacher_layers)
+    if names and nets.teacher is not None:
+        cache.layers = layers_of("teacher", nets.teacher, list(names), nets.img_size)
+    cache.check_room()
 
 
 def create_trainees(
@@ -250,7 +297,7 @@ def create_trainees(
     """Return the trainee of the teacher and those of one or two copies of the student."""
     loading: dict[str, Any] = {
         "img_size": nets.img_size, "augment": settings.augment, "workers": settings.workers, "device": device,
-        "ranks": own, "seed": settings.seed,
+        "ranks": own, "seed": settings.seed, "upright": settings.exif,
     }  # fmt: skip
     loss = criterion(settings.mixup > 0 or settings.cutmix > 0, settings.smoothing)
 
@@ -303,14 +350,12 @@ def create_trainees(
         alone = tuple(dataclasses.replace(stage, task="none", options={}) for stage in plan)
         copied = copy.deepcopy(nets.student)
         students.append(Trainee("student alone", copied, alone, plain, *loaders, settings, ema=settings.ema, **common))
-    logits: Callable[[list[int]], Tensor] | None = None
-    if cache is not None:
-        logits = lambda indices: cache.rows(indices).to(device)  # noqa: E731
+    cached = None if cache is None else partial(cache.known, device=device)
     clock = LossClock()
     students.append(
         Trainee(
             "student distilled", nets.student, plan, task_for(nets.teacher, clock), *loaders, settings,
-            ema=settings.ema, clock=clock, teacher_logits=logits, **common,
+            ema=settings.ema, clock=clock, cached=cached, **common,
         )
     )  # fmt: skip
     return teacher, students
@@ -347,6 +392,18 @@ def check_stages(trainee: Trainee) -> list[TrainingTask]:
     trainee.network, trainee.stage = network, -1
     del trainee.task, trainee.optimizer, trainee.scheduler
     return tasks
+
+
+def class_order_note(setup: Setup, top1: float) -> str | None:
+    """Return a warning if a given teacher, whose logits teach, is less than a tenth of the way from chance to 100%."""
+    classes = setup.data.classes
+    chance = 100 / len(classes)
+    if not any(uses_logits(stage) for stage in stages(setup.settings)) or top1 > chance + (100 - chance) / 10:
+        return None
+    return (
+        f"--teacher: top-1 is {top1:.1f}%, near chance ({chance:.1f}%): its classes are probably in another order than "
+        f"the data's, which is {listed(classes, 12)}; give the teacher's with --class-map"
+    )
 
 
 def fingerprint(data: Data) -> dict[str, Any]:

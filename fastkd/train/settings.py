@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from . import InputError
-from .options import BadValueError, as_yaml, kind_of, mapping, names, near, option, tuples
+from .options import BadValueError, Size, as_yaml, kind_of, mapping, names, near, option, read_size, tuples
 from .recipes import RECIPES, recipe
 
 
@@ -79,18 +79,28 @@ class Data:
     train_split: str = option("Split to train on.", "train")
     val_split: str = option("Split to validate on.", "validation")
     num_classes: int | None = option("Number of classes.", None, least=2, shown="as the dataset defines")
+    class_map: str | None = option(
+        "File with the classes of a folder, one per line, in the order of their numbers.", None, metavar="FILE",
+        shown='natural order: "2" before "10"',
+    )  # fmt: skip
+    exif: bool = option("Turn images as their EXIF orientation says.", True)
     val_fraction: float = option("Share of the images used for validation if there is no val/.", 0.2)
     train_fraction: float = option("Share of the training images to use, equal for each class.", 1.0, least=0, most=1)
     check: bool = option("Decode all images of a folder before the run.", True)
     skip_images: int = option("Maximum number of unreadable images to skip.", 0, least=0)
-    img_size: int | None = option(
-        "Image side in pixels.", None, least=1, metavar="PIXELS", shown="digits 64, folder the network's own"
-    )
+    img_size: Size | None = option(
+        "Image side in pixels, or height and width.", None, metavar="PIXELS|HxW", read=read_size,
+        shown="digits 64, folder the network's own",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    teacher: str | None = option("Teacher's timm model.", None, metavar="MODEL")
+    teacher: str | None = option(
+        "timm model, hf-hub:OWNER/NAME or local-dir:FOLDER of the teacher; self: the student as it starts.",
+        None,
+        metavar="MODEL",
+    )
     teacher_args: dict[str, Any] = option(
         "Argument of the teacher's model; repeatable.", factory=dict, flag="teacher-arg", metavar="KEY=VALUE",
         read=mapping,
@@ -104,17 +114,23 @@ class Teacher:
         shown="the task's choice",
     )  # fmt: skip
     teacher_cache: str | None = option(
-        "Folder that caches the teacher's logits (requires --no-augment).", None, metavar="FOLDER", shown="no cache"
-    )
+        "Folder that caches the teacher's logits, and with --no-augment its tokens.", None, metavar="FOLDER",
+        shown="no cache",
+    )  # fmt: skip
+    teacher_cache_top: int | None = option("Number of largest logits per image to cache.", None, least=1, shown="all")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    student: str = option("Student's timm model.", "deit_tiny_patch16_224", metavar="MODEL")
+    student: str = option(
+        "timm model, hf-hub:OWNER/NAME or local-dir:FOLDER of the student.", "deit_tiny_patch16_224", metavar="MODEL"
+    )
     student_args: dict[str, Any] = option(
         "Argument of the student's model; repeatable.", factory=dict, flag="student-arg", metavar="KEY=VALUE",
         read=mapping,
     )  # fmt: skip
+    student_checkpoint: str | None = option("Checkpoint of the student to start from.", None, metavar="FILE")
+    student_pretrained: bool = option("Start from timm's pretrained weights.", False)
     student_layers: tuple[str, ...] | None = option(
         "Names of the student layers to match, as many as --teacher-layers.", None, metavar="NAMES", read=names,
         shown="the task's choice",
@@ -128,7 +144,7 @@ class Method:
         "Name of a paper's settings; without --data, print them and stop.", None, shown="no recipe"
     )
     task: str = option(
-        "Method, or several such as manifold=2+dkd=1: none, manifold, vitkd, dearkd, cikd, soft, hard, dkd, nkd.",
+        "Method, or several such as manifold=2+dkd=1: none, manifold, vitkd, dearkd, cikd, gram, soft, hard, dkd, nkd.",
         "manifold",
         metavar="TASK",
     )
@@ -277,8 +293,13 @@ def _stages_of(settings: Settings) -> tuple[Stage, ...]:
 
 def anchored(settings: Settings) -> Settings:
     """Return the settings with absolute paths, so that a resume works from any folder. Other values are kept."""
-    names = ("data", "data_root", "teacher_checkpoint", "teacher_cache")
+    names = ("data", "data_root", "class_map", "teacher_checkpoint", "student_checkpoint", "teacher_cache")
     given = {name: value for name in names if (value := getattr(settings, name)) is not None and value != "digits"}
+    for name in ("teacher", "student"):
+        source, _, folder = (getattr(settings, name) or "").partition(":")
+        if source == "local-dir":
+            place: dict[str, Any] = {name: f"{source}:{os.path.abspath(folder)}"}
+            settings = dataclasses.replace(settings, **place)
     whole = {name: os.path.abspath(value) for name, value in given.items()}
     return dataclasses.replace(
         settings, **{name: path for name, path in whole.items() if name == "teacher_cache" or os.path.exists(path)}
@@ -330,7 +351,7 @@ def _updated(base: Settings, given: dict[str, Any]) -> Settings:
     for name in given:
         if name.endswith("_args"):
             given[name] = getattr(base, name) | given[name]
-    if given.get("teacher_checkpoint") is not None or given.get("teacher_pretrained"):
+    if given.get("teacher_checkpoint") or given.get("teacher_pretrained") or given.get("teacher") == "self":
         given.setdefault("teacher_epochs", 0)
     if given.get("teacher_checkpoint") is not None:
         given.setdefault("teacher_pretrained", False)  # the recipe's pretrained weights would be downloaded in vain

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -698,10 +699,29 @@ def test_bn_inputs_finds_every_kind():
         assert bn.names == ("1", "3")
 
 
+def test_bn_inputs_warns_in_train_mode():
+    """There the forward pass moves the statistics that the inputs are compared with; frozen ones have no such mode."""
+    frozen = timm.layers.norm_act.FrozenBatchNormAct2d(3)
+    model = nn.Sequential(nn.BatchNorm2d(3), frozen, nn.BatchNorm2d(3)).train()
+    before = model[0].running_mean.clone()
+    with (
+        pytest.warns(UserWarning, match=r"2 batch norms are in train mode, such as 0: .*call model.eval\(\)") as told,
+        capture.bn_inputs(model),
+    ):
+        model(IMAGES)
+    assert told[0].filename == __file__ and not torch.equal(model[0].running_mean, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with capture.bn_inputs(model, layers=["1"]):
+            model(IMAGES)
+        with capture.bn_inputs(model.eval()):
+            model(IMAGES)
+
+
 def test_bn_inputs_refuses_what_it_cannot_use():
     with pytest.raises(ValueError, match="no batch norm"), capture.bn_inputs(build("vit")):
         pytest.fail("entered")
-    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3))
+    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)).eval()
     with pytest.raises(ValueError, match=r"^0 keep no running statistics"), capture.bn_inputs(model):
         pytest.fail("entered")
     for layers in (["2"], [], "1"):

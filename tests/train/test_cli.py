@@ -314,7 +314,7 @@ def bad(tmp_path_factory) -> Path:
         ("--resume nowhere", ["--resume", "nowhere", "no run"]),
         ("--resume finished", ["--resume", "finished"]),
         ("--shard", ["--shard", "torchrun"]),
-        ("--teacher-cache c", ["--teacher-cache", "--no-augment"]),
+        ("--teacher-cache c --task manifold", ["--teacher-cache", "--no-augment"]),
         ("--task soft --no-augment --teacher-cache file/c", ["--teacher-cache", "file/c", "that can be written"]),
         ("--augment-arg colour=blue", ["--augment-arg", "colour"]),
         ("--opt-arg colour=blue", ["--opt", "colour"]),

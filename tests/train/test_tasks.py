@@ -20,7 +20,7 @@ from fastkd.train import InputError, mhca, models  # noqa: E402
 from fastkd.train.clock import LossClock  # noqa: E402
 from fastkd.train.tasks import TASKS, CIKDTask, ViTKDTask, create_task, task_options  # noqa: E402
 from fastkd.train.tasks.cikd import _patient  # noqa: E402
-from fastkd.train.tasks.grids import resize_tokens  # noqa: E402
+from fastkd.train.tasks.grids import resized  # noqa: E402
 from tests._support.runs import together  # noqa: E402
 
 SIZE = 64  # 8 x 8 tokens in every family
@@ -421,14 +421,18 @@ def test_grids_are_interpolated_when_asked_only(name):
 
 def test_interpolated_tokens():
     ramp = torch.arange(64.0).view(1, 64, 1)
-    assert resize_tokens(ramp, 64) is ramp
-    half, double = resize_tokens(ramp, 16), resize_tokens(ramp, 256)
+
+    def resize(x: Tensor, of: tuple[int, int], to: tuple[int, int]) -> Tensor:
+        return resized([x], [(to, of)])[0]
+
+    assert resize(ramp, (8, 8), (8, 8)) is ramp
+    half, double = resize(ramp, (8, 8), (4, 4)), resize(ramp, (8, 8), (16, 16))
     assert half.shape == (1, 16, 1) and double.shape == (1, 256, 1)
     rows = half.view(4, 4)
     torch.testing.assert_close(rows[2] - rows[1], torch.full((4,), 16.0))  # away from the border
-    torch.testing.assert_close(resize_tokens(torch.ones(2, 64, 3), 49), torch.ones(2, 49, 3))
+    torch.testing.assert_close(resize(torch.ones(2, 64, 3), (4, 16), (7, 7)), torch.ones(2, 49, 3))
     with pytest.raises(InputError, match="square grid of tokens, got 50"):
-        resize_tokens(ramp, 50)
+        models.grid_of(build("vit"), models.Layer("layer", 50, 1), SIZE)
 
 
 def test_blank_image_leaves_modes_alone():

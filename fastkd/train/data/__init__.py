@@ -4,6 +4,7 @@ from .folders import Data as Data
 from .folders import Digits as Digits
 from .folders import find_unreadable as find_unreadable
 from .folders import leave_out as leave_out
+from .folders import listed as listed
 from .folders import size_of as size_of
 from .folders import take_share as take_share
 from .images import Images as Images

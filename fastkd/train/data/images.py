@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
@@ -25,12 +25,16 @@ def seed_all(*key: int) -> None:
         torch.cuda.manual_seed_all(random.getrandbits(63))
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
     """Convert an image to 8-bit RGB. 16-bit grey keeps its upper 8 bits, like 16-bit colours; Pillow would clip at 255.
+
+    `upright` turns the image as its EXIF orientation says.
 
     Raises:
         ValueError: 32-bit pixels, whose white level is unknown.
     """
+    if upright:
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -41,8 +45,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 class Images(Dataset):
     """The transformed images of a timm dataset; an unreadable image is recorded and replaced by the next one."""
 
-    def __init__(self, source: Any, transform: Callable[[Image.Image], Any], seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: Any, transform: Callable[[Image.Image], Any], seed: int, upright: bool = True) -> None:
+        self.source, self.transform, self.seed, self.upright = source, transform, seed, upright
         self.unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # the workers' marks too
 
     def __len__(self) -> int:
@@ -72,7 +76,7 @@ class Images(Dataset):
         else:
             file, target = self.source.reader[index][:2]
             image = Image.open(file)
-        return as_rgb(image), int(target)
+        return as_rgb(image, self.upright), int(target)
 
     def _name(self, index: int) -> str:
         if isinstance(self.source, ImageDataset):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from .. import DataError, InputError
+from ..options import Size, sides
 from ..ranks import ALONE, Ranks
 from .folders import Data, Digits, size_of
 from .images import Images, seed_all
@@ -36,6 +37,7 @@ class Loader:
         seed: int,
         shuffle: bool,
         repeats: int = 1,
+        upright: bool = True,
     ) -> None:
         self.batches: Batches | None = None
         self.images: Images | Stream
@@ -50,6 +52,7 @@ class Loader:
             device=device,
             ranks=ranks,
             seed=seed,
+            upright=upright,
         )
         # No persistent workers, since the workers of three networks would stay alive.
         common: dict[str, Any] = {
@@ -62,12 +65,12 @@ class Loader:
                 raise InputError("--aug-repeats: needs data with random access, such as a folder or hfds/")
             if workers < 1:
                 raise InputError("--workers: data that is read in order needs 1 at least; without, its order goes on")
-            self.images = Stream(source, transform, seed, ranks, workers, batch_size)
+            self.images = Stream(source, transform, seed, ranks, workers, batch_size, upright)
             if shuffle:
                 check_shards(self.images)
             loader = DataLoader(self.images, batch_size=batch_size, drop_last=shuffle, **common)
         else:
-            self.images = Images(source, transform, seed)
+            self.images = Images(source, transform, seed, upright)
             self.batches = Batches(len(source), batch_size, ranks, seed if shuffle else None, repeats)
             loader = DataLoader(self.images, batch_sampler=self.batches, **common)
         self.seed, self.rank = seed, ranks.rank
@@ -106,7 +109,7 @@ def create_loaders(
     data: Data,
     model: nn.Module,
     *,
-    img_size: int,
+    img_size: Size,
     batch_size: int,
     augment: bool,
     workers: int,
@@ -116,6 +119,7 @@ def create_loaders(
     val_ranks: Ranks | None = None,
     seed: int = 0,
     repeats: int = 1,
+    upright: bool = True,
 ) -> tuple[Loader, Loader]:
     """Return loaders for training and validation with the normalisation of the model's pretrained_cfg.
 
@@ -127,14 +131,17 @@ def create_loaders(
         raise InputError(f"--batch-size: {batch_size}{each} exceeds the {size} training images")
     config = resolve_model_data_config(model)
     options = {key: config[key] for key in ("interpolation", "mean", "std")}
-    options |= {"input_size": (3, img_size, img_size), "use_prefetcher": True}
+    height, width = sides(img_size)
+    options |= {"input_size": (3, height, width), "use_prefetcher": True}
+    ratio = (0.75 * width / height, width / height / 0.75)  # a square's would be stretched
     try:
-        own = options | data.augmentation | (augmentation or {})
+        own = options | ({} if height == width else {"ratio": ratio}) | data.augmentation | (augmentation or {})
         training = create_transform(is_training=True, no_aug=not augment, **own)
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f"--augment-arg: timm's create_transform refuses them: {error}") from error
     crop_pct = 1.0 if isinstance(data.val, Digits) else config["crop_pct"]
     common: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": device, "seed": seed}
+    common["upright"] = upright
     return (
         Loader(data.train, training, config, ranks=ranks, shuffle=True, repeats=repeats, **common),
         Loader(

@@ -7,7 +7,8 @@ from timm.data import create_dataset
 
 from .. import InputError
 from ..inversion.store import check_folder
-from .folders import TRAIN_FOLDERS, VAL_FOLDERS, Data, Digits, _check_classes, _folder, _split, _sub_folder
+from . import folders
+from .folders import TRAIN_FOLDERS, VAL_FOLDERS, Data, Digits
 from .streams import shards
 
 READERS = ("hfds", "hfids", "tfds", "wds", "torch")  # timm's, as NAME/...
@@ -20,20 +21,24 @@ def open_data(
     root: str | None = None,
     splits: tuple[str, str] = ("train", "validation"),
     num_classes: int | None = None,
+    class_map: str | None = None,
     batch_size: int = 1,
     seed: int = 0,
 ) -> Data:
     """Return the training and validation images of `digits`, of a folder, or of a timm dataset such as hfds/NAME.
 
-    A folder has one sub-folder per class, or train/ and val/ with such sub-folders. Without val/, a stratified share of
-    the images, the same in each run, is used for validation; with val_fraction=None all are.
+    A folder has one sub-folder per class, or train/ and val/ with such sub-folders (ClassFolders). Without val/, a
+    stratified share of the images, the same in each run, is used for validation; with val_fraction=None all are.
+    `class_map` is a file with a class per line, in the order of their numbers.
 
     Raises:
         InputError: no such folder, no images, fewer than two classes, a missing class, or a reader not installed.
     """
+    if class_map is not None and not Path(data).is_dir():
+        raise InputError(f"--class-map: is for a folder of images, and {data} has its own order of classes")
     if data == "digits":
         augmentation = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0, "color_jitter": None}
-        _check_classes(data, 10, num_classes)
+        folders.check_classes(data, 10, num_classes)
         return Data([str(digit) for digit in range(10)], Digits(True), Digits(False), augmentation)
     folder = Path(data)
     if not folder.is_dir() and data.partition("/")[0].lower() in READERS:
@@ -44,20 +49,25 @@ def open_data(
             f"data sets, {'/..., '.join(READERS)}/..."
         )
     check_folder(folder)
-    train = _folder(_sub_folder(folder, TRAIN_FOLDERS) or folder)
+    train = folders.folder(folders.sub_folder(folder, TRAIN_FOLDERS) or folder)
     classes = train.reader.class_to_idx
     if len(classes) < 2:
-        raise InputError(f"--data: {data} needs a sub-folder per class, two at least, got {len(classes)}")
-    _check_classes(data, len(classes), num_classes)
-    held_out = _sub_folder(folder, VAL_FOLDERS)
+        raise InputError(
+            f"--data: {data} needs a sub-folder per class, two at least, got {len(classes)}: {', '.join(classes)}"
+        )
+    folders.check_classes(data, len(classes), num_classes)
+    held_out = folders.sub_folder(folder, VAL_FOLDERS)
     if held_out is None:
-        val = train if val_fraction is None else _split(train, val_fraction)
+        val = train if val_fraction is None else folders.split(train, val_fraction)
     else:
-        val = _folder(held_out)
+        val = folders.folder(held_out)
         if set(val.reader.class_to_idx) != set(classes):
             differing = sorted(set(val.reader.class_to_idx) ^ set(classes))
             raise InputError(f"--data: training and validation folders need the same classes, one lacks {differing}")
-    return Data(list(classes), train, val, {})
+    if class_map is not None:
+        for part in (train, val):
+            folders.renumber(part.reader, class_map)
+    return Data(list(train.reader.class_to_idx), train, val, {}, folders.notes(folder, train, val))
 
 
 def _timm_data(
@@ -80,5 +90,5 @@ def _timm_data(
     if classes < 2:
         raise InputError(f"--num-classes: {name} does not say how many it has; give it")
     if known:
-        _check_classes(name, len(known), classes)
+        folders.check_classes(name, len(known), classes)
     return Data(list(map(str, known)) or [str(i) for i in range(classes)], train, val, {})

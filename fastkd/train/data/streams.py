@@ -26,9 +26,16 @@ class Stream(IterableDataset):
     """The transformed images of data that can only be read in sequence."""
 
     def __init__(
-        self, source: Any, transform: Callable[[Image.Image], Any], seed: int, ranks: Ranks, workers: int, batch: int
+        self,
+        source: Any,
+        transform: Callable[[Image.Image], Any],
+        seed: int,
+        ranks: Ranks,
+        workers: int,
+        batch: int,
+        upright: bool = True,
     ) -> None:
-        self.source, self.transform, self.seed, self.epoch = source, transform, seed, 0
+        self.source, self.transform, self.seed, self.epoch, self.upright = source, transform, seed, 0, upright
         self.ranks, self.workers, self.batch = ranks, workers, batch
         self.source.transform = None
 
@@ -50,7 +57,7 @@ class Stream(IterableDataset):
         for number in count():
             try:
                 image, target = next(samples)
-                image = as_rgb(image)
+                image = as_rgb(image, self.upright)
             except StopIteration:
                 return
             except Exception as error:  # each reader's own, such as more workers than shards

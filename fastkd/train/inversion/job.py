@@ -22,7 +22,7 @@ from .. import DataError, InputError
 from ..checkpoint import alone, replacing, saved_as, write_weights
 from ..data import seed_all
 from ..models import check_one_image, create_model, input_size, load_weights
-from ..options import as_yaml
+from ..options import Size, as_yaml
 from ..prepare import choose_device
 from ..settings import Settings
 from ..teacher_cache import digest
@@ -117,7 +117,7 @@ def check_labels(settings: Inversion) -> tuple[int, ...]:
     return labels
 
 
-def header(settings: Inversion, teacher: nn.Module, img_size: int, labels: Sequence[int]) -> dict[str, Any]:
+def header(settings: Inversion, teacher: nn.Module, img_size: Size, labels: Sequence[int]) -> dict[str, Any]:
     """Return the first line of the manifest: everything that the images depend on. Equal headers mean equal images."""
     assert settings.num_classes is not None
     digits = len(str(settings.num_classes - 1))
@@ -212,7 +212,7 @@ class Rival:
         self.to_teacher = std / std_t, (mean - mean_t) / std_t
 
     @classmethod
-    def create(cls, settings: Inversion, teacher: nn.Module, img_size: int, device: torch.device) -> "Rival | None":
+    def create(cls, settings: Inversion, teacher: nn.Module, img_size: Size, device: torch.device) -> "Rival | None":
         """Return a rival, or None if there is no student."""
         if settings.student is None:
             return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .. import InputError
-from ..options import BadValueError, mapping, near, option
+from ..options import BadValueError, Size, mapping, near, option, read_size
 from .presets import PRESETS, Loss, Preset, Schedule
 
 
@@ -43,7 +43,13 @@ class Images:
     labels: tuple[int, ...] | None = option(
         "Classes of the images, comma-separated numbers.", None, metavar="N,...", read=labels, shown="all, in turn"
     )
-    img_size: int | None = option("Image side in pixels.", None, least=1, metavar="PIXELS", shown="the teacher's own")
+    img_size: Size | None = option(
+        "Image side in pixels, or height and width.",
+        None,
+        metavar="PIXELS|HxW",
+        read=read_size,
+        shown="the teacher's own",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,10 +129,10 @@ class Store:
     def _draw_grid(self) -> None:
         paths = [self.out / entry["file"] for entry in self.entries[: COLUMNS * ROWS]]
         images = [Image.open(path) for path in paths]
-        side = images[0].width
-        grid = Image.new("RGB", (COLUMNS * side, -(-len(images) // COLUMNS) * side), "white")
+        width, height = images[0].size
+        grid = Image.new("RGB", (COLUMNS * width, -(-len(images) // COLUMNS) * height), "white")
         for i, image in enumerate(images):
-            grid.paste(image, (i % COLUMNS * side, i // COLUMNS * side))
+            grid.paste(image, (i % COLUMNS * width, i // COLUMNS * height))
         with replacing(self.out / GRID) as partial:
             grid.save(partial, format="png")
 

@@ -14,6 +14,7 @@ from fastkd.functional import bn_stat_loss, competition_loss, image_prior, intra
 
 from .. import DivergedError
 from ..loop import AMP_DTYPES
+from ..options import Size, as_size, pixels, sides
 from .presets import Phase, Preset
 
 LOOK_EVERY = 50  # steps between checks of the loss, each of which waits for a GPU
@@ -52,7 +53,7 @@ class Inverter:
     Args:
         network: a timm model with batch norm; frozen and put into eval mode.
         preset: schedule and weights.
-        img_size: side of the images in pixels.
+        img_size: side of the images in pixels, or (height, width).
         amp: "none", "bf16" or "fp16": precision of the networks' passes. Images and losses stay in float32.
         student: the competing model, which receives full-sized images in its own normalisation.
 
@@ -62,21 +63,23 @@ class Inverter:
     """
 
     def __init__(
-        self, network: nn.Module, preset: Preset, *, img_size: int, amp: str = "none", student: nn.Module | None = None
+        self, network: nn.Module, preset: Preset, *, img_size: Size, amp: str = "none", student: nn.Module | None = None
     ) -> None:
         if preset.competition > 0 and student is None:
             raise ValueError("a competition needs a student")
         for phase in preset.phases:
-            if img_size % (phase.pool * preset.cell):
-                raise ValueError(f"{img_size} px cannot be divided by pool {phase.pool} x cell {preset.cell}")
+            if any(side % (phase.pool * preset.cell) for side in sides(img_size)):
+                raise ValueError(f"{pixels(img_size)} px cannot be divided by pool {phase.pool} x cell {preset.cell}")
         if preset.bn > 0:
-            side = img_size // max((phase.pool for phase in preset.phases), default=1)
+            pool = max((phase.pool for phase in preset.phases), default=1)
+            height, width = (side // pool for side in sides(img_size))
             batch = min(2, preset.batch_size)
-            blank = torch.zeros(batch, 3, side, side, device=next(network.parameters()).device)
-            with capture.bn_inputs(network) as bn:  # refuses what has no statistics
-                network.eval()(blank)
+            blank = torch.zeros(batch, 3, height, width, device=next(network.parameters()).device)
+            with capture.bn_inputs(network.eval()) as bn:  # refuses what has no statistics
+                network(blank)
                 for name, x in zip(bn.names, bn.inputs, strict=True):
                     if x[:, 0].numel() < 2:
+                        side = pixels(as_size((height, width)))
                         raise ValueError(f"{name} gets one element per channel at {side} px; needs a batch of 2 images")
             self.fused = _can_fuse(network, blank)
             self.layer_weights: list[float] | None = [preset.first_bn] + [1.0] * (len(bn.names) - 1)
@@ -84,7 +87,7 @@ class Inverter:
             self.layer_weights = None
         self.headed = _Headed(network.eval().requires_grad_(False))
         self.student = None if student is None else student.eval().requires_grad_(False)
-        self.preset, self.img_size = preset, img_size
+        self.preset, self.sides = preset, sides(img_size)
         self.device = next(network.parameters()).device
         self.autocast = torch.autocast(self.device.type, AMP_DTYPES[amp], enabled=amp != "none")
         self.scaled = amp == "fp16"
@@ -114,8 +117,8 @@ class Inverter:
         """
         generator = torch.Generator().manual_seed(seed)
         labels = labels.to(self.device)
-        side = self.img_size // self.preset.cell
-        shape = (len(labels), 1 if self.preset.grey else 3, side, side)
+        leaf_sides = [side // self.preset.cell for side in self.sides]
+        shape = (len(labels), 1 if self.preset.grey else 3, *leaf_sides)
         leaf = (self.preset.noise * torch.randn(shape, generator=generator)).to(self.device).requires_grad_()
         best = _Best(leaf)
         for number, phase in enumerate(self.preset.phases):
@@ -169,7 +172,7 @@ class Inverter:
         """Return the network's input for the optimised pixels."""
         x = leaf
         if self.preset.cell > 1:
-            x = F.interpolate(x, size=self.img_size, mode="bicubic", align_corners=False)
+            x = F.interpolate(x, size=self.sides, mode="bicubic", align_corners=False)
         return (x * self.leaf_std + self.leaf_mean - self.mean) / self.std if self.preset.grey else x
 
     def _view(self, leaf: Tensor, phase: Phase, generator: torch.Generator) -> Tensor:

@@ -10,11 +10,12 @@ from torch import nn
 from fastkd import distributed
 from fastkd.train import InputError
 from fastkd.train.clock import LossClock
-from fastkd.train.options import near
+from fastkd.train.options import Size, near
 
 from .base import Criterion, DistillationTask, FeatureLoss, Layers, Several, Trainable, renormalisation
 from .cikd import CIKDTask
 from .dearkd import DearKDTask
+from .gram import GramTask
 from .logits import LOGIT_LOSSES, HardTargetLoss, LogitLoss
 from .manifold import ManifoldTask
 from .plain import DKDTask, HardTargetTask, NKDTask, PlainTask, SoftTargetTask
@@ -28,6 +29,7 @@ __all__ = [
     "DearKDTask",
     "DistillationTask",
     "FeatureLoss",
+    "GramTask",
     "HardTargetLoss",
     "HardTargetTask",
     "LogitLoss",
@@ -50,6 +52,7 @@ TASKS: dict[str, type[DistillationTask]] = {
     "vitkd": ViTKDTask,
     "dearkd": DearKDTask,
     "cikd": CIKDTask,
+    "gram": GramTask,
     "soft": SoftTargetTask,
     "hard": HardTargetTask,
     "dkd": DKDTask,
@@ -78,7 +81,7 @@ def create_task(
     student: nn.Module,
     teacher: nn.Module | None,
     *,
-    img_size: int | None = None,
+    img_size: Size | None = None,
     criterion: Criterion | None = None,
     student_layers: Layers | None = None,
     teacher_layers: Layers | None = None,
@@ -117,6 +120,8 @@ def create_task(
         ((method, weight),) = weights.items()
         factor: dict[str, Any] = {} if weight is None else {"logit_weight" if _plain(method) else "weight": weight}
         return one(method, {**factor, **options})
+    if "gram" in weights and options.keys() & {"refresh", "teacher_size"}:
+        raise InputError("--task: refresh and teacher_size of gram work without other methods only")
     shared = {key: own[key] for key in ("task_weight", "logits", "logit_weight")}
     parts: list[tuple[Any, float]] = []
     for method, weight in weights.items():

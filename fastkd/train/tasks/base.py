@@ -170,7 +170,7 @@ class DistillationTask(TrainingTask):
         logit_options: arguments of that loss in fastkd.losses.
         logit_ramp_epochs: epochs over which logit_weight rises from 0, in a loop that calls set_epoch.
         student_layers, teacher_layers: layers to compare, as in fastkd.capture; None for the task's own choice.
-        img_size: side of the images in pixels; None for the student's.
+        img_size: side of the images in pixels, or (height, width); None for the student's.
         clock: measures the time spent in the losses between the networks.
         process_group: group whose images are related by losses that span images; None for this process's images.
 
@@ -333,6 +333,7 @@ class DistillationTask(TrainingTask):
         target: Tensor,
         *,
         teacher_logits: Tensor | None = None,
+        teacher_tokens: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Return the loss, the output (detached logits) and, for logging, each detached part by its name.
 
@@ -340,10 +341,13 @@ class DistillationTask(TrainingTask):
             input: (B, 3, H, W), in the student's normalisation.
             target: (B,) classes or (B, C) mixed labels, as the criterion takes them.
             teacher_logits: (B, C) cached logits; the teacher does not run if nothing else of it is needed.
+            teacher_tokens: by layer, the cached tokens (B, N, D) that the losses compare.
         """
         teachers: list[Any] = []
         features = self.trainable.features
-        if features is not None:
+        if features is not None and teacher_tokens is not None:
+            teachers = [teacher_tokens[name] for name in features.teacher_layers]
+        elif features is not None:
             if teacher_logits is not None:
                 raise ValueError("teacher_logits replace the teacher only where no layers are compared")
             with features.watch(self._frozen, features.teacher_layers) as captured:

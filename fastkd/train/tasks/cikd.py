@@ -11,6 +11,7 @@ from fastkd import functional as F
 from fastkd.capture import QKV
 from fastkd.train import InputError
 from fastkd.train.models import input_size, probe
+from fastkd.train.options import Size
 
 from .base import DistillationTask, FeatureLoss, Layers, Parts
 
@@ -77,7 +78,7 @@ class CIKDTask(DistillationTask):
         student_layers: Layers | None = None,
         teacher_layers: Layers | None = None,
         relation_heads: int | None = None,
-        img_size: int | None = None,
+        img_size: Size | None = None,
         task_weight: float = 0.0,
         **common: Any,
     ) -> None:

@@ -7,20 +7,28 @@ from torch import Tensor, nn
 from fastkd import capture
 from fastkd.losses import EarlyDistillationLoss
 from fastkd.train.models import check_pairs, input_size, layers_of
+from fastkd.train.options import Size
 
 from .base import DistillationTask, FeatureLoss, Layers, Parts
-from .grids import as_map, check_square
+from .grids import Grid, as_map, grids_of
 
 
 class _DearKDFeatures(FeatureLoss):
     name = "dearkd"
 
-    def __init__(self, student_layers: list[str], teacher_layers: list[str], loss: EarlyDistillationLoss) -> None:
+    def __init__(
+        self,
+        student_layers: list[str],
+        teacher_layers: list[str],
+        loss: EarlyDistillationLoss,
+        grids: list[tuple[Grid, Grid]],
+    ) -> None:
         super().__init__(student_layers, teacher_layers)
-        self.loss = loss
+        self.loss, self.grids = loss, grids
 
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[Tensor, Parts]:
-        return self.loss(students, [as_map(t) for t in teachers]), {}
+        maps = [as_map(t, grid) for t, (_, grid) in zip(teachers, self.grids, strict=True)]
+        return self.loss(students, maps, grid=[grid for grid, _ in self.grids]), {}
 
 
 class DearKDTask(DistillationTask):
@@ -45,7 +53,7 @@ class DearKDTask(DistillationTask):
         *,
         student_layers: Layers | None = None,
         teacher_layers: Layers | None = None,
-        img_size: int | None = None,
+        img_size: Size | None = None,
         logits: str | None = "hard",
         task_weight: float = 0.5,
         logit_weight: float = 0.5,
@@ -59,11 +67,9 @@ class DearKDTask(DistillationTask):
         own = layers_of("student", student, student_layers, size)
         theirs = layers_of("teacher", teacher, teacher_layers, size)
         check_pairs(own, theirs)
-        for role, layers in (("student", own), ("teacher", theirs)):
-            for layer in layers:
-                check_square(f"--{role}-layers: {layer.name}", layer.tokens)
+        grids = list(zip(grids_of(student, own, size), grids_of(teacher, theirs, size), strict=True))
         loss = EarlyDistillationLoss([layer.width for layer in own], [layer.width for layer in theirs])
-        features = _DearKDFeatures([layer.name for layer in own], [layer.name for layer in theirs], loss)
+        features = _DearKDFeatures([layer.name for layer in own], [layer.name for layer in theirs], loss, grids)
         super().__init__(
             student, teacher, features, logits=logits, task_weight=task_weight, logit_weight=logit_weight, **common
         )

@@ -1,34 +1,26 @@
-"""Square grids of tokens and their sizes."""
+"""Grids of tokens: maps of them, and the teacher's resized to the student's."""
 
-import math
+from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.train import InputError
+from fastkd.train.models import Layer, grid_of
+from fastkd.train.options import Size
+
+Grid = tuple[int, int]
 
 
-def check_square(name: str, count: int) -> int:
-    """Return the side of a square grid with a number of tokens.
-
-    Raises:
-        InputError: the number of tokens is not a square.
-    """
-    side = math.isqrt(count)
-    if side * side != count:
-        raise InputError(f"{name} needs a square grid of tokens, got {count} tokens")
-    return side
+def grids_of(model: nn.Module, layers: Sequence[Layer], img_size: Size) -> list[Grid]:
+    """Return (h, w) of each layer's tokens, by models.grid_of."""
+    return [grid_of(model, layer, img_size) for layer in layers]
 
 
-def as_map(tokens: Tensor) -> Tensor:
-    """(B, N, D) -> (B, D, h, h), a view."""
-    side = check_square("a map", tokens.shape[1])
-    return tokens.mT.unflatten(2, (side, side))
+def as_map(tokens: Tensor, grid: Grid) -> Tensor:
+    """(B, h w, D) -> (B, D, h, w), a view."""
+    return tokens.mT.unflatten(2, grid)
 
 
-def resize_tokens(tokens: Tensor, count: int) -> Tensor:
-    """(B, N, D) -> (B, count, D), by fastkd.functional.resize_tokens."""
-    if tokens.shape[1] == count:
-        return tokens
-    check_square("a map", tokens.shape[1])
-    return functional.resize_tokens(tokens, check_square("interpolation", count))
+def resized(tokens: Sequence[Tensor], grids: Sequence[tuple[Grid, Grid]]) -> list[Tensor]:
+    """Resize each layer's tokens (B, N, D) from the second grid to the first, by fastkd.functional.resize_tokens."""
+    return [functional.resize_tokens(x, to, grid=of) for x, (to, of) in zip(tokens, grids, strict=True)]

@@ -9,25 +9,25 @@ from torch import Tensor, nn
 from fastkd.losses import ViTKDLoss
 from fastkd.train import InputError
 from fastkd.train.models import Layer, alike, check_grids, input_size, layers_of
+from fastkd.train.options import Size
 
 from .base import DistillationTask, FeatureLoss, Layers, Parts
-from .grids import resize_tokens
+from .grids import Grid, grids_of, resized
 
 
 class _ViTKDFeatures(FeatureLoss):
     name = "vitkd"
 
     def __init__(
-        self, student_layers: list[str], teacher_layers: list[str], loss: ViTKDLoss, interpolate: bool
+        self, student_layers: list[str], teacher_layers: list[str], loss: ViTKDLoss, grids: list[tuple[Grid, Grid]]
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        self.loss, self.interpolate = loss, interpolate
+        self.loss, self.grids = loss, grids
 
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[Tensor, Parts]:
-        if self.interpolate:
-            teachers = [resize_tokens(t, s.shape[1]) for s, t in zip(students, teachers, strict=True)]
+        teachers = resized(teachers, self.grids)
         low_s, low_t = torch.stack(students[:2], 1), torch.stack(teachers[:2], 1)
-        loss, terms = self.loss(low_s, low_t, students[2], teachers[2], return_terms=True)
+        loss, terms = self.loss(low_s, low_t, students[2], teachers[2], grid=self.grids[2][0], return_terms=True)
         return loss, dict(zip(("mimicking", "generation"), terms, strict=True))
 
 
@@ -56,7 +56,7 @@ class ViTKDTask(DistillationTask):
         beta: float = 3e-6,
         mask_ratio: float = 0.5,
         interpolate: bool = False,
-        img_size: int | None = None,
+        img_size: Size | None = None,
         **common: Any,
     ) -> None:
         size = input_size(student) if img_size is None else img_size
@@ -72,10 +72,11 @@ class ViTKDTask(DistillationTask):
             check_grids(own, theirs, size)
         loss = ViTKDLoss(own[0].width, theirs[0].width, alpha=alpha, beta=beta, mask_ratio=mask_ratio)
         names = [layer.name for layer in own], [layer.name for layer in theirs]
-        super().__init__(student, teacher, _ViTKDFeatures(*names, loss, interpolate), **common)
+        grids = list(zip(grids_of(student, own, size), grids_of(teacher, theirs, size), strict=True))
+        super().__init__(student, teacher, _ViTKDFeatures(*names, loss, grids), **common)
 
 
-def _default(role: str, model: nn.Module, blocks: list[Layer], alike: list[Layer], size: int) -> list[Layer]:
+def _default(role: str, model: nn.Module, blocks: list[Layer], alike: list[Layer], size: Size) -> list[Layer]:
     """Return the first two blocks and the last, taken after the final norm unless that has another grid or width."""
     width = Counter(layer.width for layer in alike).most_common(1)[0][0]
     usable = [layer for layer in alike if layer.width == width]
