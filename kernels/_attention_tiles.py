@@ -84,6 +84,6 @@ CONFIGS: dict[tuple[str, int | str], dict[int, Config]] = {
     **dict.fromkeys((("8.x", "ieee"), ("9.0", "ieee"), ("10.x", "ieee")), _FLOAT32),
     ("8.x", "tf32"): {64: Config(*_SHORT_TILES)},
     ("9.0", "tf32"): {64: Config(*_SHORT_TILES)},
-    ("10.x", "tf32"): {64: Config(*(tile._replace(num_warps=8) for tile in _SHORT_TILES))},
+    ("10.x", "tf32"): {64: Config._make((*(tile._replace(num_warps=8) for tile in _SHORT_TILES), ()))},
     ("cdna", "ieee"): {64: Config(*_SHORT_TILES)},
 }
