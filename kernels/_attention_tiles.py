@@ -73,7 +73,9 @@ _FLOAT32 = {
     ),
 }  # fmt: skip
 _SHORT = Tile(64, 16, 4, 1)
-_SHORT_TILES = (_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT)
+_TF32 = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT)}
+_SHORT8 = Tile(64, 16, 8, 1)
+_TF32_BLACKWELL = {64: Config(_SHORT8, _SHORT8, Tile(16, 64, 8, 1), _SHORT8, _SHORT8)}
 # By architecture and how float32 is multiplied, or bytes of the widest input (all are taken as wide), and the widest
 # head taken. Heads are padded to a power of two; those wider than the last are taken in pieces.
 CONFIGS: dict[tuple[str, int | str], dict[int, Config]] = {
@@ -82,8 +84,8 @@ CONFIGS: dict[tuple[str, int | str], dict[int, Config]] = {
     ("10.x", 2): _BLACKWELL,
     ("cdna", 2): _CDNA,
     **dict.fromkeys((("8.x", "ieee"), ("9.0", "ieee"), ("10.x", "ieee")), _FLOAT32),
-    ("8.x", "tf32"): {64: Config(*_SHORT_TILES)},
-    ("9.0", "tf32"): {64: Config(*_SHORT_TILES)},
-    ("10.x", "tf32"): {64: Config._make((*(tile._replace(num_warps=8) for tile in _SHORT_TILES), ()))},
-    ("cdna", "ieee"): {64: Config(*_SHORT_TILES)},
+    ("8.x", "tf32"): _TF32,
+    ("9.0", "tf32"): _TF32,
+    ("10.x", "tf32"): _TF32_BLACKWELL,
+    ("cdna", "ieee"): _TF32,
 }
