@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,16 +45,14 @@ def root(folder, tmp_path_factory) -> Path:
         for role, (width, depth) in sizes.items()
         for key, value in (("patch_size", 8), ("embed_dim", width), ("depth", depth), ("num_heads", 2))
     ]
-    os.environ["WANDB_MODE"] = "offline"
+    (root / "wandb").mkdir()
+    (root / "wandb/settings").write_text("[default]\nmode = offline\n")
     optional = [{"tensorboard": "--tensorboard", "wandb": "--wandb=digits"}[name] for name in OPTIONAL]
-    try:
-        printed = fastkd(
-            root, "train", f"--data={folder}", "--out=run", f"--student={VIT}", f"--teacher={VIT}", *models, *optional,
-            "--img-size=32", "--device=cpu", "--workers=0", "--batch-size=1", "--epochs=2", "--teacher-epochs=1",
-            "--baseline", "--ema=0.9", "--keep=1", "--log-every=1e-3", "--warmup-epochs=0", "--task=manifold=2+dkd=0.5",
-        )  # fmt: skip
-    finally:
-        del os.environ["WANDB_MODE"]
+    printed = fastkd(
+        root, "train", f"--data={folder}", "--out=run", f"--student={VIT}", f"--teacher={VIT}", *models, *optional,
+        "--img-size=32", "--device=cpu", "--workers=0", "--batch-size=1", "--epochs=2", "--teacher-epochs=1",
+        "--baseline", "--ema=0.9", "--keep=1", "--log-every=1e-3", "--warmup-epochs=0", "--task=manifold=2+dkd=0.5",
+    )  # fmt: skip
     (root / "printed.txt").write_text(printed)
     return root
 
