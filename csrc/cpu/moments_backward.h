@@ -20,6 +20,20 @@ struct Backward {
   const acc_t* alpha;         // (C)
 };
 
+// f(wide x, wide dy, first) in place of x over pieces of n adjacent elements of float16, then rounded to dx.
+template <typename scalar_t, typename acc_t, typename F>
+FASTKD_INLINE void in_pieces(scalar_t* dx, const scalar_t* x, const scalar_t* dy, int64_t n, const F& f) {
+  constexpr int64_t kPiece = 1024;
+  acc_t wide[kPiece], wide_dy[kPiece];
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t m = std::min(kPiece, n - first);
+    convert_row<scalar_t, acc_t>(x + first, 1, m, 1, wide);
+    if (dy != nullptr) convert_row<scalar_t, acc_t>(dy + first, 1, m, 1, wide_dy);
+    f(wide, wide_dy, first, m);
+    round_row<acc_t, scalar_t>(wide, m, 1, dx + first);
+  }
+}
+
 // Channels [begin, end) of image n.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void row_backward(const Backward<scalar_t, acc_t> k, int64_t n, int64_t begin, int64_t end) {
@@ -32,6 +46,15 @@ FASTKD_MULTIVERSION void row_backward(const Backward<scalar_t, acc_t> k, int64_t
       scalar_t* dx = k.dx + n * k.d.b + c * k.d.c + h * k.d.h;
       const scalar_t* x = k.x + n * k.s.b + c * k.s.c + h * k.s.h;
       const scalar_t* dy = has_dy ? k.dy + n * k.g.b + c * k.g.c + h * k.g.h : nullptr;
+      if constexpr (kIsHalf<scalar_t, acc_t>) {
+        if (is_adjacent) {
+          in_pieces<scalar_t, acc_t>(dx, x, dy, k.W, [&](acc_t* v, const acc_t* g, int64_t, int64_t m) {
+            for (int64_t i = 0; i < m; ++i) v[i] = a + b * (v[i] - mean);
+            for (int64_t i = 0; i < m && has_dy; ++i) v[i] += alpha * g[i];
+          });
+          continue;
+        }
+      }
       for (int part = 0; part < 2; ++part) {
         const auto [from, to] = span_of(k.W, part);
         if (is_adjacent && has_dy) {
@@ -63,6 +86,13 @@ FASTKD_INLINE void element_backward(
     const acc_t* mean,
     const acc_t* alpha,
     int64_t n) {
+  if constexpr (kIsHalf<scalar_t, acc_t>) {
+    in_pieces<scalar_t, acc_t>(dx, x, dy, n, [&](acc_t* v, const acc_t* g, int64_t first, int64_t m) {
+      for (int64_t i = 0; i < m; ++i) v[i] = a[first + i] + b[first + i] * (v[i] - mean[first + i]);
+      for (int64_t i = 0; i < m && dy != nullptr; ++i) v[i] += alpha[first + i] * g[i];
+    });
+    return;
+  }
   for (int part = 0; part < 2; ++part) {
     const auto [from, to] = span_of(n, part);
     if (dy != nullptr) {

@@ -14,6 +14,7 @@ FASTKD_MULTIVERSION void row_moments(
     double* m2) {  // (C)
   const auto [x, B, C, H, W, s] = in;
   scalar_t held[kMostBlock];
+  acc_t wide[kIsHalf<scalar_t, acc_t> ? kMostBlock : 1];
   Moments moments[kMostGroup];
   Block<acc_t> blocks[kMostGroup];
   const int64_t most = std::min<int64_t>(kBlock, kMostBlock);
@@ -37,7 +38,14 @@ FASTKD_MULTIVERSION void row_moments(
           Block<acc_t>& block = blocks[c];
           if (!block.has_room(m)) block.merge_into(moments + c);
           const int64_t to_end = span - c * W - i;
-          block.add(v, m, p + (to_end > ahead ? ahead : span == 0 ? m : ahead + s.b - span));
+          const scalar_t* next = p + (to_end > ahead ? ahead : span == 0 ? m : ahead + s.b - span);
+          if constexpr (kIsHalf<scalar_t, acc_t>) {
+            prefetch(next, m);
+            convert_row<scalar_t, acc_t>(v, 1, m, 1, wide);
+            block.add(wide, m, wide);
+          } else {
+            block.add(v, m, next);
+          }
           if (out.y != nullptr) {
             const acc_t alpha = out.alpha[c], beta = out.beta[c];
             scalar_t* y = out.y + b * out.s.b + h * out.s.h + c * out.s.c + i * out.s.w;

@@ -111,11 +111,7 @@ template <typename scalar_t, typename acc_t>
 FASTKD_INLINE const acc_t* row_of(const scalar_t* x, int64_t stride, int64_t W, acc_t* held) {
   if constexpr (std::is_same_v<scalar_t, acc_t>)
     if (stride == 1 && W > kLanes) return x;
-  if (stride == 1) {
-    for (int64_t w = 0; w < W; ++w) held[w] = static_cast<acc_t>(x[w]);
-  } else {
-    for (int64_t w = 0; w < W; ++w) held[w] = static_cast<acc_t>(x[w * stride]);
-  }
+  convert_row<scalar_t, acc_t>(x, stride, W, 1, held);
   return held;
 }
 

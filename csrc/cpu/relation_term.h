@@ -38,16 +38,28 @@ struct Term {
       const auto* s_ptr = s.x.const_data_ptr<scalar_t>();
       auto* d_ptr = static_cast<stored_t*>(dstudent.data_ptr());
       const bool project = normalize && inverse != nullptr;
-      for (int64_t i = begin; i < end; ++i)
-        finish_row<scalar_t, acc_t, stored_t>(
-            rows + (i - begin) * ld,
-            s_ptr + s.offset(g, i),
-            s.x.stride(2),
-            s.D,
-            project ? inverse[i - begin] : acc_t(1),
-            acc_t(1),
-            project,
-            d_ptr + s.token(g, i) * s.D);
+      Buffer<acc_t> wide;
+      if (kIsHalf<scalar_t, acc_t>) wide.resize(s.D);
+      for (int64_t i = begin; i < end; ++i) {
+        const auto finish = [&](const auto* row, int64_t stride) {
+          finish_row<std::decay_t<decltype(*row)>, acc_t, stored_t>(
+              rows + (i - begin) * ld,
+              row,
+              stride,
+              s.D,
+              project ? inverse[i - begin] : acc_t(1),
+              acc_t(1),
+              project,
+              d_ptr + s.token(g, i) * s.D);
+        };
+        const scalar_t* row = s_ptr + s.offset(g, i);
+        if (!kIsHalf<scalar_t, acc_t> || !project) {
+          finish(row, s.x.stride(2));
+        } else {
+          convert_row<scalar_t, acc_t>(row, s.x.stride(2), s.D, 1, wide.data());
+          finish(static_cast<const acc_t*>(wide.data()), 1);
+        }
+      }
     });
   }
 };

@@ -3,12 +3,19 @@
 
 #include "isa.h"
 
+#include <c10/util/Half.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
+
+#if FASTKD_HAS_MULTIVERSION
+#include <immintrin.h>
+#endif
 
 // Helpers of versioned functions must be inlined; otherwise they are compiled for the baseline only.
 #if defined(__GNUC__)
@@ -153,9 +160,50 @@ FASTKD_INLINE double log_of(double u, double f) {
   return u > 0.5 && u < 2 ? std::log1p(f) : std::log(u);
 }
 
+// Whether a row is float16 that becomes float32: GCC vectorises no such conversion, and AVX-512 has an instruction.
+template <typename scalar_t, typename acc_t>
+constexpr bool kIsHalf = std::is_same_v<scalar_t, c10::Half> && std::is_same_v<acc_t, float>;
+
+#if FASTKD_HAS_MULTIVERSION
+
+// A mask of the elements that a vector has from i on.
+FASTKD_AVX512 inline __mmask16 lanes_from(int64_t i, int64_t n) {
+  return static_cast<__mmask16>(n - i >= kLanes ? 0xffff : (1 << (n - i)) - 1);
+}
+
+// n adjacent elements times scale.
+FASTKD_AVX512 inline void widen_row(const c10::Half* src, int64_t n, float scale, float* out) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __mmask16 lanes = lanes_from(i, n);
+    const __m512 x = _mm512_maskz_cvtph_ps(lanes, _mm256_maskz_loadu_epi16(lanes, src + i));
+    _mm512_mask_storeu_ps(out + i, lanes, _mm512_mul_ps(x, factor));
+  }
+}
+
+// n elements times scale, rounded to nearest even.
+FASTKD_AVX512 inline void narrow_row(const float* src, int64_t n, float scale, c10::Half* out) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __mmask16 lanes = lanes_from(i, n);
+    const __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, src + i), factor);
+    _mm256_mask_storeu_epi16(
+        out + i, lanes, _mm512_maskz_cvtps_ph(lanes, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+
+#else
+
+inline void widen_row(const c10::Half*, int64_t, float, float*) {}
+inline void narrow_row(const float*, int64_t, float, c10::Half*) {}
+
+#endif
+
 // D elements, `stride` apart, times scale.
 template <typename scalar_t, typename acc_t>
 static FASTKD_MULTIVERSION void convert_row(const scalar_t* src, int64_t stride, int64_t D, acc_t scale, acc_t* out) {
+  if constexpr (kIsHalf<scalar_t, acc_t>)
+    if (stride == 1 && has_avx512()) return widen_row(src, D, scale, out);
   if (stride == 1) {
     for (int64_t d = 0; d < D; ++d) out[d] = static_cast<acc_t>(src[d]) * scale;
   } else {
@@ -184,6 +232,8 @@ static FASTKD_MULTIVERSION T max_row(const T* z, int64_t n) {
 // x times scale, rounded once.
 template <typename acc_t, typename out_t>
 static FASTKD_MULTIVERSION void round_row(const acc_t* x, int64_t D, acc_t scale, out_t* out) {
+  if constexpr (kIsHalf<out_t, acc_t>)
+    if (has_avx512()) return narrow_row(x, D, scale, out);
   for (int64_t d = 0; d < D; ++d) out[d] = static_cast<out_t>(x[d] * scale);
 }
 

@@ -99,6 +99,8 @@ def scaled(stored: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
         return stored if dloss.numel() == 1 and dloss.item() == 1 else stored.mul_(dloss)
     if dtype in (torch.float32, torch.float64) or dloss.numel() > 1:
         return (stored * dloss).to(dtype)
+    if stored.device.type == "cpu" and _is_last_use(dloss):
+        return (stored if dloss.item() == 1 else stored.mul_(dloss)).to(dtype)
     out = torch.empty_like(stored, dtype=dtype)
     # A one-element tensor, unlike a 0-dim one, keeps its dtype in promotion: dloss is not rounded to 16 bits.
     dloss = dloss.reshape(1)
