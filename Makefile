@@ -7,7 +7,11 @@ ENV    := $(VENV)/.installed
 # A GPU machine may have no network, so its own Python and packages are used.
 GPU_PYTHON ?= python3
 # Each worker uses one thread, because workers with more threads would compete for the cores.
-PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+PYTEST  ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 4))')
+# Interpreted kernels keep a core busy; many other tests wait for processes that they start.
+INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS)
+COMPILED    = $(PYTEST) -n $$(($(WORKERS) + 1))
 # Folders of the results, and of kernels compiled beforehand; the latter is ignored by git.
 GPU_OUT ?= gpu
 GPU_KERNELS ?= build/gpu-kernels
@@ -46,18 +50,18 @@ study: $(ENV)
 	$(BIN)/python -m experiments.study
 
 test: $(VENV)/.test
-	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive'
-	$(PYTEST) -m 'not exhaustive'
+	$(INTERPRETED) -m 'triton and not exhaustive'
+	$(COMPILED) -m 'not exhaustive'
 
 # All tests, including the exhaustive products of options.
 test-all: $(VENV)/.test
-	TRITON_INTERPRET=1 $(PYTEST) -m triton
-	$(PYTEST)
+	$(INTERPRETED) -m triton
+	$(COMPILED)
 
 # The tests whose verdict depends on the versions of torch and Triton. They need neither timm nor torchvision.
 test-versions: $(VENV)/.test
-	TRITON_INTERPRET=1 $(PYTEST) -m 'triton and not exhaustive' tests/logits tests/prior tests/gpu/test_interpreter.py
-	$(PYTEST) -m 'not exhaustive' tests/gpu/test_aot.py $(addprefix tests/operators/test_,contract.py shapes.py terms.py)
+	$(INTERPRETED) -m 'triton and not exhaustive' tests/logits tests/prior tests/gpu/test_interpreter.py
+	$(COMPILED) -m 'not exhaustive' tests/gpu/test_aot.py $(addprefix tests/operators/test_,contract.py shapes.py terms.py)
 
 # Plants the faults of tests/mutants one at a time and records the test that catches each. Takes hours on two cores.
 mutants: $(VENV)/.test

@@ -16,17 +16,20 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 import fastkd_kernels
-from fastkd.ops import _dispatch, _schemas
+from fastkd._precision import matrix_gain
+from fastkd.ops import _dispatch, _schemas, attention, relation
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -117,6 +120,10 @@ def _launcher(op: str) -> Callable[..., Any]:
     return lambda *args: launcher(**dict(zip(names, args, strict=True)))
 
 
+def _gain(of: Callable[..., int], _: torch.device, *tensors: Tensor) -> int:
+    return of(torch.device("cuda"), *tensors)
+
+
 def _patches(target: str, multiprocessors: int) -> Iterator[Any]:
     """Yield what makes the library launch its kernels on CPU tensors as on that card."""
     known: dict[str, Callable[[torch.device], Any]] = {
@@ -128,6 +135,8 @@ def _patches(target: str, multiprocessors: int) -> Iterator[Any]:
         for name, answer in known.items():
             if hasattr(module, name):
                 yield mock.patch.object(module, name, answer)
+    for user in (attention, relation):  # they ask whether the tensors are on a GPU
+        yield mock.patch.object(user, "matrix_gain", partial(_gain, matrix_gain))
     yield mock.patch.object(_dispatch, "INTERPRETED", True)  # "triton" takes CPU tensors
     yield mock.patch.object(torch.version, "hip", "6.4" if target.startswith("gfx") else None)
 

@@ -29,7 +29,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ from benchmarks.case import Case, Inputs, Step
 from benchmarks.cases import CASES
 from benchmarks.gpu.call import commit
 from benchmarks.gpu.smoke import SMOKE, on, touched
-from fastkd.ops import attention, relation
 
 ROOT = Path(__file__).parents[2]
 TARGET = "sm_90"  # of both the H100 and the H200
@@ -138,23 +136,16 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"sanitizer {case.name}", partial(_step, case, "triton")
 
 
-def _gain(device: torch.device, *tensors: Tensor) -> int:
-    return 8 if max(x.element_size() for x in tensors) == 2 else 1
-
-
 def needed(only: str = "*") -> dict[str, Any]:
     """Return the kernels that the calls launch, by the name of their folder in the cache."""
     from benchmarks.dry_driver import recorded
 
     found: dict[str, Any] = {}
-    with ExitStack() as stack:
-        for module in (relation, attention):  # they ask whether the tensors are on a GPU
-            stack.enter_context(mock.patch.object(module, "matrix_gain", _gain))
-        for call_name, call in calls():
-            if fnmatch.fnmatch(call_name, only):
-                with fastkd.backend("triton"), recorded(TARGET, MULTIPROCESSORS) as launches:
-                    call()
-                found |= {name(launch.kernel): launch.kernel for launch in launches}
+    for call_name, call in calls():
+        if fnmatch.fnmatch(call_name, only):
+            with fastkd.backend("triton"), recorded(TARGET, MULTIPROCESSORS) as launches:
+                call()
+            found |= {name(launch.kernel): launch.kernel for launch in launches}
     return found
 
 
