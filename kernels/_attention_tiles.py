@@ -49,7 +49,7 @@ _HOPPER = {
 _BLACKWELL = {  # products in tensor memory, of 64 rows at least; smaller ones as on 8.x
     64: Config(
         Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 16, 8, 2), Tile(32, 32, 8, 2),
-        (Tile(16, 64, 4, 2), Tile(16, 128, 8, 2)),
+        (Tile(16, 64, 4, 1), Tile(16, 128, 8, 2)),
     ),
     128: Config(
         Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 16, 8, 2), Tile(32, 32, 8, 2)
