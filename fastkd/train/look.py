@@ -128,7 +128,10 @@ def maps(network: nn.Module, pixels: Tensor, layer: str | int) -> tuple[Tensor, 
     """
     mean, std = (pixels.new_tensor(pretrained_cfg(network)[key]).view(3, 1, 1) for key in ("mean", "std"))
     images, layer = (pixels - mean) / std, int(layer) if str(layer).lstrip("-").isdecimal() else layer
-    probe("model", network, [layer], pixels.shape[-1])  # raises the errors of one line
+    try:
+        probe("model", network, [layer], pixels.shape[-1])
+    except InputError as error:
+        raise InputError(str(error).replace("--model-layers", "--layer")) from error
     with capture.tokens(network, [layer]) as captured:
         network(images)
         tokens = nn.functional.normalize(captured[0].float(), dim=2)

@@ -246,7 +246,7 @@ def test_export_is_the_network(root):
         ("look run --out nowhere/maps.png", ["--out", "nowhere/maps.png"]),
         ("look run --patches 3", ["--patches: needs ROW,COLUMN pairs, got '3'"]),
         ("look run --patches 9,9", ["--patches: (9, 9) is not one of the 4 x 4 patches"]),
-        ("look run --layer blocks.9", ["blocks.9", "blocks.0"]),
+        ("look run --layer blocks.9", ["--layer:", "blocks.9", "blocks.0"]),
         ("look run --images empty", ["--images: empty is no folder of images"]),
         ("look run/nothing", ["run/nothing is no run"]),
         ("export run", ["--onnx, --torch-export, --hf: give one at least"]),
