@@ -283,17 +283,18 @@ MIGRATIONS = (
 def migrations() -> str:
     """Return the commonest replacements, each with the measured gain."""
     rows = {
-        row["case"].removeprefix("dropins/"): row["providers"]
+        row["case"].removeprefix("dropins/"): (row["providers"], found["header"])
         for found in (*results("cases"), *results("dropins"))
         for row in found.get("cases", found.get("dropins", []))
     }
     lines = []
     for this, by, case in MIGRATIONS:
-        p = rows[case]
+        p, header = rows[case]
         eager, compiled = (f"{p[name]['median'] / p['fastkd']['median']:.2g}x" for name in ("eager", "compile"))
         memory = " instead of ".join(f"{p[name]['memory'] / 2**20:.0f}" for name in ("fastkd", "eager")) + " MB"
-        lines.append([this, f"`{by}`", f"{eager}, {compiled}", memory])
-    return table(["replace", "by", "faster than it, than torch.compile of it", "extra memory"], lines)
+        where = f"{header['cpu'].split(',')[0].removesuffix(' Processor')}, {header['date'][:10]}"
+        lines.append([this, f"`{by}`", f"{eager}, {compiled}", memory, where])
+    return table(["replace", "by", "faster than it, than torch.compile of it", "extra memory", "measured on"], lines)
 
 
 def headline() -> str:
