@@ -28,7 +28,7 @@ from .sharding import shard_beside
 from .targets import mixup
 
 AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ESTIMATE_AFTER = 20  # steps after which the time of an epoch is told
+ESTIMATE_AFTER = 20  # steps after which the time of an epoch is printed
 LOOK_EVERY = 20  # steps between checks of the loss on devices where a check has to wait
 Row = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
@@ -81,7 +81,7 @@ class Trainee:
         self.ema = None if ema is None else ModelEmaV3(network, decay=ema, use_warmup=True)
         self.stage = self.epoch = -1
         self.wish: Callable[[], int] = lambda: 0
-        self.estimated = False  # whether the time of an epoch has been told
+        self.estimated = False  # whether the time of an epoch has been printed
         self.wished = 0  # the largest of what the ranks wished at the last look
         self.record = Record(device, ranks)
 
