@@ -1,14 +1,14 @@
 // Import point of fastkd._C: loading it registers the native operators. The schemas are in fastkd/ops/_schemas.py.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+//
+// The module is written in CPython's limited interface, so that one build serves every Python.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 
-#include <map>
 #include <string>
 
 #include "isa.h"
+#include "signatures.h"
 #include "thresholds.h"
-
-namespace py = pybind11;
 
 // Versions come as bare tokens, which need no quoting on any command line.
 #define FASTKD_TEXT_(...) #__VA_ARGS__
@@ -16,7 +16,7 @@ namespace py = pybind11;
 
 namespace {
 
-std::string compiler() {
+const char* compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
 #elif defined(__GNUC__)
@@ -28,50 +28,74 @@ std::string compiler() {
 #endif
 }
 
-py::dict build_info() {
-  using namespace pybind11::literals;
-  py::object cuda = py::none();
-  py::list cuda_archs, isa;
+PyObject* build_info(PyObject*, PyObject*) {
 #ifdef FASTKD_CUDA_VERSION
-  cuda = py::str(FASTKD_TEXT(FASTKD_CUDA_VERSION));
-  cuda_archs = py::str(FASTKD_TEXT(FASTKD_CUDA_ARCHS)).attr("split")(",");
+  const char *cuda = FASTKD_TEXT(FASTKD_CUDA_VERSION), *cuda_archs = FASTKD_TEXT(FASTKD_CUDA_ARCHS);
+#else
+  const char *cuda = nullptr, *cuda_archs = "";
 #endif
-#if FASTKD_HAS_MULTIVERSION
-  isa.append("avx512");
-  isa.append("avx2");
-#endif
-  isa.append("default");
-  return py::dict(
-      "compiler"_a = compiler(),
-      "cxx_standard"_a = static_cast<long>(__cplusplus),
-      "torch"_a = FASTKD_TEXT(FASTKD_TORCH_VERSION),
-      "cuda"_a = cuda,
-      "cuda_archs"_a = cuda_archs,
-      "isa_compiled"_a = isa,
-      "isa_in_use"_a = fastkd::isa_in_use());
+  return Py_BuildValue(
+      "{s:s, s:l, s:s, s:z, s:s, s:s, s:s}",
+      "compiler",
+      compiler(),
+      "cxx_standard",
+      static_cast<long>(__cplusplus),
+      "torch",
+      FASTKD_TEXT(FASTKD_TORCH_VERSION),
+      "cuda",
+      cuda,
+      "cuda_archs",
+      cuda_archs,
+      "isa_compiled",
+      FASTKD_HAS_MULTIVERSION ? "avx512,avx2,default" : "default",
+      "isa_in_use",
+      fastkd::isa_in_use());
 }
 
-std::map<std::string, int64_t> read_thresholds() {
-  std::map<std::string, int64_t> values;
-  for (const auto* threshold : fastkd::thresholds()) values[threshold->name] = threshold->value;
+PyObject* thresholds(PyObject*, PyObject*) {
+  PyObject* values = PyDict_New();
+  for (const auto* threshold : fastkd::thresholds()) {
+    PyObject* value = PyLong_FromLongLong(threshold->value);
+    if (value == nullptr || PyDict_SetItemString(values, threshold->name, value) != 0) return nullptr;
+    Py_DECREF(value);
+  }
   return values;
 }
 
-void set_threshold(const std::string& name, int64_t value) {
-  for (auto* threshold : fastkd::thresholds()) {
-    if (threshold->name != name) continue;
-    if (value < 1) throw py::value_error(name + " must be at least 1, got " + std::to_string(value));
-    threshold->value = value;
-    return;
+PyObject* signatures(PyObject*, PyObject*) {
+  PyObject* all = PyDict_New();
+  for (const auto& [name, types] : fastkd::signatures()) {
+    PyObject* value = PyUnicode_FromString(types.c_str());
+    if (value == nullptr || PyDict_SetItemString(all, name.c_str(), value) != 0) return nullptr;
+    Py_DECREF(value);
   }
-  throw py::key_error(name);
+  return all;
 }
+
+PyObject* set_threshold(PyObject*, PyObject* arguments) {
+  const char* name = nullptr;
+  long long value = 0;
+  if (!PyArg_ParseTuple(arguments, "sL", &name, &value)) return nullptr;
+  for (auto* threshold : fastkd::thresholds()) {
+    if (std::string(threshold->name) != name) continue;
+    if (value < 1) return PyErr_Format(PyExc_ValueError, "%s must be at least 1, got %lld", name, value);
+    threshold->value = value;
+    Py_RETURN_NONE;
+  }
+  PyErr_SetString(PyExc_KeyError, name);
+  return nullptr;
+}
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "What this library was built with and the instruction set it uses here"},
+    {"signatures", signatures, METH_NOARGS, "The types that each operator takes and returns"},
+    {"thresholds", thresholds, METH_NOARGS, "Sizes at which kernels split their work, by name"},
+    {"set_threshold", set_threshold, METH_VARARGS, "Change such a size for all calls that follow: for tests"},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Native operators of fastkd", -1, methods, {}, {}, {}, {}};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native operators of fastkd";
-  m.def("build_info", &build_info, "What this library was built with and the instruction set it uses here");
-  m.def("thresholds", &read_thresholds, "Sizes at which kernels split their work, by name");
-  m.def("set_threshold", &set_threshold, "Change such a size for all calls that follow: for tests");
+PyMODINIT_FUNC PyInit__C() {
+  return PyModule_Create(&module);
 }

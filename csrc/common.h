@@ -1,41 +1,49 @@
 // Helpers shared by all C++ operators: accumulation types, folding of layouts.
 #pragma once
 
-// Not ATen/ATen.h, which declares every operator and takes seconds to read in each file.
-#include <ATen/OpMathType.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/promote_types.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
+#include "tensor.h"
+
+#include <torch/headeronly/core/Dispatch.h>
 
 #include <array>
 #include <optional>
+#include <type_traits>
+
+// Calls the lambda with scalar_t as the C++ type of a dtype: of an accumulator, or of any floating-point tensor.
+#define FASTKD_DISPATCH_ACC(dtype, name, ...) \
+  THO_DISPATCH_SWITCH(                        \
+      dtype,                                  \
+      name,                                   \
+      THO_DISPATCH_CASE(ScalarType::Float, __VA_ARGS__) THO_DISPATCH_CASE(ScalarType::Double, __VA_ARGS__))
+#define FASTKD_DISPATCH(dtype, name, ...)                                                                  \
+  THO_DISPATCH_SWITCH(                                                                                     \
+      dtype,                                                                                               \
+      name,                                                                                                \
+      THO_DISPATCH_CASE(ScalarType::Float, __VA_ARGS__) THO_DISPATCH_CASE(ScalarType::Double, __VA_ARGS__) \
+          THO_DISPATCH_CASE(ScalarType::Half, __VA_ARGS__) THO_DISPATCH_CASE(ScalarType::BFloat16, __VA_ARGS__))
 
 namespace fastkd {
 
 // float64 keeps itself, everything else sums in float32.
 template <typename scalar_t>
-using acc_type = at::opmath_type<scalar_t>;
+using acc_type = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 template <typename... Tensors>
-at::ScalarType accumulator(const at::Tensor& x, const Tensors&... others) {
-  auto acc = at::promote_types(x.scalar_type(), at::kFloat);
-  ((acc = at::promote_types(acc, others.scalar_type())), ...);
-  return acc;
+ScalarType accumulator(const Tensors&... xs) {
+  return ((xs.scalar_type() == ScalarType::Double) || ...) ? ScalarType::Double : ScalarType::Float;
 }
 
 // float16 gradients wait in float32, since GradScaler's scale must precede the rounding.
-inline at::ScalarType stored_gradient(const at::Tensor& x) {
-  return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
+inline ScalarType stored_gradient(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type();
 }
 
-// A 0-dimensional tensor. at::full refuses numbers beyond its dtype, which are infinities here.
-inline at::Tensor scalar_of(double x, const at::TensorOptions& options) {
-  return at::full({}, x, options.dtype(at::kDouble)).to(options.dtype());
+// On a CPU. Numbers beyond the range of an accumulator are infinities.
+inline Tensor full(const Tensor& like, Sizes sizes, double value, ScalarType acc) {
+  const auto out = empty(like, sizes, acc);
+  FASTKD_DISPATCH_ACC(
+      acc, "full", [&] { std::fill_n(out.mutable_data_ptr<scalar_t>(), out.numel(), static_cast<scalar_t>(value)); });
+  return out;
 }
 
 // Strides of a (B, C, ...) tensor whose positions are folded to (H, W).
@@ -52,7 +60,7 @@ struct Planes {
 
 // Merges positions that are adjacent in memory in every tensor; nullopt if more than two dimensions are left.
 template <size_t n>
-std::optional<Planes<n>> fold_planes(const std::array<at::Tensor, n>& xs) {
+std::optional<Planes<n>> fold_planes(const std::array<Tensor, n>& xs) {
   const auto sizes = xs[0].sizes();
   Planes<n> p{sizes[0], sizes[1], 1, 1, {}};
   for (size_t i = 0; i < n; ++i) p.strides[i] = {xs[i].stride(0), xs[i].stride(1), 0, 1};

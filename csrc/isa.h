@@ -8,7 +8,7 @@
 //   template <typename acc_t>
 //   FASTKD_MULTIVERSION acc_t sum_squares(const acc_t* x, int64_t n) { ... }
 //
-// Only the function itself and what is inlined into it are versioned: a lambda given to at::parallel_for is a function
+// Only the function itself and what is inlined into it are versioned: a lambda given to parallel_for is a function
 // of its own, so it should call a versioned function rather than hold the loop.
 // Levels, not CPU names: "arch=haswell" matches Haswell alone and leaves every later CPU on the baseline.
 // FASTKD_AVX512 compiles a function for AVX-512 alone, to be called where has_avx512().

@@ -1,11 +1,12 @@
 // Gradients of the operators that run once a layer: in Python they would take longer than the kernels of a small one.
 //
 // Calling fastkd::moments_fwd or fastkd::batch_norm_fwd on tensors that require a gradient records these nodes, of
-// whatever device. Where the extension is missing fastkd/ops/moments.py has the same in Python.
-#include "common.h"
-
+// whatever device. PyTorch's stable interface has no autograd, so this is a library of its own, which serves the torch
+// it was built with. Where it is missing fastkd/ops/moments.py has the same in Python.
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/native_batch_norm_backward.h>
+#include <ATen/ops/promote_types.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -162,7 +163,7 @@ struct BatchNormNode : Function<BatchNormNode> {
       // Gradients of weight and bias are rarely wanted, so PyTorch sums them in separate passes.
       // Contiguous, because PyTorch sums some planes of one row or column wrongly if dy and x differ in layout, and
       // reads past the end of expanded statistics of a (B, C).
-      const auto acc = accumulator(x);
+      const auto acc = at::promote_types(x.scalar_type(), at::kFloat);
       const auto wide_weight = weight ? std::optional(weight->to(acc).contiguous()) : std::nullopt;
       std::tie(std::ignore, dweight, dbias) = at::native_batch_norm_backward(
           dy.to(acc).contiguous(),

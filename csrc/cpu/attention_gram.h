@@ -39,9 +39,9 @@ double gram(const Problem& problem) {
   const double f_ss = problem.s.scale * problem.s.scale / static_cast<double>(N_k),
                f_ts = problem.t.scale * problem.s.scale / static_cast<double>(N_k),
                f_tt = problem.t.scale * problem.t.scale / static_cast<double>(N_k);
-  const auto weight = problem.weight.to(at::kDouble);
+  const auto weight = problem.weight.to(ScalarType::Double);
   std::vector<double> sums(B * H);
-  at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
     Grams a(d_s, d_t), c(d_s, d_t);
     Buffer<double> s(height * d_s), t(height * d_t), sw(height * d_s), tw(height * d_t), u(height * d_s);
     std::vector<double> w(height);
@@ -75,7 +75,7 @@ double gram(const Problem& problem) {
       }
       sums[k] =
           f_ss * dot(a.ss, c.ss, d_s * d_s) - 2 * f_ts * dot(a.ts, c.ts, d_t * d_s) + f_tt * dot(a.tt, c.tt, d_t * d_t);
-      const auto gradient = [&](bool queries, const at::Tensor& out, const Grams& grams, int64_t n) {
+      const auto gradient = [&](bool queries, const Tensor& out, const Grams& grams, int64_t n) {
         if (!out.defined()) return;
         for (int64_t i0 = 0; i0 < n; i0 += height) {
           const int64_t rows = std::min(height, n - i0);

@@ -11,13 +11,10 @@ FASTKD_MULTIVERSION bool log_softmax_row(T* z, int64_t n) {
   n = n / kLanes * kLanes;
   const T m = max_row(z, n);
   Lanes<T> parts(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      z[j] -= m;
-      parts[l] += exp_of(z[j]);
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    z[j] -= m;
+    parts[l] += exp_of(z[j]);
+  });
   const T l = parts.sum();
   if (l == 0) return false;
   const T log_l = std::log(l);
@@ -58,26 +55,23 @@ FASTKD_MULTIVERSION T mean_loss_row(const T* y_s, const T* p_s, const T* y_t, co
   n = n / kLanes * kLanes;
   const T scale = 2 / N_k;
   Lanes<T> sum(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      const T s = p_s[j], t = p_t[j], d = s - t;
-      if constexpr (divergence == Divergence::kKL) {
-        sum[l] += (t == 0 ? T(0) : t * (y_t[j] - y_s[j])) + d;
-        v[j] = d;
-      } else if constexpr (divergence == Divergence::kReverseKL) {
-        const T x = s == 0 ? T(0) : s * (y_s[j] - y_t[j]);
-        sum[l] += x - d;
-        v[j] = x;
-      } else if constexpr (divergence == Divergence::kCE) {
-        sum[l] -= t == 0 ? T(0) : t * y_s[j];
-        v[j] = d;
-      } else {
-        sum[l] += d * d;
-        v[j] = d * s * scale;
-      }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T s = p_s[j], t = p_t[j], d = s - t;
+    if constexpr (divergence == Divergence::kKL) {
+      sum[l] += (t == 0 ? T(0) : t * (y_t[j] - y_s[j])) + d;
+      v[j] = d;
+    } else if constexpr (divergence == Divergence::kReverseKL) {
+      const T x = s == 0 ? T(0) : s * (y_s[j] - y_t[j]);
+      sum[l] += x - d;
+      v[j] = x;
+    } else if constexpr (divergence == Divergence::kCE) {
+      sum[l] -= t == 0 ? T(0) : t * y_s[j];
+      v[j] = d;
+    } else {
+      sum[l] += d * d;
+      v[j] = d * s * scale;
     }
+  });
   const T total = sum.sum();
   return divergence == Divergence::kMSE ? total / N_k : total;
 }
@@ -90,17 +84,14 @@ FASTKD_MULTIVERSION void head_gradient_row(T* log_p, const T* y, const T* dlog, 
   const auto share = [&](int64_t j) { return y[j] == kNever<T> ? T(0) : exp_of(log_p[j] - (y[j] + log_H)); };
   const T c = share(top) * dlog[top] / exp_of(log_p[top]);
   Lanes<T> sum(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      const T p = exp_of(log_p[j]);
-      const T part = y[j] == kNever<T> ? T(0) : exp_of(log_p[j] - (y[j] + log_H)) * dlog[j];
-      const T x = j == top ? T(0) : part - c * p;
-      dlog_h[j] = x;
-      log_p[j] = p;
-      sum[l] += x;
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T p = exp_of(log_p[j]);
+    const T part = y[j] == kNever<T> ? T(0) : exp_of(log_p[j] - (y[j] + log_H)) * dlog[j];
+    const T x = j == top ? T(0) : part - c * p;
+    dlog_h[j] = x;
+    log_p[j] = p;
+    sum[l] += x;
+  });
   const T total = sum.sum();
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) log_p[j] = (dlog_h[j] - log_p[j] * total) * w;

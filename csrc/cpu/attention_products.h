@@ -6,8 +6,8 @@ namespace fastkd {
 namespace {
 
 struct Network {
-  at::Tensor q, k;                 // (B, H, N_q, d), (B, H, N_k, d)
-  std::optional<at::Tensor> bias;  // (B | 1, H | 1, N_q | 1, N_k | 1)
+  Tensor q, k;                 // (B, H, N_q, d), (B, H, N_k, d)
+  std::optional<Tensor> bias;  // (B | 1, H | 1, N_q | 1, N_k | 1)
   double scale;
 
   int64_t H() const { return q.size(1); }
@@ -15,9 +15,9 @@ struct Network {
 };
 
 // x[b][h][i][j], where dimensions of size 1 broadcast.
-int64_t offset(const at::Tensor& x, int64_t b, int64_t h, int64_t i, int64_t j) {
+int64_t offset(const Tensor& x, int64_t b, int64_t h, int64_t i, int64_t j) {
   const auto along = [&](int64_t dim, int64_t index) { return x.size(dim) == 1 ? 0 : index * x.stride(dim); };
-  return along(0, b) + along(1, h) + along(2, i) + along(3, j);
+  return along(0, b) + along(1, h) + along(2, i) + (x.dim() > 3 ? along(3, j) : 0);
 }
 
 struct Problem {
@@ -26,11 +26,11 @@ struct Problem {
   bool mean_heads, causal, shared;
   int64_t row_start, row_step;
   double bias_scale;
-  std::optional<at::Tensor> key_mask;  // (B, N_k), contiguous
-  at::Tensor weight;                   // (B | 1, H_out | 1, N_q | 1, 1) in the accumulation dtype
-  double factor;                       // of the weights
-  at::Tensor rows;                     // (B, H_out, N_q) losses; undefined where only the gradient is wanted
-  at::Tensor dq, dk, dbias;  // undefined where not wanted; dbias in the accumulation dtype, of its bias' shape
+  std::optional<Tensor> key_mask;  // (B, N_k), contiguous
+  Tensor weight;                   // (B | 1, H_out | 1, N_q | 1) in the accumulation dtype
+  double factor;                   // of the weights
+  Tensor rows;                     // (B, H_out, N_q) losses; undefined where only the gradient is wanted
+  Tensor dq, dk, dbias;            // undefined where not wanted; dbias in the accumulation dtype, of its bias' shape
 
   int64_t B() const { return s.q.size(0); }
   int64_t H_out() const { return mean_heads ? 1 : s.H(); }
@@ -59,8 +59,8 @@ struct Problem {
 
 // Rows of a (B, H, N, d) tensor, times scale, to out with leading dimension ld.
 template <typename T, typename Index>
-void load_rows(const at::Tensor& x, int64_t b, int64_t h, int64_t n, const Index& index, T scale, T* out, int64_t ld) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "load_rows", [&] {
+void load_rows(const Tensor& x, int64_t b, int64_t h, int64_t n, const Index& index, T scale, T* out, int64_t ld) {
+  FASTKD_DISPATCH(x.scalar_type(), "load_rows", [&] {
     const auto* p = x.const_data_ptr<scalar_t>() + b * x.stride(0) + h * x.stride(1);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = index(i);
@@ -75,8 +75,8 @@ void load_rows(const at::Tensor& x, int64_t b, int64_t h, int64_t n, const Index
 
 // x times scale, to row i of a contiguous (B, H, N, d) tensor.
 template <typename T>
-void store_row(const at::Tensor& out, int64_t b, int64_t h, int64_t i, const T* x, T scale) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "store_row", [&] {
+void store_row(const Tensor& out, int64_t b, int64_t h, int64_t i, const T* x, T scale) {
+  FASTKD_DISPATCH(out.scalar_type(), "store_row", [&] {
     auto* p = out.mutable_data_ptr<scalar_t>() + ((b * out.size(1) + h) * out.size(2) + i) * out.size(3);
     round_row<T, scalar_t>(x, out.size(3), scale, p);
   });
@@ -173,8 +173,8 @@ struct Products {
   static bool merges(const Problem& problem) { return problem.shared && !problem.key_mask; }
   // Whether sums of dK may lie in the output itself.
   static bool sums_in_place(const Problem& problem) {
-    const at::Tensor& out = problem.shared ? problem.dq : problem.dk;
-    return out.defined() && out.scalar_type() == c10::CppTypeToScalarType<T>::value && !problem.key_mask;
+    const Tensor& out = problem.shared ? problem.dq : problem.dk;
+    return out.defined() && out.scalar_type() == CppTypeToScalarType<T>::value && !problem.key_mask;
   }
   static void release() {}
 };
@@ -221,30 +221,30 @@ FASTKD_MULTIVERSION void transpose(const scalar_t* x, int64_t m, int64_t n, int6
 struct ProductsBf16 {
   using acc_t = float;
   const Problem& problem;
-  Buffer<at::BFloat16> rows_buffer, q_s, q_t, q_columns;  // (n, d), (rows, d), (d, rows); d, rows made even
-  Buffer<at::BFloat16> k_s_columns, k_t_columns, k_rows;  // packed Kᵀ (d, n), K (n, d)
-  Buffer<uint16_t> high, low;                             // (rows, ld)
-  Buffer<uint32_t> high_pairs, low_pairs;                 // (rows / 2, ld)
+  Buffer<BFloat16> rows_buffer, q_s, q_t, q_columns;  // (n, d), (rows, d), (d, rows); d, rows made even
+  Buffer<BFloat16> k_s_columns, k_t_columns, k_rows;  // packed Kᵀ (d, n), K (n, d)
+  Buffer<uint16_t> high, low;                         // (rows, ld)
+  Buffer<uint32_t> high_pairs, low_pairs;             // (rows / 2, ld)
   Buffer<float> dq, dk_rows;
   int64_t b = 0, h0 = 0, n = 0, most_rows = 0;
 
   ProductsBf16(const Problem& problem, int64_t most_rows) : problem(problem), most_rows(most_rows) {}
 
-  static int64_t bytes_per_score() { return 2 * sizeof(float) + 4 * sizeof(at::BFloat16); }
+  static int64_t bytes_per_score() { return 2 * sizeof(float) + 4 * sizeof(BFloat16); }
   static int64_t even(int64_t d) { return (d + 1) / 2 * 2; }
   int64_t heads(const Network&) const { return 1; }
   int64_t dk_size() const { return problem.s.d() * padded(problem.N_k()); }
 
   template <typename Index>
-  static void load_rows(const at::Tensor& x, int64_t b, int64_t h, int64_t n, const Index& index, at::BFloat16* out) {
+  static void load_rows(const Tensor& x, int64_t b, int64_t h, int64_t n, const Index& index, BFloat16* out) {
     const int64_t d = x.size(3), ld = even(d), stride = x.stride(3);
-    const auto* p = x.const_data_ptr<at::BFloat16>() + b * x.stride(0) + h * x.stride(1);
+    const auto* p = x.const_data_ptr<BFloat16>() + b * x.stride(0) + h * x.stride(1);
     for (int64_t i = 0; i < n; ++i, out += ld) {
       const int64_t row = index(i);
       const auto* src = p + row * x.stride(2);
       if (ld > d) out[d] = 0;
       if (row < 0) {
-        std::fill_n(out, d, at::BFloat16(0));
+        std::fill_n(out, d, BFloat16(0));
       } else if (stride == 1) {
         std::memcpy(static_cast<void*>(out), src, d * sizeof *src);
       } else {
@@ -253,7 +253,7 @@ struct ProductsBf16 {
     }
   }
 
-  void load_keys(const Network& x, const std::vector<int64_t>& keys, Buffer<at::BFloat16>& columns, bool as_rows) {
+  void load_keys(const Network& x, const std::vector<int64_t>& keys, Buffer<BFloat16>& columns, bool as_rows) {
     const int64_t d = even(x.d()), width = padded(n);
     rows_buffer.resize(n * d);
     load_rows(x.k, b, h0, n, [&](int64_t j) { return keys[j]; }, rows_buffer.data());
@@ -263,7 +263,7 @@ struct ProductsBf16 {
     const int64_t row = packed_columns(d) * 2, pairs = (n + 1) / 2;
     k_rows.resize(width / 2 * row);
     pack_bf16(rows_buffer.data(), d, n, d, /*transposed=*/false, k_rows.data());
-    std::fill_n(k_rows.data() + pairs * row, (width / 2 - pairs) * row, at::BFloat16(0));
+    std::fill_n(k_rows.data() + pairs * row, (width / 2 - pairs) * row, BFloat16(0));
   }
 
   void load(const Task& task, const std::vector<int64_t>& keys) {
@@ -314,7 +314,7 @@ struct ProductsBf16 {
       float*) {
     const int64_t width = packed_columns(even(problem.s.d()));
     const auto product = [&](const Buffer<uint16_t>& dz, bool add) {
-      const auto* a = reinterpret_cast<const at::BFloat16*>(dz.data());
+      const auto* a = reinterpret_cast<const BFloat16*>(dz.data());
       gemm_bf16(rows, width, padded(columns), a, ld, k_rows.data(), width, add, dq.data(), width);
     };
     product(high, false);
@@ -326,10 +326,10 @@ struct ProductsBf16 {
   // dKᵀ += Qᵀ dZ.
   void keys_gradient(int64_t, int64_t rows, int64_t columns, const float*, int64_t ld, bool add, float* dk) {
     const int64_t d = problem.s.d(), ld_q = even(d), pairs = even(rows);
-    if (pairs > rows) std::fill_n(q_s.data() + rows * ld_q, ld_q, at::BFloat16(0));
+    if (pairs > rows) std::fill_n(q_s.data() + rows * ld_q, ld_q, BFloat16(0));
     transpose(q_s.data(), pairs, d, ld_q, q_columns.data());
     const auto product = [&](const Buffer<uint32_t>& dz, bool add) {
-      const auto* packed = reinterpret_cast<const at::BFloat16*>(dz.data());
+      const auto* packed = reinterpret_cast<const BFloat16*>(dz.data());
       gemm_bf16(d, padded(columns), pairs, q_columns.data(), pairs, packed, ld, add, dk, padded(n));
     };
     product(high_pairs, add);

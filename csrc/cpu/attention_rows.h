@@ -6,9 +6,6 @@
 #include "isa.h"
 #include "thresholds.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -62,18 +59,15 @@ template <typename T, bool with_cross>
 FASTKD_MULTIVERSION Sums<T> exp_rows(T* z_s, T* z_t, T* e_t, int64_t n, T m_s, T m_t) {
   n = n / kLanes * kLanes;
   Lanes<T> l_s(0), l_t(0), cross(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      const T y_s = z_s[j] - m_s, y_t = z_t[j] - m_t, s = exp_of(y_s), t = exp_of(y_t);
-      z_s[j] = s;
-      e_t[j] = t;
-      z_t[j] = y_t - y_s;
-      l_s[l] += s;
-      l_t[l] += t;
-      if constexpr (with_cross) cross[l] += t == 0 ? T(0) : t * y_s;
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T y_s = z_s[j] - m_s, y_t = z_t[j] - m_t, s = exp_of(y_s), t = exp_of(y_t);
+    z_s[j] = s;
+    e_t[j] = t;
+    z_t[j] = y_t - y_s;
+    l_s[l] += s;
+    l_t[l] += t;
+    if constexpr (with_cross) cross[l] += t == 0 ? T(0) : t * y_s;
+  });
   return {l_s.sum(), l_t.sum(), with_cross ? cross.sum() : T(0)};
 }
 
@@ -103,15 +97,12 @@ FASTKD_MULTIVERSION Differences<T> kl_row(T* e_s, const T* e_t, const T* dy, int
   n = n / kLanes * kLanes;
   const T g = c.inv_s * w;
   Lanes<T> sum(0), excess(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      const T s = e_s[j], e = e_t[j], t = e * c.ratio, d = s - e * c.ratio;
-      sum[l] += e == 0 ? d : t * (dy[j] + c.log_ratio) + d;
-      excess[l] += d;
-      e_s[j] = d * g;
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T s = e_s[j], e = e_t[j], t = e * c.ratio, d = s - e * c.ratio;
+    sum[l] += e == 0 ? d : t * (dy[j] + c.log_ratio) + d;
+    excess[l] += d;
+    e_s[j] = d * g;
+  });
   return {sum.sum() * c.inv_s, excess.sum() * c.inv_s};
 }
 
@@ -121,14 +112,11 @@ FASTKD_MULTIVERSION T difference_row(const T* e_s, const T* e_t, T* d, int64_t n
   n = n / kLanes * kLanes;
   const T g = c.inv_s * w;
   Lanes<T> excess(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      const T x = e_s[j] - e_t[j] * c.ratio;
-      excess[l] += x;
-      d[j] = x * g;
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T x = e_s[j] - e_t[j] * c.ratio;
+    excess[l] += x;
+    d[j] = x * g;
+  });
   return excess.sum() * c.inv_s;
 }
 
@@ -149,15 +137,12 @@ template <typename T>
 FASTKD_MULTIVERSION T reverse_kl_row(T* e_s, const T* e_t, T* dy, int64_t n, Norms<T> c) {
   n = n / kLanes * kLanes;
   Lanes<T> sum(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      const T s = e_s[j], d = s - e_t[j] * c.ratio, x = s == 0 ? T(0) : -(dy[j] + c.log_ratio);
-      sum[l] += (s * x - d) * c.inv_s;
-      dy[j] = x;
-      e_s[j] = s * c.inv_s;
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T s = e_s[j], d = s - e_t[j] * c.ratio, x = s == 0 ? T(0) : -(dy[j] + c.log_ratio);
+    sum[l] += (s * x - d) * c.inv_s;
+    dy[j] = x;
+    e_s[j] = s * c.inv_s;
+  });
   return sum.sum();
 }
 
@@ -166,14 +151,11 @@ FASTKD_MULTIVERSION T mse_row(T* e_s, T* d, int64_t n, Norms<T> c, T N_k) {
   n = n / kLanes * kLanes;
   const T scale = 2 / N_k;
   Lanes<T> sum(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      sum[l] += d[j] * d[j];
-      d[j] *= scale;
-      e_s[j] *= c.inv_s;
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    sum[l] += d[j] * d[j];
+    d[j] *= scale;
+    e_s[j] *= c.inv_s;
+  });
   return sum.sum() / N_k;
 }
 
@@ -181,16 +163,14 @@ FASTKD_MULTIVERSION T mse_row(T* e_s, T* d, int64_t n, Norms<T> c, T N_k) {
 template <typename T>
 FASTKD_MULTIVERSION T js_row(const T* p_s, const T* p_t, const T* d, T* v, int64_t n) {
   n = n / kLanes * kLanes;
+  constexpr T kLeast = 8 * std::numeric_limits<T>::min();  // of smaller totals the inverse overflows; they add nothing
   Lanes<T> sum(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      const T s = p_s[j], t = p_t[j], total = s + t, inv = 1 / (total == 0 ? T(1) : total), h = d[j] * inv;
-      const T log_s = s == 0 ? T(0) : log_of(2 * s * inv, h), log_t = t == 0 ? T(0) : log_of(2 * t * inv, -h);
-      sum[l] += s * log_s + t * log_t;
-      v[j] = log_s / 2;
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T s = p_s[j], t = p_t[j], total = s + t, inv = 1 / (total < kLeast ? T(1) : total), h = d[j] * inv;
+    const T log_s = s == 0 ? T(0) : log_of(2 * s * inv, h), log_t = t == 0 ? T(0) : log_of(2 * t * inv, -h);
+    sum[l] += s * log_s + t * log_t;
+    v[j] = log_s / 2;
+  });
   return sum.sum() / 2;
 }
 
@@ -200,12 +180,7 @@ template <typename T>
 FASTKD_MULTIVERSION void through_softmax(T* p, const T* v, int64_t n, T v_top, T w) {
   n = n / kLanes * kLanes;
   Lanes<T> sum(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      sum[l] += p[j] == 0 ? T(0) : p[j] * (v[j] - v_top);
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA { sum[l] += p[j] == 0 ? T(0) : p[j] * (v[j] - v_top); });
   const T mean = sum.sum();
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) p[j] = p[j] == 0 ? T(0) : p[j] * ((v[j] - v_top) - mean) * w;
@@ -217,15 +192,12 @@ FASTKD_MULTIVERSION T score_row(T* z_s, const T* z_t, int64_t n, T scale_s, T sc
   n = n / kLanes * kLanes;
   const T g = 2 / N_k * w;
   Lanes<T> sum(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      const T s = z_s[j] * scale_s, t = z_t[j] * scale_t, both = s > t ? s : t;
-      const T d = both == kNever<T> ? T(0) : s - t;
-      sum[l] += d * d;
-      z_s[j] = d * g;
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T s = z_s[j] * scale_s, t = z_t[j] * scale_t, both = s > t ? s : t;
+    const T d = both == kNever<T> ? T(0) : s - t;
+    sum[l] += d * d;
+    z_s[j] = d * g;
+  });
   return sum.sum() / N_k;
 }
 

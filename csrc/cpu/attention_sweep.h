@@ -7,26 +7,24 @@
 namespace fastkd {
 namespace {
 
-template <typename T>
-FASTKD_MULTIVERSION void add_row(T* x, const T* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] += y[i];
-}
+// Row i of a bias, and which n of all keys its query sees.
+struct BiasRow {
+  int64_t b, h, i;
+  const std::vector<int64_t>& keys;
+  int64_t n;
+
+  bool has_first() const { return n > 0 && keys[n - 1] == n - 1; }  // the first n keys of all
+};
 
 // Row i of a bias times bias_scale: its first n keys to out, -inf up to whole vectors.
 template <typename T>
-void load_bias(
-    const at::Tensor& bias,
-    int64_t b,
-    int64_t h,
-    int64_t i,
-    const std::vector<int64_t>& keys,
-    int64_t n,
-    T bias_scale,
-    T* out) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, bias.scalar_type(), "load_bias", [&] {
-    const auto* p = bias.const_data_ptr<scalar_t>() + offset(bias, b, h, i, 0);
+void load_bias(const Tensor& bias, const BiasRow& row, T bias_scale, T* out) {
+  const auto& keys = row.keys;
+  const int64_t n = row.n;
+  FASTKD_DISPATCH(bias.scalar_type(), "load_bias", [&] {
+    const auto* p = bias.const_data_ptr<scalar_t>() + offset(bias, row.b, row.h, row.i, 0);
     const int64_t stride = bias.size(3) == 1 ? 0 : bias.stride(3);
-    if (keys[n - 1] == n - 1) {  // the first n keys of all
+    if (row.has_first()) {
       convert_row<scalar_t, T>(p, stride, n, bias_scale, out);
     } else {
       for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(p[keys[j] * stride]) * bias_scale;
@@ -41,27 +39,15 @@ FASTKD_MULTIVERSION void add_bias(T* z, const T* bias, T m, int64_t n, T scale) 
 }
 
 template <typename T>
-FASTKD_MULTIVERSION void add_scaled_row(T* x, const T* y, T scale, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) x[j] += y[j] * scale;
-}
-
-template <typename T>
-void add_bias_gradient(
-    const Problem& problem,
-    int64_t b,
-    int64_t h,
-    int64_t i,
-    const std::vector<int64_t>& keys,
-    int64_t n,
-    const T* dz) {
-  T* out = problem.dbias.mutable_data_ptr<T>() + offset(problem.dbias, b, h, i, 0);
+void add_bias_gradient(const Problem& problem, const BiasRow& row, const T* dz) {
+  T* out = problem.dbias.mutable_data_ptr<T>() + offset(problem.dbias, row.b, row.h, row.i, 0);
   const T scale = static_cast<T>(problem.bias_scale);
   if (problem.dbias.size(3) == 1) {
-    *out += std::accumulate(dz, dz + n, T(0)) * scale;
-  } else if (n > 0 && keys[n - 1] == n - 1) {
-    add_scaled_row<T>(out, dz, scale, n);
+    *out += std::accumulate(dz, dz + row.n, T(0)) * scale;
+  } else if (row.has_first()) {
+    add_scaled_row<T>(out, dz, scale, row.n);
   } else {
-    for (int64_t j = 0; j < n; ++j) out[keys[j]] += dz[j] * scale;
+    for (int64_t j = 0; j < row.n; ++j) out[row.keys[j]] += dz[j] * scale;
   }
 }
 
@@ -119,7 +105,7 @@ struct Sweep {
     T scale = products.scale_of_scores(student);
     if (x.bias) {
       const T bias_scale = static_cast<T>(problem.bias_scale);
-      load_bias<T>(*x.bias, task.b, task.h + h, i, keys, visible, bias_scale, bias.data());
+      load_bias<T>(*x.bias, {task.b, task.h + h, i, keys, visible}, bias_scale, bias.data());
       // Subtract the bias's maximum, like the keys' mean, to avoid cancellation.
       const T m = problem.has_softmax() ? max_row<T>(bias.data(), padded(visible)) : T(0);
       add_bias<T>(z, bias.data(), m, visible, scale);
@@ -133,7 +119,7 @@ struct Sweep {
     streams.clear();
     if (!next) return;
     for (const Network* x : {&problem.s, &problem.t})
-      for (const at::Tensor* y : {&x->q, &x->k}) {
+      for (const Tensor* y : {&x->q, &x->k}) {
         if (y->size(2) > kPrefetchedRows || (y == &x->k && y->is_same(x->q))) continue;
         const int64_t size = y->element_size(), first = next->b * y->stride(0) + next->h * y->stride(1);
         const char* data = static_cast<const char*>(y->const_data_ptr()) + first * size;
@@ -212,14 +198,14 @@ struct Sweep {
       out = dk + i0 * d;
     } else if (dq) {
       out = dq + i0 * d;
-    } else if (problem.dq.defined() && problem.dq.scalar_type() == c10::CppTypeToScalarType<T>::value) {
+    } else if (problem.dq.defined() && problem.dq.scalar_type() == CppTypeToScalarType<T>::value) {
       out = problem.dq.mutable_data_ptr<T>() + ((task.b * problem.s.H() + task.h) * N_q + i0) * d;
     }
     for (int64_t h = 0; h < heads(); ++h) {
       T* dz = z_s.data() + h * most_rows * ld;
       if (problem.dbias.defined())
         for (int64_t i = 0; i < rows; ++i)
-          add_bias_gradient<T>(problem, task.b, task.h + h, i0 + i, keys, columns, dz + i * ld);
+          add_bias_gradient<T>(problem, {task.b, task.h + h, i0 + i, keys, columns}, dz + i * ld);
       if (columns > 0) products.prepare_gradient(rows, columns, dz, ld);
       if (dk && columns > 0) products.keys_gradient(h, rows, columns, dz, ld, add, dk + h * products.dk_size());
       if (!problem.dq.defined() || (merges && columns == 0)) continue;
@@ -265,7 +251,7 @@ struct Sweep {
   // The task's dK from its sums, and where keys are the queries the whole gradient.
   void finish(T* dk, T* dq) {
     const int64_t d = problem.s.d();
-    const at::Tensor& out = problem.shared ? problem.dq : problem.dk;
+    const Tensor& out = problem.shared ? problem.dq : problem.dk;
     for (int64_t h = 0; h < heads(); ++h) {
       const T* rows = products.finish_keys_gradient(dk + h * products.dk_size());
       if (dq) {
@@ -291,7 +277,7 @@ std::vector<std::vector<std::vector<Task>>> waves(const Problem& problem) {
   const bool b_meet = problem.dbias.defined() && problem.dbias.size(0) == 1;
   const bool h_meet = problem.dbias.defined() && problem.dbias.size(1) == 1;
   const int64_t apart = (b_meet ? 1 : B) * (h_meet ? 1 : H);
-  const bool chained = apart >= at::get_num_threads();
+  const bool chained = apart >= get_num_threads();
   std::vector<std::vector<std::vector<Task>>> out(chained ? 1 : B * H / apart);
   for (auto& wave : out) wave.resize(apart);
   for (int64_t b = 0; b < B; ++b)
@@ -304,7 +290,7 @@ std::vector<std::vector<std::vector<Task>>> waves(const Problem& problem) {
 
 // Returns the number of row ranges per task, so that all threads have work.
 int64_t parts_of(const Problem& problem, int64_t tasks) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = get_num_threads();
   if (tasks % threads == 0 || tasks >= 4 * threads) return 1;
   if (problem.dbias.defined() && problem.dbias.size(2) == 1) return 1;  // ranges of rows would meet
   return std::min((4 * threads + tasks - 1) / tasks, (problem.N_q() + kFewestRows - 1) / kFewestRows);
@@ -322,10 +308,10 @@ double sweep(const Problem& problem) {
     const int64_t n = chains.size(), parts = chains[0].size() == 1 ? parts_of(problem, n) : 1;
     std::vector<double> sums(n * parts);
     if (parts == 1) {
-      at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
         Sweep<Products> sweep(problem);
         const bool in_place = Products::sums_in_place(problem);
-        const at::Tensor& out = problem.shared ? problem.dq : problem.dk;
+        const Tensor& out = problem.shared ? problem.dq : problem.dk;
         Buffer<T> dk(problem.with_dk() && !in_place ? dk_size : 0), dq(problem.with_dk() ? dq_size : 0);
         for (int64_t k = begin; k < end; ++k)
           for (size_t i = 0; i < chains[k].size(); ++i) {
@@ -343,7 +329,7 @@ double sweep(const Problem& problem) {
       });
     } else {
       Buffer<T> dk(problem.with_dk() ? n * parts * dk_size : 0), dq(problem.with_dk() ? n * dq_size : 0);
-      at::parallel_for(0, n * parts, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, n * parts, 1, [&](int64_t begin, int64_t end) {
         Sweep<Products> sweep(problem);
         for (int64_t k = begin; k < end; ++k) {
           const int64_t task = k / parts, part = k % parts;
@@ -354,7 +340,7 @@ double sweep(const Problem& problem) {
         }
       });
       if (dk.data()) {
-        at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+        parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
           Sweep<Products> sweep(problem);
           for (int64_t k = begin; k < end; ++k) {
             T* first = dk.data() + k * parts * dk_size;

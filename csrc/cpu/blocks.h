@@ -8,18 +8,14 @@
 //
 // What is mapped in all never exceeds the most that was in use at once, or 64 MB: the layers of a network, one by one,
 // want blocks of many sizes. FASTKD_KEEP_BLOCKS=0 in the environment leaves everything to PyTorch's allocator, as does
-// any other system than Linux.
+// any other system than Linux and any torch before 2.11. The storage of such a tensor does not grow: resize_ refuses,
+// as it does memory of NumPy.
 #pragma once
 
+#include "tensor.h"
 #include "thresholds.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #if defined(__linux__)
-#include <ATen/EmptyTensor.h>
-#include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -33,16 +29,42 @@
 #include <vector>
 #endif
 
+#if defined(__linux__)
+// Weak: torch_from_blob came with torch 2.11, and the profiler's reporter is no part of the stable interface.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data,
+    int64_t ndim,
+    const int64_t* sizes,
+    const int64_t* strides,
+    int64_t storage_offset,
+    int32_t dtype,
+    int32_t device_type,
+    int32_t device_index,
+    AtenTensorHandle* out,
+    int32_t layout,
+    const uint8_t* metadata,
+    int64_t metadata_size,
+    void (*deleter)(void* data, void* context),
+    void* context);
+
+namespace c10 {
+class ProfiledCPUMemoryReporter {
+ public:
+  __attribute__((weak)) void New(void* data, size_t bytes);
+  __attribute__((weak)) void Delete(void* data);
+};
+__attribute__((weak)) ProfiledCPUMemoryReporter& profiledCPUMemoryReporter();
+}  // namespace c10
+#endif
+
 namespace fastkd {
 
 #if defined(__linux__)
-class Blocks final : public c10::Allocator {
+class Blocks {
  public:
   inline static Threshold kSmallest{"blocks.smallest", int64_t(256) << 10};  // bytes of a block; less is PyTorch's
   inline static Threshold kReady{"blocks.ready", int64_t(64) << 20};         // bytes that lie as they are
   inline static Threshold kKept{"blocks.kept", int64_t(1) << 30};            // bytes that lie free in all
-
-  static bool holds(size_t bytes) { return bytes >= static_cast<size_t>(kSmallest); }
 
   // This object is never destroyed, because tensors may outlive static objects.
   static Blocks& instance() {
@@ -50,14 +72,30 @@ class Blocks final : public c10::Allocator {
     return *blocks;
   }
 
-  c10::DataPtr allocate(size_t n) override {
-    const Block block = !holds(n) || !is_on_ ? Block{} : take((n + kPage - 1) / kPage * kPage);
-    if (block.data == nullptr) return c10::GetCPUAllocator()->allocate(n);  // or its error
-    c10::profiledCPUMemoryReporter().New(block.data, block.bytes);
-    return {block.data, new Block(block), &give_back, at::kCPU};
+  // A tensor in a block; nullopt where PyTorch's allocator serves, which also has the error for want of memory.
+  std::optional<Tensor> empty(Sizes sizes, Sizes strides, ScalarType dtype, size_t bytes) {
+    if (torch_from_blob == nullptr || !is_on_ || bytes < static_cast<size_t>(kSmallest)) return std::nullopt;
+    const Block block = take((bytes + kPage - 1) / kPage * kPage);
+    if (block.data == nullptr) return std::nullopt;
+    if (c10::profiledCPUMemoryReporter != nullptr) c10::profiledCPUMemoryReporter().New(block.data, block.bytes);
+    AtenTensorHandle out = nullptr;
+    require(torch_from_blob(
+        block.data,
+        sizes.size(),
+        sizes.data(),
+        strides.data(),
+        0,
+        shim_dtype(dtype),
+        aoti_torch_device_type_cpu(),
+        -1,
+        &out,
+        aoti_torch_layout_strided(),
+        nullptr,
+        0,
+        &give_back,
+        new Block(block)));
+    return Tensor(out);
   }
-
-  void copy_data(void* dest, const void* src, size_t count) const override { default_copy_data(dest, src, count); }
 
  private:
   static constexpr size_t kPage = size_t(64) << 10, kHuge = size_t(2) << 20;  // kPage: whole pages of any system
@@ -107,10 +145,10 @@ class Blocks final : public c10::Allocator {
     return block;
   }
 
-  static void give_back(void* context) {
+  static void give_back(void*, void* context) {
     Block block = *static_cast<Block*>(context);
     delete static_cast<Block*>(context);
-    c10::profiledCPUMemoryReporter().Delete(block.data);
+    if (c10::profiledCPUMemoryReporter != nullptr) c10::profiledCPUMemoryReporter().Delete(block.data);
     instance().keep(block);
   }
 
@@ -166,27 +204,24 @@ class Blocks final : public c10::Allocator {
 };
 #endif
 
-// at::empty_like for what is written once and freed before the next step: a gradient, an activation.
-inline at::Tensor empty_kept(const at::Tensor& x) {
+// empty_like for what is written once and freed before the next step: a gradient, an activation.
+inline Tensor empty_kept(const Tensor& x) {
 #if defined(__linux__)
-  if (Blocks::holds(x.nbytes()) && x.is_non_overlapping_and_dense())
-    return at::Tensor(
-        at::detail::empty_strided_generic(
-            x.sizes(), x.strides(), &Blocks::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type()));
+  if (x.is_dense())
+    if (auto kept = Blocks::instance().empty(x.sizes(), x.strides(), x.scalar_type(), x.nbytes())) return *kept;
 #endif
-  return at::empty_like(x);
+  return empty_like(x);
 }
 
-// at::empty for the same.
-inline at::Tensor empty_kept(at::IntArrayRef sizes, const at::TensorOptions& options) {
+// empty for the same.
+inline Tensor empty_kept(const Tensor& like, Sizes sizes, ScalarType dtype) {
 #if defined(__linux__)
-  const auto dtype = c10::typeMetaToScalarType(options.dtype());
-  if (Blocks::holds(static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype)))
-    return at::Tensor(
-        at::detail::empty_generic(
-            sizes, &Blocks::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt));
+  const auto strides = contiguous_strides(sizes);
+  const auto elements = std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<int64_t>());
+  const size_t bytes = static_cast<size_t>(elements) * aoti_torch_dtype_element_size(shim_dtype(dtype));
+  if (auto kept = Blocks::instance().empty(sizes, {strides.data(), sizes.size()}, dtype, bytes)) return *kept;
 #endif
-  return at::empty(sizes, options);
+  return empty(like, sizes, dtype);
 }
 
 }  // namespace fastkd

@@ -4,10 +4,6 @@
 #include "cpu/vector.h"
 #include "thresholds.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -53,16 +49,13 @@ template <typename T>
 FASTKD_MULTIVERSION Pair<T> exp_rows(T* s, T* t, T* d, int64_t n, Pair<T> m, Pair<T> moved, T inv_temperature) {
   n = n / kLanes * kLanes;
   Lanes<T> l_s(0), l_t(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      d[j] = ((s[j] - moved.s) - (t[j] - moved.t)) * inv_temperature;
-      s[j] = exp_of((s[j] - m.s) * inv_temperature);
-      t[j] = exp_of((t[j] - m.t) * inv_temperature);
-      l_s[l] += s[j];
-      l_t[l] += t[j];
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    d[j] = ((s[j] - moved.s) - (t[j] - moved.t)) * inv_temperature;
+    s[j] = exp_of((s[j] - m.s) * inv_temperature);
+    t[j] = exp_of((t[j] - m.t) * inv_temperature);
+    l_s[l] += s[j];
+    l_t[l] += t[j];
+  });
   return {l_s.sum(), l_t.sum()};
 }
 
@@ -77,16 +70,13 @@ template <typename T>
 FASTKD_MULTIVERSION Divergence<T> kl_row(const T* s, const T* t, T* d, int64_t n, Pair<T> inv_l, T shift) {
   n = n / kLanes * kLanes;
   Lanes<T> kl(0), excess(0);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      const T u = d[j] - shift, p = s[j] * inv_l.s, q = t[j] * inv_l.t;
-      const T x = std::abs(u) < T(0.5) ? expm1_of(u) * q : p - q;
-      kl[l] += x - (q == 0 ? T(0) : u * q);
-      excess[l] += x;
-      d[j] = x;
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T u = d[j] - shift, p = s[j] * inv_l.s, q = t[j] * inv_l.t;
+    const T x = std::abs(u) < T(0.5) ? expm1_of(u) * q : p - q;
+    kl[l] += x - (q == 0 ? T(0) : u * q);
+    excess[l] += x;
+    d[j] = x;
+  });
   return {kl.sum(), excess.sum()};
 }
 
@@ -116,9 +106,9 @@ struct Binary {
 
 // Row b in the accumulation dtype, -inf up to a whole vector.
 template <typename acc_t>
-void load_row(const at::Tensor& x, int64_t b, acc_t* out) {
+void load_row(const Tensor& x, int64_t b, acc_t* out) {
   const int64_t C = x.size(1);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "softmax_kl_cpu", [&] {
+  FASTKD_DISPATCH(x.scalar_type(), "softmax_kl_cpu", [&] {
     convert_row<scalar_t, acc_t>(x.const_data_ptr<scalar_t>() + b * x.stride(0), x.stride(1), C, 1, out);
   });
   std::fill(out + C, out + padded(C), kNever<acc_t>);
@@ -127,7 +117,7 @@ void load_row(const at::Tensor& x, int64_t b, acc_t* out) {
 // Of row b: α KL(target | the others) + β KL(among the others); without a target, β KL of the whole rows.
 template <typename acc_t>
 struct Rows {
-  const at::Tensor &student, &teacher;
+  const Tensor &student, &teacher;
   const int64_t* target;  // null: none
   acc_t* dstudent;        // null: not wanted
   double alpha, beta;
@@ -173,21 +163,21 @@ struct Rows {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> softmax_kl_cpu(
-    const at::Tensor& student,                // (B, C)
-    const at::Tensor& teacher,                // (B, C)
-    const std::optional<at::Tensor>& target,  // (B), int64
+std::tuple<Tensor, Tensor> softmax_kl_cpu(
+    const Tensor& student,                // (B, C)
+    const Tensor& teacher,                // (B, C)
+    const std::optional<Tensor>& target,  // (B), int64
     double alpha,
     double beta,
     double temperature,
     bool with_grad) {
   const int64_t B = student.size(0), C = student.size(1), n = padded(C);
-  const auto options = student.options().dtype(accumulator(student, teacher));
-  auto kl = at::empty({B}, options);
-  auto dstudent = with_grad ? empty_kept({B, C}, options) : at::empty({0}, options);
+  const auto acc = accumulator(student, teacher);
+  auto kl = empty(student, {B}, acc);
+  auto dstudent = with_grad ? empty_kept(student, {B, C}, acc) : empty(student, {0}, acc);
   if (student.numel() == 0) return {kl.zero_(), dstudent};
-  const auto index = target ? target->contiguous() : at::Tensor();
-  AT_DISPATCH_FLOATING_TYPES(kl.scalar_type(), "softmax_kl_cpu", [&] {
+  const auto index = target ? target->contiguous() : Tensor();
+  FASTKD_DISPATCH_ACC(kl.scalar_type(), "softmax_kl_cpu", [&] {
     const Rows<scalar_t> rows{
         student,
         teacher,
@@ -198,7 +188,7 @@ std::tuple<at::Tensor, at::Tensor> softmax_kl_cpu(
         static_cast<scalar_t>(1 / temperature),
         static_cast<scalar_t>(std::exp2(std::floor(std::log2(temperature))))};
     auto* out = kl.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, B, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
+    parallel_for(0, B, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
       Buffer<scalar_t> held(3 * n);
       for (int64_t b = begin; b < end; ++b) out[b] = rows(b, held.data(), held.data() + n, held.data() + 2 * n);
     });
@@ -208,8 +198,8 @@ std::tuple<at::Tensor, at::Tensor> softmax_kl_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("softmax_kl", &softmax_kl_cpu);
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  implement<softmax_kl_cpu>(m, "softmax_kl");
 }
 
 }  // namespace fastkd

@@ -1,18 +1,19 @@
-// Single-threaded row-major matrix products for use inside at::parallel_for, on the micro-kernels that torch ships.
+// Single-threaded row-major matrix products for use inside parallel_for, on the micro-kernels that torch ships.
 #pragma once
 
 #include "cpu/panels.h"
 #include "isa.h"
+#include "tensor.h"
 #include "thresholds.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/native/CPUBlas.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
+#include <vector>
 
-// Weak: a torch linked against another BLAS may not carry them, and at::mm_out serves there.
+// Weak: a torch linked against another BLAS may not carry them, and addmm serves there.
 extern "C" {
 __attribute__((weak)) void sgemm_(
     const char*,
@@ -44,6 +45,24 @@ __attribute__((weak)) void dgemm_(
     const int*);
 }
 
+// Weak, as they are no part of PyTorch's stable interface: a torch that has them no more, or others, goes without.
+namespace at::native::cpublas {
+__attribute__((weak)) bool could_pack(c10::ScalarType dtype);
+__attribute__((weak)) void brgemm(
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    int64_t lda,
+    int64_t ldb,
+    int64_t ldc,
+    bool add,
+    const c10::BFloat16* a,
+    const c10::BFloat16* b,
+    float* c,
+    bool is_vnni);
+__attribute__((weak)) void brgemm_release(bool is_vnni);
+}  // namespace at::native::cpublas
+
 namespace fastkd {
 
 enum class Op { kAsIs, kTransposed };
@@ -74,27 +93,17 @@ void gemm(
     if (dgemm_) return dgemm_(ta, tb, &im, &in, &ik, &alpha, b, &ia, a, &ib, &beta, c, &ic);
   }
   const auto view = [](const T* p, int64_t rows, int64_t cols, int64_t ld, Op op) {
-    const auto x = at::from_blob(const_cast<T*>(p), {rows, cols}, {ld, 1}, c10::CppTypeToScalarType<T>::value);
-    return op == Op::kAsIs ? x : x.t();
+    const int64_t strides[] = {op == Op::kAsIs ? ld : 1, op == Op::kAsIs ? 1 : ld};
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::from_blob(
+        const_cast<T*>(p), Sizes{rows, cols}, {strides, 2}, cpu, CppTypeToScalarType<T>::value);
   };
-  const auto A = op_a == Op::kAsIs ? view(a, m, k, lda, op_a) : view(a, k, m, lda, op_a);
-  const auto B = op_b == Op::kAsIs ? view(b, k, n, ldb, op_b) : view(b, n, k, ldb, op_b);
-  auto C = view(c, m, n, ldc, Op::kAsIs);
-  at::addmm_out(C, C, A, B, beta, alpha);
+  const auto A = view(a, m, k, lda, op_a), B = view(b, k, n, ldb, op_b), C = view(c, m, n, ldc, Op::kAsIs);
+  require(aoti_torch_cpu_addmm_out(C.get(), C.get(), A.get(), B.get(), beta, alpha));
 }
 
 // 1: where the CPU has a unit for them; 2: everywhere, element by element, for tests of what is built on them.
 inline Threshold kBf16Products{"matmul.bf16_products", 1};
-
-// Whether this CPU multiplies bfloat16 matrices (AMX), and torch was built to.
-inline bool has_bf16_products() {
-  if (kBf16Products > 1) return true;
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  return at::native::cpublas::could_pack(at::kBFloat16);
-#else
-  return false;
-#endif
-}
 
 // Columns of a packed operand, padded to whole tiles.
 inline int64_t packed_columns(int64_t n) {
@@ -116,7 +125,7 @@ static FASTKD_MULTIVERSION void interleave_rows(
 
 // B (k, n) in the order the tile unit reads: pairs of rows interleaved, [k/2][packed_columns(n)][2]; zeros beyond.
 // `transposed`: src is Bᵀ (n, k), k even.
-inline void pack_bf16(const at::BFloat16* src, int64_t ld, int64_t k, int64_t n, bool transposed, at::BFloat16* out) {
+inline void pack_bf16(const BFloat16* src, int64_t ld, int64_t k, int64_t n, bool transposed, BFloat16* out) {
   const int64_t cols = packed_columns(n);
   if (transposed) {  // pairs are adjacent: a transpose of 32-bit words, in squares that stay in cache
     constexpr int64_t kSquare = 16;
@@ -129,7 +138,7 @@ inline void pack_bf16(const at::BFloat16* src, int64_t ld, int64_t k, int64_t n,
       for (int64_t p0 = done; p0 < k / 2; p0 += kSquare)
         for (int64_t p = p0; p < std::min(p0 + kSquare, k / 2); ++p)
           for (int64_t j = j0; j < std::min(j0 + kSquare, n); ++j)
-            std::memcpy(static_cast<void*>(out + (p * cols + j) * 2), src + j * ld + 2 * p, 2 * sizeof(at::BFloat16));
+            std::memcpy(static_cast<void*>(out + (p * cols + j) * 2), src + j * ld + 2 * p, 2 * sizeof(BFloat16));
   } else {
     for (int64_t p = 0; p < (k + 1) / 2; ++p) {
       const auto* first = reinterpret_cast<const uint16_t*>(src + 2 * p * ld);
@@ -137,7 +146,7 @@ inline void pack_bf16(const at::BFloat16* src, int64_t ld, int64_t k, int64_t n,
     }
   }
   for (int64_t p = 0; p < (k + 1) / 2; ++p)
-    std::memset(static_cast<void*>(out + (p * cols + n) * 2), 0, (cols - n) * 2 * sizeof(at::BFloat16));
+    std::memset(static_cast<void*>(out + (p * cols + n) * 2), 0, (cols - n) * 2 * sizeof(BFloat16));
 }
 
 // What the unit computes.
@@ -145,18 +154,43 @@ inline void emulate_bf16(
     int64_t m,
     int64_t n,
     int64_t k,
-    const at::BFloat16* a,
+    const BFloat16* a,
     int64_t lda,
-    const at::BFloat16* packed,
+    const BFloat16* packed,
     int64_t ld_packed,
     float* c,
     int64_t ldc) {
   for (int64_t i = 0; i < m; ++i)
     for (int64_t p = 0; p < k; ++p) {
       const float left = a[i * lda + p];
-      const at::BFloat16* right = packed + p / 2 * ld_packed * 2 + p % 2;
+      const BFloat16* right = packed + p / 2 * ld_packed * 2 + p % 2;
       for (int64_t j = 0; j < n; ++j) c[i * ldc + j] += left * static_cast<float>(right[2 * j]);
     }
+}
+
+// Whether this CPU multiplies bfloat16 matrices (AMX) and torch has the function that is known here: its name is all
+// that is known of it, so a small product of whole numbers is tried.
+inline bool has_bf16_products() {
+  if (kBf16Products > 1) return true;
+  static const bool has = [] {
+    using namespace at::native::cpublas;
+    if (could_pack == nullptr || brgemm == nullptr || brgemm_release == nullptr) return false;
+    constexpr int64_t n = 32;
+    if (!could_pack(ScalarType::BFloat16)) return false;
+    std::vector<BFloat16> a(n * n), b(n * n), packed(n * n);
+    std::vector<float> right(n * n, 0.f), found(n * n, 1.f);
+    for (int64_t i = 0; i < n * n; ++i) a[i] = static_cast<float>(i % 7 - 3), b[i] = static_cast<float>(i % 5 - 2);
+    pack_bf16(b.data(), n, n, n, /*transposed=*/false, packed.data());
+    emulate_bf16(n, n, n, a.data(), n, packed.data(), n, right.data(), n);
+    try {
+      brgemm(n, n, n, n, n, n, /*add=*/false, a.data(), packed.data(), found.data(), /*is_vnni=*/true);
+      brgemm_release(true);
+    } catch (const std::exception&) {
+      return false;
+    }
+    return found == right;
+  }();
+  return has;
 }
 
 // C (m, n) = A (m, k) B + add C, with B packed; k even. C has packed_columns(n) columns at least.
@@ -164,9 +198,9 @@ inline void gemm_bf16(
     int64_t m,
     int64_t n,
     int64_t k,
-    const at::BFloat16* a,
+    const BFloat16* a,
     int64_t lda,
-    const at::BFloat16* packed,
+    const BFloat16* packed,
     int64_t ld_packed,
     bool add,
     float* c,
@@ -175,16 +209,11 @@ inline void gemm_bf16(
     for (int64_t i = 0; i < m && !add; ++i) std::fill_n(c + i * ldc, n, 0.f);
     return emulate_bf16(m, n, k, a, lda, packed, ld_packed, c, ldc);
   }
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
   at::native::cpublas::brgemm(m, n, k, lda, ld_packed, ldc, add, a, packed, c, /*is_vnni=*/true);
-#endif
 }
 
 inline void release_bf16() {
-  if (kBf16Products > 1) return;
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  at::native::cpublas::brgemm_release();
-#endif
+  if (kBf16Products == 1) at::native::cpublas::brgemm_release(true);
 }
 
 }  // namespace fastkd

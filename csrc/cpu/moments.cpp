@@ -11,10 +11,6 @@
 #include "cpu/moments_backward.h"
 #include "cpu/moments_distance.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 namespace fastkd {
 namespace {
 
@@ -81,7 +77,7 @@ void layer_moments(
     const int64_t n = end - begin;
     join_pieces<acc_t>(&means[begin], &m2s[begin], groups, pieces, &counts[begin / C], n, mean + begin, var + begin);
   };
-  at::parallel_for(
+  parallel_for(
       0, sets * parts * tiles, std::max<int64_t>(1, kGrain / (channel * each)), [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t set = unit / tiles / parts, part = unit / tiles % parts;
@@ -97,11 +93,11 @@ void layer_moments(
           const Elements<scalar_t> block{in.x + b0 * s.b + c * s.c + w0 * s.w, b1 - b0, n, H, w1 - w0, s};
           const int64_t piece = unit / tiles, first = piece * C + c;
           const auto moments = columns ? column_moments<scalar_t, acc_t> : row_moments<scalar_t, acc_t>;
-          moments(block, here, &means[first], &m2s[first]);
+          moments(block, here, {&means[first], &m2s[first]});
           if (pieces == 1) finish(first, first + n);
         }
       });
-  if (pieces > 1) at::parallel_for(0, groups, std::max<int64_t>(1, kGrain / pieces), finish);
+  if (pieces > 1) parallel_for(0, groups, std::max<int64_t>(1, kGrain / pieces), finish);
 }
 
 // Corrects the means of inputs with an infinity, which differences turn into NaN; the sum does not.
@@ -123,11 +119,11 @@ void mend_means(
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> moments_fwd_cpu(
-    const at::TensorList inputs,  // per layer (B, C, ...), of one dtype
+std::tuple<Tensor, Tensor> moments_fwd_cpu(
+    const std::vector<Tensor>& inputs,  // per layer (B, C, ...), of one dtype
     bool per_image) {
   const auto moments = empty_moments(inputs, per_image);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs[0].scalar_type(), "moments_fwd_cpu", [&] {
+  FASTKD_DISPATCH(inputs[0].scalar_type(), "moments_fwd_cpu", [&] {
     using acc_t = acc_type<scalar_t>;
     auto *mean_ptr = std::get<0>(moments).mutable_data_ptr<acc_t>(),
          *var_ptr = std::get<1>(moments).mutable_data_ptr<acc_t>();
@@ -156,16 +152,16 @@ std::tuple<at::Tensor, at::Tensor> moments_fwd_cpu(
   return moments;
 }
 
-std::vector<at::Tensor> moments_bwd_cpu(
-    const at::Tensor& dmean_in,   // all layers' channels end to end
-    const at::Tensor& dvar_in,    // as dmean
-    const at::TensorList inputs,  // per layer (B, C, ...), of one dtype
-    const at::Tensor& mean,       // as dmean
+std::vector<Tensor> moments_bwd_cpu(
+    const Tensor& dmean_in,             // all layers' channels end to end
+    const Tensor& dvar_in,              // as dmean
+    const std::vector<Tensor>& inputs,  // per layer (B, C, ...), of one dtype
+    const Tensor& mean,                 // as dmean
     bool per_image) {
   const auto dtype = accumulator(inputs[0]);
   const auto dmean = dmean_in.to(dtype).contiguous(), dvar = dvar_in.to(dtype).contiguous();
   const auto means = mean.contiguous();
-  std::vector<at::Tensor> dinputs;
+  std::vector<Tensor> dinputs;
   int64_t first = 0;
   for (const auto& x : inputs) {
     dinputs.push_back(layer_backward(dmean, dvar, x, means, first, per_image));
@@ -174,30 +170,30 @@ std::vector<at::Tensor> moments_bwd_cpu(
   return dinputs;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cpu(
-    const at::Tensor& x_in,          // (B, C, ...)
-    const at::Tensor& running_mean,  // (C)
-    const at::Tensor& running_var,   // (C)
-    const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& bias,
+std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd_cpu(
+    const Tensor& x_in,          // (B, C, ...)
+    const Tensor& running_mean,  // (C)
+    const Tensor& running_var,   // (C)
+    const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias,
     double eps) {
   auto x = x_in;
   const auto dtype = accumulator(x);
   // PyTorch's allocator reuses the block that a convolution freed last, and that block is still in cache.
-  const auto y = static_cast<int64_t>(x.nbytes()) < kHot ? at::empty_like(x) : empty_kept(x);
-  const auto moments = empty_moments(x, false);
+  const auto y = static_cast<int64_t>(x.nbytes()) < kHot ? empty_like(x) : empty_kept(x);
+  const auto moments = empty_moments({x}, false);
   const auto &mean = std::get<0>(moments), &var = std::get<1>(moments);
   if (x.numel() == 0) return {y, mean, var};
   auto out = y;
   auto folded = fold_planes<2>({x, y});
   if (!folded) {
     x = x.contiguous();
-    out = at::empty_like(x);
+    out = empty_like(x);
     folded = fold_planes<2>({x, out});
   }
-  const auto shift = bias ? bias->to(dtype).contiguous() : at::Tensor();
+  const auto shift = bias ? bias->to(dtype).contiguous() : Tensor();
   const auto center = running_mean.to(dtype).contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "batch_norm_fwd_cpu", [&] {
+  FASTKD_DISPATCH(x.scalar_type(), "batch_norm_fwd_cpu", [&] {
     using acc_t = acc_type<scalar_t>;
     const auto alpha = scale_of<acc_t>(weight, running_var, eps);
     std::vector<acc_t> beta(alpha.size());
@@ -216,14 +212,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_fwd_cpu(
   return {y, mean, var};
 }
 
-at::Tensor batch_norm_bwd_cpu(
-    const at::Tensor& dy,           // (B, C, ...)
-    const at::Tensor& dmean,        // (C)
-    const at::Tensor& dvar,         // (C)
-    const at::Tensor& x,            // (B, C, ...)
-    const at::Tensor& mean,         // (C)
-    const at::Tensor& running_var,  // (C)
-    const std::optional<at::Tensor>& weight,
+Tensor batch_norm_bwd_cpu(
+    const Tensor& dy,           // (B, C, ...)
+    const Tensor& dmean,        // (C)
+    const Tensor& dvar,         // (C)
+    const Tensor& x,            // (B, C, ...)
+    const Tensor& mean,         // (C)
+    const Tensor& running_var,  // (C)
+    const std::optional<Tensor>& weight,
     double eps) {
   const auto dtype = accumulator(x);
   const auto dm = dmean.to(dtype).contiguous(), dv = dvar.to(dtype).contiguous();
@@ -232,12 +228,12 @@ at::Tensor batch_norm_bwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("moments_fwd", &moments_fwd_cpu);
-  m.impl("moments_bwd", &moments_bwd_cpu);
-  m.impl("batch_norm_fwd", &batch_norm_fwd_cpu);
-  m.impl("batch_norm_bwd", &batch_norm_bwd_cpu);
-  m.impl("bn_distance", &bn_distance_cpu);
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  implement<moments_fwd_cpu>(m, "moments_fwd");
+  implement<moments_bwd_cpu>(m, "moments_bwd");
+  implement<batch_norm_fwd_cpu>(m, "batch_norm_fwd");
+  implement<batch_norm_bwd_cpu>(m, "batch_norm_bwd");
+  implement<bn_distance_cpu>(m, "bn_distance");
 }
 
 }  // namespace fastkd

@@ -162,10 +162,10 @@ FASTKD_MULTIVERSION void scale_row(const acc_t* var, const acc_t* weight, acc_t 
 
 // weight / sqrt(running_var + eps), for all channels.
 template <typename acc_t>
-std::vector<acc_t> scale_of(const std::optional<at::Tensor>& weight, const at::Tensor& running_var, double eps) {
-  constexpr auto dtype = c10::CppTypeToScalarType<acc_t>::value;
-  const at::Tensor var = running_var.to(dtype).contiguous();
-  const at::Tensor w = weight ? weight->to(dtype).contiguous() : at::Tensor();
+std::vector<acc_t> scale_of(const std::optional<Tensor>& weight, const Tensor& running_var, double eps) {
+  constexpr auto dtype = CppTypeToScalarType<acc_t>::value;
+  const Tensor var = running_var.to(dtype).contiguous();
+  const Tensor w = weight ? weight->to(dtype).contiguous() : Tensor();
   std::vector<acc_t> scale(var.numel());
   scale_row<acc_t>(
       var.const_data_ptr<acc_t>(),
@@ -178,18 +178,18 @@ std::vector<acc_t> scale_of(const std::optional<at::Tensor>& weight, const at::T
 
 // The batch norm's part of the gradient: dy times a scale that follows from the other arguments.
 struct Normalised {
-  at::Tensor dy;           // as x
-  at::Tensor running_var;  // (C)
-  std::optional<at::Tensor> weight;
+  Tensor dy;           // as x
+  Tensor running_var;  // (C)
+  std::optional<Tensor> weight;
   double eps;
 };
 
 // dx of one layer.
-at::Tensor layer_backward(
-    const at::Tensor& dmean,  // (Σ C) or (Σ B C), this layer's from `first` on
-    const at::Tensor& dvar,   // as dmean
-    const at::Tensor& x,      // (B, C, ...)
-    const at::Tensor& mean,   // as dmean
+Tensor layer_backward(
+    const Tensor& dmean,  // (Σ C) or (Σ B C), this layer's from `first` on
+    const Tensor& dvar,   // as dmean
+    const Tensor& x,      // (B, C, ...)
+    const Tensor& mean,   // as dmean
     int64_t first,
     bool per_image,
     const Normalised& norm = {}) {
@@ -205,7 +205,7 @@ at::Tensor layer_backward(
   }
   const int64_t B = folded->B, C = folded->C, H = folded->H, W = folded->W, groups = groups_of(x, per_image);
   const auto s = folded->strides[0], d = folded->strides[1], g = folded->strides[2];
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "moments_bwd_cpu", [&] {
+  FASTKD_DISPATCH(x.scalar_type(), "moments_bwd_cpu", [&] {
     using acc_t = acc_type<scalar_t>;
     const auto M = static_cast<acc_t>(per_image ? H * W : B * H * W);
     std::vector<acc_t> a(groups), b(groups);
@@ -231,19 +231,19 @@ at::Tensor layer_backward(
         mean.const_data_ptr<acc_t>() + first,
         scale.data()};
     if (s.c == 1 && d.c == 1 && (!has_dy || g.c == 1) && C > 1)
-      at::parallel_for(0, B * H * W, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
+      parallel_for(0, B * H * W, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
         column_backward(k, begin, end);
       });
     else if (!per_image && H == 1 && is_small(W) && is_dense(s, W) && is_dense(d, W) && (!has_dy || is_dense(g, W)))
-      at::parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * W)), [&](int64_t begin, int64_t end) {
+      parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * W)), [&](int64_t begin, int64_t end) {
         small_plane_backward(k, B, begin, end);
       });
     else if (!per_image && B * H * W < 2 * kPart)  // as forward cuts it: what a core reads it still has in its cache
-      at::parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * H * W)), [&](int64_t begin, int64_t end) {
+      parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * H * W)), [&](int64_t begin, int64_t end) {
         for (int64_t n = 0; n < B; ++n) row_backward(k, n, begin, end);
       });
     else
-      at::parallel_for(0, B * C, std::max<int64_t>(1, kGrain / (H * W)), [&](int64_t begin, int64_t end) {
+      parallel_for(0, B * C, std::max<int64_t>(1, kGrain / (H * W)), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin, m; i < end; i += m) {
           m = std::min(end, (i / C + 1) * C) - i;
           row_backward(k, i / C, i % C, i % C + m);

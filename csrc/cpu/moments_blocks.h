@@ -6,9 +6,6 @@
 #include "thresholds.h"
 #include "vector.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -38,6 +35,11 @@ Threshold kUnit{"moments.unit", 8192};                // elements of a unit that
 Threshold kUnits{"moments.units", 4096};              // about as many units as a forward is cut into
 Threshold kHot{"moments.hot", 2 << 20};               // bytes that a core's cache holds
 Threshold kGrain{"moments.grain", 1 << 13};           // elements per task below which threads cost more than they bring
+
+// Mean and Σ (x - mean)² of C channels.
+struct Sums {
+  double *mean, *m2;
+};
 
 int64_t block_columns() {
   return std::min<int64_t>(kColumns, kMostColumns);
@@ -88,7 +90,7 @@ FASTKD_INLINE std::pair<int64_t, int64_t> span_of(int64_t n, int part) {
 constexpr int64_t kSums = 4 * kLanes;
 template <typename scalar_t, typename acc_t>
 FASTKD_INLINE void deviate(const scalar_t* v, acc_t center, acc_t* d) {
-  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {  // without taking vectors apart
+  if constexpr (std::is_same_v<scalar_t, BFloat16>) {  // without taking vectors apart
     for (int64_t l = 0; l < kSums / 2; ++l) {
       uint32_t two;
       std::memcpy(&two, v + 2 * l, sizeof two);

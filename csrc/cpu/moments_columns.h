@@ -71,16 +71,12 @@ FASTKD_INLINE void merge_columns(
 
 // Mean and Σ (x - mean)² of each of C <= kMostColumns adjacent columns.
 template <typename scalar_t, typename acc_t>
-FASTKD_MULTIVERSION void column_moments(
-    const Elements<scalar_t> in,
-    const Output<scalar_t, acc_t> out,
-    double* mean,  // (C)
-    double* m2) {  // (C)
+FASTKD_MULTIVERSION void column_moments(const Elements<scalar_t> in, const Output<scalar_t, acc_t> out, const Sums to) {
   const auto [x, B, C, H, W, s] = in;
   acc_t pivot[kMostColumns], deviation[kMostColumns], squares[kMostColumns];
   const int64_t most = kRows;
   double count = 0;
-  for (int64_t c = 0; c < C; ++c) mean[c] = m2[c] = 0;
+  for (int64_t c = 0; c < C; ++c) to.mean[c] = to.m2[c] = 0;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
       for (int64_t i = 0, m; i < W; i += m) {
@@ -94,7 +90,7 @@ FASTKD_MULTIVERSION void column_moments(
         for (int64_t c = 0; c < C; ++c) pivot[c] *= part;
         scalar_t* y = out.y == nullptr ? nullptr : out.y + b * out.s.b + h * out.s.h + i * out.s.w;
         column_sums(p, s.w, m, W - i, C, pivot, deviation, squares, out.alpha, out.beta, y, out.s.w);
-        merge_columns(pivot, deviation, squares, static_cast<double>(m), C, count, mean, m2);
+        merge_columns(pivot, deviation, squares, static_cast<double>(m), C, count, to.mean, to.m2);
         count += static_cast<double>(m);
       }
 }

@@ -6,22 +6,22 @@ namespace fastkd {
 namespace {
 
 // Σ weight (‖V - var‖ + ‖M - mean‖) and its like, with gradients; moments of all layers end to end.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_distance_cpu(
-    const at::Tensor& mean_in,       // (Σ rows_l C_l)
-    const at::Tensor& var_in,        // as mean
-    const at::Tensor& running_mean,  // (Σ C_l)
-    const at::Tensor& running_var,   // as running_mean
-    at::IntArrayRef channels,        // C_l
-    at::IntArrayRef rows,            // 1, or images of "image"
-    at::IntArrayRef counts,          // elements of a moment
-    at::ArrayRef<double> weights,
-    c10::string_view name) {
+std::tuple<Tensor, Tensor, Tensor> bn_distance_cpu(
+    const Tensor& mean_in,                 // (Σ rows_l C_l)
+    const Tensor& var_in,                  // as mean
+    const Tensor& running_mean,            // (Σ C_l)
+    const Tensor& running_var,             // as running_mean
+    const std::vector<int64_t>& channels,  // C_l
+    const std::vector<int64_t>& rows,      // 1, or images of "image"
+    const std::vector<int64_t>& counts,    // elements of a moment
+    const std::vector<double>& weights,
+    const std::string& name) {
   const auto mean = mean_in.contiguous(), var = var_in.contiguous();
   const auto dtype = mean.scalar_type();
   const auto target_mean = running_mean.to(dtype).contiguous(), target_var = running_var.to(dtype).contiguous();
-  auto loss = at::empty({}, mean.options()), dmean = at::empty_like(mean), dvar = at::empty_like(mean);
+  auto loss = empty(mean, {}), dmean = empty_like(mean), dvar = empty_like(mean);
   const auto distance = distance_of(name);
-  AT_DISPATCH_FLOATING_TYPES(dtype, "bn_distance_cpu", [&] {
+  FASTKD_DISPATCH_ACC(dtype, "bn_distance_cpu", [&] {
     const auto *m = mean.const_data_ptr<scalar_t>(), *v = var.const_data_ptr<scalar_t>();
     const auto *M = target_mean.const_data_ptr<scalar_t>(), *V = target_var.const_data_ptr<scalar_t>();
     auto *dm = dmean.mutable_data_ptr<scalar_t>(), *dv = dvar.mutable_data_ptr<scalar_t>();

@@ -27,20 +27,22 @@ FASTKD_INLINE void fill_planes_of(const acc_t* values, int64_t C, width_t W, acc
 template <int64_t W>
 using Width = std::integral_constant<int64_t, W>;  // known to the compiler, of the maps that end most networks
 
+template <typename Body>
+FASTKD_INLINE void with_width(int64_t W, Body body) {
+  if (W == 4) return body(Width<4>());
+  if (W == 16) return body(Width<16>());
+  if (W == 49) return body(Width<49>());
+  body(W);
+}
+
 template <typename acc_t>
 FASTKD_INLINE void sum_planes(const acc_t* x, int64_t C, int64_t W, acc_t* sums) {
-  if (W == 4) return sum_planes_of(x, C, Width<4>(), sums);
-  if (W == 16) return sum_planes_of(x, C, Width<16>(), sums);
-  if (W == 49) return sum_planes_of(x, C, Width<49>(), sums);
-  sum_planes_of(x, C, W, sums);
+  with_width(W, [&](auto width) FASTKD_INLINE_LAMBDA { sum_planes_of(x, C, width, sums); });
 }
 
 template <typename acc_t>
 FASTKD_INLINE void fill_planes(const acc_t* values, int64_t C, int64_t W, acc_t* out) {
-  if (W == 4) return fill_planes_of(values, C, Width<4>(), out);
-  if (W == 16) return fill_planes_of(values, C, Width<16>(), out);
-  if (W == 49) return fill_planes_of(values, C, Width<49>(), out);
-  fill_planes_of(values, C, W, out);
+  with_width(W, [&](auto width) FASTKD_INLINE_LAMBDA { fill_planes_of(values, C, width, out); });
 }
 
 // C channels of B images in planes of W positions that follow each other, C W <= kMostColumns: too short to be rows.
@@ -89,7 +91,7 @@ void small_plane_moments(
     acc_t* mean,   // (C)
     acc_t* var) {  // (C)
   const int64_t B = in.B, C = in.C, W = in.W, each = block_planes(W), units = (C + each - 1) / each;
-  at::parallel_for(0, units, std::max<int64_t>(1, kGrain / (each * W * B)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, units, std::max<int64_t>(1, kGrain / (each * W * B)), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin * each; c < std::min(end * each, C); c += each) {
       auto here = out;
       if (out.y != nullptr) here = {out.y + c * W, out.s, out.alpha + c, out.beta + c};

@@ -7,11 +7,7 @@ namespace {
 
 // Mean and Σ (x - mean)² of each of C <= kMostGroup channels.
 template <typename scalar_t, typename acc_t>
-FASTKD_MULTIVERSION void row_moments(
-    const Elements<scalar_t> in,
-    const Output<scalar_t, acc_t> out,
-    double* mean,  // (C)
-    double* m2) {  // (C)
+FASTKD_MULTIVERSION void row_moments(const Elements<scalar_t> in, const Output<scalar_t, acc_t> out, const Sums to) {
   const auto [x, B, C, H, W, s] = in;
   scalar_t held[kMostBlock];
   acc_t wide[kIsHalf<scalar_t, acc_t> ? kMostBlock : 1];
@@ -63,8 +59,8 @@ FASTKD_MULTIVERSION void row_moments(
         }
   for (int64_t c = 0; c < C; ++c) {
     if (blocks[c].n > 0) blocks[c].merge_into(moments + c);
-    mean[c] = moments[c].mean;
-    m2[c] = moments[c].m2;
+    to.mean[c] = moments[c].mean;
+    to.m2[c] = moments[c].m2;
   }
 }
 

@@ -31,6 +31,13 @@ struct Right {
   int64_t step, next;
 };
 
+// Rows of C, `row` apart: a product is added to them, or replaces them.
+struct Out {
+  float* data;
+  int64_t row;
+  bool add;
+};
+
 // out_ij = <x_i, x_j> of n rows, D to whole vectors; out has room for whole vectors of them in both directions.
 struct RowMap {
   const float* x;
@@ -94,15 +101,7 @@ typedef float Vector __attribute__((vector_size(64), aligned(2), may_alias));
 
 // C (rows, 16 vectors) = [A A'] B, or added to C; fetches from `ahead` on, `pace` bytes a step.
 template <int rows, int vectors>
-FASTKD_AVX512 void tile(
-    const Left& first,
-    const Left& second,
-    const Right& b,
-    float* c,
-    int64_t ldc,
-    bool add,
-    const char* ahead,
-    int64_t pace) {
+FASTKD_AVX512 void tile(const Left& first, const Left& second, const Right& b, Out c, const char* ahead, int64_t pace) {
   Vector sum[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
@@ -129,8 +128,8 @@ FASTKD_AVX512 void tile(
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) {
-      Vector* out = reinterpret_cast<Vector*>(c + i * ldc + v * kPanel);
-      *out = add ? *out + sum[i][v] : sum[i][v];
+      Vector* out = reinterpret_cast<Vector*>(c.data + i * c.row + v * kPanel);
+      *out = c.add ? *out + sum[i][v] : sum[i][v];
     }
 }
 
@@ -146,11 +145,9 @@ inline void tile_row(
     const Left& first,
     const Left& second,
     const Right& b,
-    float* c,
-    int64_t ldc,
-    bool add,
+    Out c,
     Ahead& ahead) {
-  using Tile = void (*)(const Left&, const Left&, const Right&, float*, int64_t, bool, const char*, int64_t);
+  using Tile = void (*)(const Left&, const Left&, const Right&, Out, const char*, int64_t);
   static constexpr Tile kTiles[kTileRows][kTileVectors] = {
       {tile<1, 1>, tile<1, 2>, tile<1, 3>},
       {tile<2, 1>, tile<2, 2>, tile<2, 3>},
@@ -164,20 +161,12 @@ inline void tile_row(
     width = tile_width(vectors - v);
     const Right z{b.data + v * b.next, b.step, b.next};
     const char* fetched = ahead.take(first.count + second.count);
-    kTiles[rows - 1][width - 1](first, second, z, c + v * kPanel, ldc, add, fetched, ahead.pace());
+    kTiles[rows - 1][width - 1](first, second, z, {c.data + v * kPanel, c.row, c.add}, fetched, ahead.pace());
   }
 }
 
 // C (rows, 16 vectors) = A B, or added to C, for any number of rows and vectors, a few columns of B at a time in L1.
-inline void multiply(
-    int64_t rows,
-    int64_t vectors,
-    const Left& a,
-    const Right& b,
-    float* c,
-    int64_t ldc,
-    bool add,
-    Ahead& ahead) {
+inline void multiply(int64_t rows, int64_t vectors, const Left& a, const Right& b, Out c, Ahead& ahead) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t v = 0, width; v < vectors; v += width) {
     width = tile_width(vectors - v);
@@ -185,7 +174,7 @@ inline void multiply(
       const int64_t i = k * rows / tiles, height = (k + 1) * rows / tiles - i;
       const Left left{a.data + i * a.row, a.row, a.step, a.count};
       const Right right{b.data + v * b.next, b.step, b.next};
-      tile_row(height, width, left, {}, right, c + i * ldc + v * kPanel, ldc, add, ahead);
+      tile_row(height, width, left, {}, right, {c.data + i * c.row + v * kPanel, c.row, c.add}, ahead);
     }
   }
 }
@@ -339,8 +328,8 @@ FASTKD_AVX512 inline void map_rows(RowMap map, int64_t begin, int64_t end, Ahead
 
 #else
 
-inline void tile_row(int64_t, int64_t, const Left&, const Left&, const Right&, float*, int64_t, bool, Ahead&) {}
-inline void multiply(int64_t, int64_t, const Left&, const Right&, float*, int64_t, bool, Ahead&) {}
+inline void tile_row(int64_t, int64_t, const Left&, const Left&, const Right&, Out, Ahead&) {}
+inline void multiply(int64_t, int64_t, const Left&, const Right&, Out, Ahead&) {}
 inline void pack_panel(const float* const*, int64_t, float*, float*) {}
 inline void map_rows(RowMap, int64_t, int64_t, Ahead&) {}
 inline int64_t transpose_words(const char*, int64_t, int64_t, int64_t, int64_t, float*) {

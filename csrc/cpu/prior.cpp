@@ -8,10 +8,6 @@
 #include "thresholds.h"
 #include "vector.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -35,7 +31,7 @@ struct Sums {
 };
 
 // Differences per direction; at least 1, so that a direction without any is 0.
-std::array<double, kDirections> counts_of(const at::Tensor& images) {
+std::array<double, kDirections> counts_of(const Tensor& images) {
   const int64_t H = images.size(2), W = images.size(3), planes = images.size(0) * images.size(1);
   std::array<double, kDirections> counts;
   const int64_t each[] = {H * (W - 1), (H - 1) * W, (H - 1) * (W - 1), (H - 1) * (W - 1)};
@@ -142,23 +138,23 @@ FASTKD_MULTIVERSION void add_plane(
   total.fold_into(sums);
 }
 
-PlaneStrides strides_of(const at::Tensor& x) {
+PlaneStrides strides_of(const Tensor& x) {
   return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> prior_fwd_cpu(const at::Tensor& images) {  // (B, C, H, W)
+std::tuple<Tensor, Tensor, Tensor> prior_fwd_cpu(const Tensor& images) {  // (B, C, H, W)
   const int64_t B = images.size(0), C = images.size(1), H = images.size(2), W = images.size(3);
-  const auto options = images.options().dtype(accumulator(images));
-  auto tv_l1 = at::empty({kDirections}, options), tv_l2 = at::empty_like(tv_l1), norms = at::empty({B}, options);
+  const auto acc = accumulator(images);
+  auto tv_l1 = empty(images, {kDirections}, acc), tv_l2 = empty_like(tv_l1), norms = empty(images, {B}, acc);
   const auto s = strides_of(images);
   // Large planes are cut into bands of rows, so that few of them still keep all threads busy.
   const int64_t bands = std::clamp<int64_t>(H * W / kGrain, 1, H), units = B * C * bands;
   std::vector<Sums> partial(units);  // (B, C, bands)
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, images.scalar_type(), "prior_fwd_cpu", [&] {
+  FASTKD_DISPATCH(images.scalar_type(), "prior_fwd_cpu", [&] {
     using acc_t = acc_type<scalar_t>;
     const auto* x = images.const_data_ptr<scalar_t>();
     const int64_t each = std::max<int64_t>(1, H * W / bands);
-    at::parallel_for(0, units, std::max<int64_t>(1, kGrain / each), [&](int64_t begin, int64_t end) {
+    parallel_for(0, units, std::max<int64_t>(1, kGrain / each), [&](int64_t begin, int64_t end) {
       Buffer<acc_t> held(2 * (kLanes + W));
       std::fill_n(held.data(), 2 * (kLanes + W), acc_t(0));
       for (int64_t unit = begin; unit < end; ++unit) {
@@ -292,13 +288,13 @@ FASTKD_MULTIVERSION void gradient_plane(
   }
 }
 
-at::Tensor prior_bwd_cpu(
-    const at::Tensor& dtv_l1_in,  // (4)
-    const at::Tensor& dtv_l2_in,  // (4)
-    const at::Tensor& dnorms_in,  // (B)
-    const at::Tensor& images,     // (B, C, H, W)
-    const at::Tensor& tv_l2,      // (4)
-    const at::Tensor& norms) {    // (B)
+Tensor prior_bwd_cpu(
+    const Tensor& dtv_l1_in,  // (4)
+    const Tensor& dtv_l2_in,  // (4)
+    const Tensor& dnorms_in,  // (B)
+    const Tensor& images,     // (B, C, H, W)
+    const Tensor& tv_l2,      // (4)
+    const Tensor& norms) {    // (B)
   const int64_t B = images.size(0), C = images.size(1), H = images.size(2), W = images.size(3);
   auto dimages = empty_kept(images);
   const auto dtype = accumulator(images);
@@ -307,7 +303,7 @@ at::Tensor prior_bwd_cpu(
   const auto tv_norms = tv_l2.contiguous(), norm_of = norms.contiguous();
   const auto s = strides_of(images), d = strides_of(dimages);
   const int64_t bands = std::clamp<int64_t>(H * W / kGrain, 1, H);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, images.scalar_type(), "prior_bwd_cpu", [&] {
+  FASTKD_DISPATCH(images.scalar_type(), "prior_bwd_cpu", [&] {
     using acc_t = acc_type<scalar_t>;
     const auto counts = counts_of(images);
     Slope<acc_t> slopes[kDirections];
@@ -319,7 +315,7 @@ at::Tensor prior_bwd_cpu(
     const auto* x = images.const_data_ptr<scalar_t>();
     auto* dx = dimages.mutable_data_ptr<scalar_t>();
     const int64_t each = std::max<int64_t>(1, H * W / bands);
-    at::parallel_for(0, B * C * bands, std::max<int64_t>(1, kGrain / each), [&](int64_t begin, int64_t end) {
+    parallel_for(0, B * C * bands, std::max<int64_t>(1, kGrain / each), [&](int64_t begin, int64_t end) {
       Buffer<acc_t> held(Rows<acc_t>::size(W));
       const Rows<acc_t> rows(held.data(), W);
       for (int64_t unit = begin; unit < end; ++unit) {
@@ -344,9 +340,9 @@ at::Tensor prior_bwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("prior_fwd", &prior_fwd_cpu);
-  m.impl("prior_bwd", &prior_bwd_cpu);
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  implement<prior_fwd_cpu>(m, "prior_fwd");
+  implement<prior_bwd_cpu>(m, "prior_bwd");
 }
 
 }  // namespace fastkd

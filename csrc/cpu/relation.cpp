@@ -11,24 +11,18 @@
 #include "cpu/relation_maps.h"
 #include "cpu/relation_gram.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/TensorIndexing.h>
-#include <ATen/ops/floor_divide.h>
-#include <ATen/ops/remainder.h>
-#include <torch/library.h>
-
 namespace fastkd {
 namespace {
 
-bool both_bf16(const at::Tensor& student, const at::Tensor& teacher) {
-  return student.scalar_type() == at::kBFloat16 && teacher.scalar_type() == at::kBFloat16 && has_bf16_products();
+bool both_bf16(const Tensor& student, const Tensor& teacher) {
+  return student.scalar_type() == ScalarType::BFloat16 && teacher.scalar_type() == ScalarType::BFloat16 &&
+         has_bf16_products();
 }
 
 template <typename acc_t>
 double visit(const Term<acc_t>& term) {
   if constexpr (std::is_same_v<acc_t, float>) {
-    const bool rows_in_place = term.s.in_place(at::kBFloat16) && term.t.in_place(at::kBFloat16);
+    const bool rows_in_place = term.s.in_place(ScalarType::BFloat16) && term.t.in_place(ScalarType::BFloat16);
     const bool fits = rows_in_place && term.s.D % 2 == 0 && term.t.D % 2 == 0;
     const bool fills = term.s.n >= kMatrixRows || !has_avx512();
     if (both_bf16(term.s.x, term.t.x) && fits && fills) return tile_bf16(term);
@@ -38,20 +32,62 @@ double visit(const Term<acc_t>& term) {
 }
 
 // Contiguous, and empty where no gradient is wanted.
-at::Tensor gradient_of(const at::Tensor& student, bool with_grad) {
-  const auto options = student.options().dtype(stored_gradient(student));
-  return empty_kept(with_grad ? student.sizes() : at::IntArrayRef{0}, options);
+Tensor gradient_of(const Tensor& student, bool with_grad) {
+  return empty_kept(student, with_grad ? student.sizes() : Sizes{0}, stored_gradient(student));
 }
 
 // dstudent itself where it is stored in acc_t, else null.
 template <typename acc_t>
-acc_t* sums_in(const at::Tensor& dstudent) {
-  return dstudent.scalar_type() == c10::CppTypeToScalarType<acc_t>::value ? dstudent.data_ptr<acc_t>() : nullptr;
+acc_t* sums_in(const Tensor& dstudent) {
+  return dstudent.scalar_type() == CppTypeToScalarType<acc_t>::value ? dstudent.mutable_data_ptr<acc_t>() : nullptr;
 }
 
-std::tuple<at::Tensor, at::Tensor> relation_fwd_cpu(
-    const at::Tensor& student,  // (B, N, Ds)
-    const at::Tensor& teacher,  // (B, N, Dt)
+// Tokens in float32 with the rows whose squares may leave it scaled by powers of two, which relations do not see.
+struct ScaledRows {
+  Tensor x;                   // (B, N, D) contiguous
+  std::vector<float> scales;  // (B N)
+
+  explicit ScaledRows(const Tensor& from) : x(empty(from, from.sizes(), ScalarType::Float)) {
+    constexpr float kSafe = 0x1p30f;  // 2^68 elements of its square fit
+    const Groups rows(from, "intra");
+    auto* out = x.mutable_data_ptr<float>();
+    for (int64_t g = 0; g < rows.G; ++g)
+      convert_rows<float>(rows, g, 0, rows.n, nullptr, out + g * rows.n * rows.D, rows.D);
+    scales.assign(rows.G * rows.n, 1.f);
+    for (float& scale : scales) {
+      const auto most = [](float a, float b) { return std::max(a, std::abs(b)); };
+      const float largest = std::accumulate(out, out + rows.D, 0.f, most);
+      if (largest > kSafe && std::isfinite(largest)) scale = std::ldexp(1.f, -std::ilogb(largest));
+      for (int64_t d = 0; d < rows.D; ++d) *out++ *= scale;
+    }
+  }
+
+  // Writes the gradient of the given rows, from that of these.
+  void scale_gradient(Tensor& dx, const Tensor& dgiven) const {
+    auto* from = dx.mutable_data_ptr<float>();
+    const int64_t D = x.size(2);
+    FASTKD_DISPATCH(dgiven.scalar_type(), "scale_gradient", [&] {
+      auto* to = dgiven.mutable_data_ptr<scalar_t>();
+      for (const float scale : scales)
+        for (int64_t d = 0; d < D; ++d) *to++ = static_cast<scalar_t>(*from++ * scale);
+    });
+  }
+};
+
+// What visit(student, teacher, dstudent) leaves behind, whose result says whether all losses are finite: rows beyond
+// float32 are rare, so they are scaled only where one of them made a loss no number.
+template <typename Visit>
+void with_rows_in_range(const Tensor& student, const Tensor& teacher, const Tensor& dstudent, const Visit& visit) {
+  if (visit(student, teacher, dstudent) || accumulator(student, teacher) == ScalarType::Double) return;
+  const ScaledRows s(student), t(teacher);
+  auto gradient = gradient_of(s.x, dstudent.numel() > 0);
+  visit(s.x, t.x, gradient);
+  if (gradient.numel() > 0) s.scale_gradient(gradient, dstudent);
+}
+
+std::tuple<Tensor, Tensor> relation_fwd_cpu(
+    const Tensor& student,  // (B, N, Ds)
+    const Tensor& teacher,  // (B, N, Dt)
     std::string scope,
     bool normalize,
     std::string rectify,
@@ -60,40 +96,51 @@ std::tuple<at::Tensor, at::Tensor> relation_fwd_cpu(
     bool with_grad) {
   const auto acc = accumulator(student, teacher);
   auto dstudent = gradient_of(student, with_grad);
-  if (student.numel() == 0 || teacher.numel() == 0)
-    return {at::zeros({}, student.options().dtype(acc)), dstudent.zero_()};
+  if (student.numel() == 0 || teacher.numel() == 0) return {full(student, {}, 0, acc), dstudent.zero_()};
   double loss = 0;
-  AT_DISPATCH_FLOATING_TYPES(acc, "relation_fwd_cpu", [&] {
-    using acc_t = scalar_t;
-    Term<acc_t> term{Groups(student, scope), Groups(teacher, scope)};
-    term.eps = eps;
-    term.rectify = rectify == "none" ? Rectify::kNone : rectify == "both" ? Rectify::kBoth : Rectify::kTeacher;
-    term.normalize = normalize;
-    const double elements = static_cast<double>(term.s.G) * term.s.n * term.s.n;
-    term.c = static_cast<acc_t>(4 / elements);
-    if (with_grad) {
-      term.dstudent = dstudent;
-      term.u = sums_in<acc_t>(dstudent);
-    }
-    loss = (algorithm == "gram" ? gram(term) : visit(term)) / elements;
-  });
-  return {scalar_of(loss, student.options().dtype(acc)), dstudent};
+  const auto relate = [&](const Tensor& s, const Tensor& t, const Tensor& ds) {
+    FASTKD_DISPATCH_ACC(acc, "relation_fwd_cpu", [&] {
+      using acc_t = scalar_t;
+      Term<acc_t> term{Groups(s, scope), Groups(t, scope)};
+      term.eps = eps;
+      term.rectify = rectify == "none" ? Rectify::kNone : rectify == "both" ? Rectify::kBoth : Rectify::kTeacher;
+      term.normalize = normalize;
+      const double elements = static_cast<double>(term.s.G) * term.s.n * term.s.n;
+      term.c = static_cast<acc_t>(4 / elements);
+      if (with_grad) {
+        term.dstudent = ds;
+        term.u = sums_in<acc_t>(ds);
+      }
+      loss = (algorithm == "gram" ? gram(term) : visit(term)) / elements;
+    });
+    return std::isfinite(loss) || !normalize;
+  };
+  with_rows_in_range(student, teacher, dstudent, relate);
+  return {full(student, {}, loss, acc), dstudent};
 }
 
-// Rows `index` of the flattened batch, as one group.
-at::Tensor take_rows(const at::Tensor& x, const at::Tensor& index) {
-  const auto N = x.size(1);
-  return x.index({at::floor_divide(index, N), at::remainder(index, N)}).unsqueeze(0);
+// Rows `index` (K), contiguous, of the flattened batch, as one group.
+Tensor take_rows(const Tensor& x, const Tensor& index) {
+  const int64_t N = x.size(1), D = x.size(2), K = index.numel(), size = x.element_size();
+  const auto out = empty(x, {1, K, D});
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t k = 0; k < K; ++k) {
+    const int64_t i = index.const_data_ptr<int64_t>()[k];
+    const char* row = from + (i / N * x.stride(0) + i % N * x.stride(1)) * size;
+    for (int64_t d = 0; d < D; ++d, to += size) std::memcpy(to, row + d * x.stride(2) * size, size);
+  }
+  return out;
 }
 
 // One layer's three terms, into losses[0..2]; they share U where a gradient is wanted.
 template <typename acc_t>
 void manifold_layer(
-    const at::Tensor& student,
-    const at::Tensor& teacher,
-    const at::Tensor& index,
+    const Tensor& student,
+    const Tensor& teacher,
+    const Tensor& index,
     const std::array<double, 3>& weights,
-    const at::Tensor& dstudent,
+    const Tensor& dstudent,
     acc_t* losses) {
   constexpr double kEps = 1e-12;
   const bool with_grad = dstudent.numel() > 0;
@@ -104,7 +151,7 @@ void manifold_layer(
     buffer.resize(student.numel());
     u = buffer.data();
   }
-  const auto term_of = [&](const at::Tensor& s, const at::Tensor& t, const char* scope, double weight) {
+  const auto term_of = [&](const Tensor& s, const Tensor& t, const char* scope, double weight) {
     Term<acc_t> term{Groups(s, scope), Groups(t, scope)};
     term.eps = kEps;
     term.c = static_cast<acc_t>(4 * weight / (static_cast<double>(term.s.G) * term.s.n * term.s.n));
@@ -117,13 +164,13 @@ void manifold_layer(
   inter.u = u;
   losses[1] = mean(visit(inter), inter);
 
-  const auto rows_s = take_rows(student, index), rows_t = take_rows(teacher, index);
   const int64_t K = index.numel();
   const auto ids = index.contiguous();
   const auto* id = ids.const_data_ptr<int64_t>();
   std::vector<acc_t> u_k(with_grad ? K * Ds : 0);
   for (int64_t k = 0; k < K; ++k)
-    TORCH_CHECK(id[k] >= 0 && id[k] < student.size(0) * student.size(1), "index must lie in [0, B*N), got ", id[k]);
+    STD_TORCH_CHECK(id[k] >= 0 && id[k] < student.size(0) * student.size(1), "index must lie in [0, B*N), got ", id[k]);
+  const auto rows_s = take_rows(student, ids), rows_t = take_rows(teacher, ids);
   auto random = term_of(rows_s, rows_t, "intra", weights[2]);
   random.u = with_grad ? u_k.data() : nullptr;
   losses[2] = mean(visit(random), random);
@@ -137,28 +184,28 @@ void manifold_layer(
   losses[0] = mean(visit(intra), intra);
 }
 
-std::tuple<at::Tensor, std::vector<at::Tensor>> manifold_fwd_cpu(
-    at::TensorList students,  // (B, N, Ds) each
-    at::TensorList teachers,  // (B, N, Dt) each
-    at::TensorList indices,   // (K) each
+std::tuple<Tensor, std::vector<Tensor>> manifold_fwd_cpu(
+    const std::vector<Tensor>& students,  // (B, N, Ds) each
+    const std::vector<Tensor>& teachers,  // (B, N, Dt) each
+    const std::vector<Tensor>& indices,   // (K) each
     double intra,
     double inter,
     double random,
     bool with_grad) {
-  auto acc = at::kFloat;
-  for (size_t l = 0; l < students.size(); ++l) acc = at::promote_types(acc, accumulator(students[l], teachers[l]));
-  auto terms = at::empty({static_cast<int64_t>(students.size()), 3}, students[0].options().dtype(acc));
-  std::vector<at::Tensor> dstudents;
+  auto acc = ScalarType::Float;
+  for (size_t l = 0; l < students.size(); ++l)
+    if (accumulator(students[l], teachers[l]) == ScalarType::Double) acc = ScalarType::Double;
+  auto terms = empty(students[0], {static_cast<int64_t>(students.size()), 3}, acc);
+  std::vector<Tensor> dstudents;
   for (size_t l = 0; l < students.size(); ++l) {
     dstudents.push_back(gradient_of(students[l], with_grad));
-    AT_DISPATCH_FLOATING_TYPES(acc, "manifold_fwd_cpu", [&] {
-      manifold_layer<scalar_t>(
-          students[l],
-          teachers[l],
-          indices[l],
-          {intra, inter, random},
-          dstudents[l],
-          terms.mutable_data_ptr<scalar_t>() + 3 * l);
+    FASTKD_DISPATCH_ACC(acc, "manifold_fwd_cpu", [&] {
+      auto* losses = terms.mutable_data_ptr<scalar_t>() + 3 * l;
+      const auto relate = [&](const Tensor& s, const Tensor& t, const Tensor& ds) {
+        manifold_layer<scalar_t>(s, t, indices[l], {intra, inter, random}, ds, losses);
+        return std::all_of(losses, losses + 3, [](scalar_t loss) { return std::isfinite(loss); });
+      };
+      with_rows_in_range(students[l], teachers[l], dstudents[l], relate);
     });
   }
   return {terms, dstudents};
@@ -166,9 +213,9 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> manifold_fwd_cpu(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("relation_fwd", &relation_fwd_cpu);
-  m.impl("manifold_fwd", &manifold_fwd_cpu);
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  implement<relation_fwd_cpu>(m, "relation_fwd");
+  implement<manifold_fwd_cpu>(m, "manifold_fwd");
 }
 
 }  // namespace fastkd

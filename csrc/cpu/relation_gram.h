@@ -76,9 +76,9 @@ double gram(const Term<acc_t>& term) {
       const int64_t i0 = k * height, i1 = std::min(n, i0 + height);
       rows.load(term, g, i0, i1, false);
       gemm<acc_t>(Op::kAsIs, Op::kAsIs, i1 - i0, Ds, D, 1, rows.x.data(), D, factor, Ds, 0, u.data(), Ds);
-      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, term.s.x.scalar_type(), "gram", [&] {
-        using stored_t = std::conditional_t<std::is_same_v<scalar_t, at::Half>, float, scalar_t>;
-        auto* d_ptr = static_cast<stored_t*>(term.dstudent.data_ptr());
+      FASTKD_DISPATCH(term.s.x.scalar_type(), "gram", [&] {
+        using stored_t = std::conditional_t<std::is_same_v<scalar_t, Half>, float, scalar_t>;
+        auto* d_ptr = static_cast<stored_t*>(term.dstudent.mutable_data_ptr());
         for (int64_t i = i0; i < i1; ++i)  // dS = r (dŜ - ŝ <ŝ, dŜ>): the unit rows are at hand
           finish_row<acc_t, acc_t, stored_t>(
               u.data() + (i - i0) * Ds,
@@ -93,8 +93,8 @@ double gram(const Term<acc_t>& term) {
     }
   };
   std::vector<double> sums(G);
-  if (G >= at::get_num_threads()) {
-    at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
+  if (G >= get_num_threads()) {
+    parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
       UnitRows<acc_t> rows;
       std::vector<double> total(D * D);
       std::vector<acc_t> factor(with_grad ? D * Ds : 0);
@@ -109,10 +109,10 @@ double gram(const Term<acc_t>& term) {
     });
     return not_negative(sum_of(sums));
   }
-  const int64_t parts = std::min<int64_t>(at::get_num_threads(), blocks);
+  const int64_t parts = std::min<int64_t>(get_num_threads(), blocks);
   for (int64_t g = 0; g < G; ++g) {
     std::vector<std::vector<double>> partial(parts);
-    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         UnitRows<acc_t> rows;
         partial[k].assign(D * D, 0.0);
@@ -126,7 +126,7 @@ double gram(const Term<acc_t>& term) {
     if (!with_grad) continue;
     std::vector<acc_t> factor(D * Ds);
     gram_factor<acc_t>(total.data(), Ds, D, factor.data());
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       UnitRows<acc_t> rows;
       gradient(g, begin, end, rows, factor.data());
     });

@@ -83,7 +83,7 @@ struct WholeMaps {
     const int64_t ld = in_place && term.s.across ? term.s.per_image * s.D : s.D;
     float* out = in_place ? term.u + term.s.token(g, begin) * s.D : u.data() + begin * s.D;
     const Left weights{w.data() + begin * pitch, pitch, 1, n};
-    multiply(end - begin, s.D / kPanel, weights, {s.x, s.ld, kPanel}, out, ld, in_place && term.add, ahead);
+    multiply(end - begin, s.D / kPanel, weights, {s.x, s.ld, kPanel}, {out, ld, in_place && term.add}, ahead);
     if (!in_place || term.add) term.store(g, begin, end, out, ld, term.add ? r_i : nullptr);
     return sum;
   }
@@ -110,7 +110,7 @@ double whole_groups(const Term<float>& term, int64_t G, int64_t threads, const M
   std::vector<double> sums(G);
   std::vector<std::atomic<int64_t>> next(threads);
   for (int64_t k = 0; k < threads; ++k) next[k] = k * G / threads;
-  at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+  parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
     auto worker = make_worker();
     for (int64_t k = 0; k < threads; ++k) {
       const int64_t share = (own + k) % threads, end = (share + 1) * G / threads;
@@ -130,7 +130,7 @@ double shared_maps(const Term<float>& term, int64_t first, int64_t threads) {
   std::vector<double> sums(tasks);
   const auto each = [&](const auto& f) {
     std::atomic<int64_t> next = tasks;
-    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       Ahead ahead;
       for (int64_t task = --next; task >= 0; task = --next) {  // a map's longest rows first
         const int64_t begin = task / groups * kRows;
@@ -165,7 +165,7 @@ double shared_groups(const Term<float>& term, int64_t first, int64_t threads) {
     return {block((round + k) % others), block(k == 0 ? others : (round + others - k) % others)};
   };
   for (int64_t round = 0; round < count - 1; ++round)
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         const int64_t from = thread * tasks / threads, to = (thread + 1) * tasks / threads;
         for (int64_t task = from; task < to; ++task) {
@@ -186,7 +186,7 @@ double shared_groups(const Term<float>& term, int64_t first, int64_t threads) {
 }
 
 double tile_panels(const Term<float>& term) {
-  const int64_t G = term.s.G, n = term.s.n, threads = at::get_num_threads();
+  const int64_t G = term.s.G, n = term.s.n, threads = get_num_threads();
   const int64_t work = n * n * (3 * term.s.D + term.t.D);
   const bool few_rows = WholeMaps::pay(term);
   // Groups left over after an equal number per thread are shared if that saves more than the waiting costs.

@@ -17,7 +17,7 @@ struct RowBlocks {
 
 // Whether rows are whole vectors of float32 where they lie.
 bool in_vectors(const Groups& x) {
-  return x.in_place(at::kFloat) && x.D % kPanel == 0;
+  return x.in_place(ScalarType::Float) && x.D % kPanel == 0;
 }
 
 // Rows [begin, end) of group g as whole vectors.
@@ -30,7 +30,7 @@ void copy_rows(const Groups& x, int64_t g, int64_t begin, int64_t end, float* ou
 // Inverse norms of `count` rows from the squares of theirs, up to a whole panel.
 FASTKD_MULTIVERSION void invert_norms(float* squares, int64_t count, bool normalize, float eps) {
   for (int64_t i = 0; i < count; ++i) {
-    const float norm = std::sqrt(squares[i]), inverse = norm > eps ? 1 / norm : 0.f;
+    const float inverse = inverse_of(std::sqrt(squares[i]), eps);
     squares[i] = normalize ? inverse : 1.f;
   }
   std::fill(squares + count, squares + padded(count), 0.f);
@@ -175,7 +175,7 @@ struct PanelSweep {
 
   // While `elements` of the maps are formed, each of them known by symmetry to two rows, fetch the rows of the blocks
   // that come next and the gradient that `own` writes first.
-  void look_ahead(double elements, const Block* own, at::ArrayRef<Block> next) {
+  void look_ahead(double elements, const Block* own, torch::headeronly::HeaderOnlyArrayRef<Block> next) {
     ahead.clear();
     if (own && sums_in_place(term)) fetch_sums(ahead, term, own->g, blocks.begin(own->k), blocks.rows(own->k));
     for (const Block& block : next) fetch_rows(ahead, term, block.g, blocks.begin(block.k), blocks.rows(block.k));
@@ -203,8 +203,8 @@ struct PanelSweep {
       const int64_t rows = std::min(kTileRows, s.rows - i), own = i / kPanel * kPanel;
       const int64_t columns = diagonal ? own + kPanel : padded(s_j.rows), twice = diagonal ? own : columns;
       float* p = w.data() + i * ld;
-      tile_row(rows, columns / kPanel, t.left(i), {}, t_j.right(), pt.data(), ld, false, ahead);
-      tile_row(rows, columns / kPanel, s.left(i), {}, s_j.right(), p, ld, false, ahead);
+      tile_row(rows, columns / kPanel, t.left(i), {}, t_j.right(), {pt.data(), ld, false}, ahead);
+      tile_row(rows, columns / kPanel, s.left(i), {}, s_j.right(), {p, ld, false}, ahead);
       const float *r_i = s.inverse.data() + i, *q_i = t.inverse.data() + i;
       const Scales scales{s_j.inverse.data(), t_j.inverse.data(), term.c};
       sum += static_cast<double>(with_constant(term.rectify, [&](auto rectify) {
@@ -214,7 +214,7 @@ struct PanelSweep {
   }
 
   // Block j of the diagonal, before others of its row or column: writes its rows of U.
-  void diagonal(GroupSums& sums, int64_t j, at::ArrayRef<Block> next) {
+  void diagonal(GroupSums& sums, int64_t j, torch::headeronly::HeaderOnlyArrayRef<Block> next) {
     const Block own{sums.g, j};
     hold(own);
     const int64_t n = s_j.rows, begin = blocks.begin(j), ld = pitch(n), width = padded(term.s.D);
@@ -228,12 +228,12 @@ struct PanelSweep {
       const int64_t rows = std::min(kTileRows, n - i), known = std::min(n, i / kPanel * kPanel + kPanel);
       const Left row{w.data() + i * ld, ld, 1, known}, column{w.data() + known * ld + i, 1, ld, n - known};
       float* u = sums.u + (begin + i) * sums.ld;
-      tile_row(rows, width / kPanel, row, column, s_j.right_rows(), u, sums.ld, add, ahead);
+      tile_row(rows, width / kPanel, row, column, s_j.right_rows(), {u, sums.ld, add}, ahead);
     }
   }
 
   // Blocks (i, j) and, by symmetry, (j, i).
-  void pair(GroupSums& sums, int64_t i, int64_t j, at::ArrayRef<Block> next) {
+  void pair(GroupSums& sums, int64_t i, int64_t j, torch::headeronly::HeaderOnlyArrayRef<Block> next) {
     hold({sums.g, j});
     const int64_t begin = blocks.begin(i), end = blocks.begin(i + 1);
     if (!s_i.refer(term.s, sums.g, begin, end, sums.r.data() + begin) ||
@@ -245,7 +245,7 @@ struct PanelSweep {
     const int64_t ld = pitch(s_j.rows);
     const int64_t vectors = padded(term.s.D) / kPanel;
     const auto add = [&](const Left& weights, const PanelRows& to, const PanelRows& from, int64_t first) {
-      multiply(to.rows, vectors, weights, from.right_rows(), sums.u + first * sums.ld, sums.ld, true, ahead);
+      multiply(to.rows, vectors, weights, from.right_rows(), {sums.u + first * sums.ld, sums.ld, true}, ahead);
     };
     add({w.data(), ld, 1, s_j.rows}, s_i, s_j, begin);
     add({w.data(), 1, ld, s_i.rows}, s_j, s_i, blocks.begin(j));

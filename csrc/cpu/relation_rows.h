@@ -8,9 +8,6 @@
 #include "isa.h"
 #include "thresholds.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -39,11 +36,11 @@ enum class Rectify { kNone, kBoth, kTeacher };
 
 // One network's tokens (B, N, D) as G groups of n rows.
 struct Groups {
-  at::Tensor x;
+  Tensor x;
   int64_t G, n, D, per_image, group_stride, row_stride, image_stride;
   bool across;  // a group is a token position across images
 
-  Groups(const at::Tensor& x, const std::string& scope)
+  Groups(const Tensor& x, const std::string& scope)
       : x(x), D(x.size(2)), per_image(x.size(1)), across(scope == "inter") {
     const int64_t B = x.size(0), N = x.size(1);
     image_stride = x.stride(0);
@@ -66,7 +63,7 @@ struct Groups {
   int64_t token(int64_t g, int64_t i) const { return across ? i * per_image + g : g * n + i; }
 
   // Whether rows can be given to a matrix product where they are.
-  bool in_place(at::ScalarType dtype) const {
+  bool in_place(ScalarType dtype) const {
     const bool fits = n == 1 || (row_stride >= D && row_stride <= std::numeric_limits<int>::max());
     return x.scalar_type() == dtype && (x.stride(2) == 1 || D == 1) && fits;
   }
@@ -89,7 +86,7 @@ FASTKD_MULTIVERSION acc_t square_sum(const scalar_t* src, int64_t stride, int64_
 // Rows [begin, end) of group g, times scale[i - begin] where given, to out with leading dimension ld.
 template <typename acc_t>
 void convert_rows(const Groups& x, int64_t g, int64_t begin, int64_t end, const acc_t* scale, acc_t* out, int64_t ld) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.x.scalar_type(), "convert_rows", [&] {
+  FASTKD_DISPATCH(x.x.scalar_type(), "convert_rows", [&] {
     const auto* p = x.x.const_data_ptr<scalar_t>();
     for (int64_t i = begin; i < end; ++i)
       convert_row<scalar_t, acc_t>(
@@ -97,15 +94,22 @@ void convert_rows(const Groups& x, int64_t g, int64_t begin, int64_t end, const 
   });
 }
 
-// 1/||x_i|| of rows [begin, end) of group g; 0 where the norm is at most eps, 1 where rows are not normalised.
+template <typename acc_t>
+FASTKD_INLINE acc_t inverse_of(acc_t norm, acc_t eps) {
+  const acc_t inverse = norm > eps ? 1 / norm : acc_t(0);
+  return norm <= std::numeric_limits<acc_t>::max() ? inverse : std::numeric_limits<acc_t>::quiet_NaN();
+}
+
+// 1/||x_i|| of rows [begin, end) of group g; 0 where the norm is at most eps, NaN where its square is no number of
+// acc_t, 1 where rows are not normalised.
 template <typename acc_t>
 void inverse_norms(const Groups& x, int64_t g, int64_t begin, int64_t end, bool normalize, double eps, acc_t* out) {
   if (!normalize) return void(std::fill_n(out, end - begin, acc_t(1)));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.x.scalar_type(), "inverse_norms", [&] {
+  FASTKD_DISPATCH(x.x.scalar_type(), "inverse_norms", [&] {
     const auto* p = x.x.const_data_ptr<scalar_t>();
     for (int64_t i = begin; i < end; ++i) {
       const acc_t norm = std::sqrt(square_sum<scalar_t, acc_t>(p + x.offset(g, i), x.x.stride(2), x.D));
-      out[i - begin] = norm > static_cast<acc_t>(eps) ? 1 / norm : acc_t(0);
+      out[i - begin] = inverse_of(norm, static_cast<acc_t>(eps));
     }
   });
 }
@@ -217,39 +221,14 @@ FASTKD_MULTIVERSION void split_row(const float* w, int64_t n, uint16_t* high, ui
   }
 }
 
-template <typename acc_t>
-FASTKD_MULTIVERSION void add_row(acc_t* to, const acc_t* from, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] += from[j];
-}
-
 // x, rounded. Of bfloat16 the bits: an object of that class between would keep a loop from being vectorised.
 template <typename acc_t, typename out_t>
 FASTKD_INLINE void assign(out_t& to, acc_t x) {
-  if constexpr (std::is_same_v<out_t, at::BFloat16>) {
-    to.x = c10::detail::round_to_nearest_even(x);
+  if constexpr (std::is_same_v<out_t, BFloat16>) {
+    to.x = torch::headeronly::detail::round_to_nearest_even(x);
   } else {
     to = static_cast<out_t>(x);
   }
-}
-
-template <typename scalar_t, typename acc_t, typename out_t>
-FASTKD_INLINE void project_row(
-    const acc_t* u,
-    const scalar_t* s,
-    int64_t stride,
-    int64_t D,
-    acc_t r,
-    acc_t c,
-    bool normalize,
-    out_t* out) {
-  acc_t dot = 0;
-  if (normalize) {
-#pragma omp simd reduction(+ : dot)
-    for (int64_t d = 0; d < D; ++d) dot += u[d] * static_cast<acc_t>(s[d * stride]);
-    dot *= r * r;
-  }
-#pragma omp simd
-  for (int64_t d = 0; d < D; ++d) assign(out[d], c * (u[d] - dot * static_cast<acc_t>(s[d * stride])));
 }
 
 // dS_i = c (U_i - s_i r_i² <s_i, U_i>); c U_i where rows are not normalised. out may be u.
@@ -263,10 +242,20 @@ FASTKD_MULTIVERSION void finish_row(
     acc_t c,
     bool normalize,
     out_t* out) {
+  const auto project = [&](auto step) FASTKD_INLINE_LAMBDA {
+    acc_t dot = 0;
+    if (normalize) {
+#pragma omp simd reduction(+ : dot)
+      for (int64_t d = 0; d < D; ++d) dot += u[d] * static_cast<acc_t>(s[d * step]);
+      dot *= r * r;
+    }
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) assign(out[d], c * (u[d] - dot * static_cast<acc_t>(s[d * step])));
+  };
   if (stride == 1) {
-    project_row(u, s, 1, D, r, c, normalize, out);
+    project(std::integral_constant<int64_t, 1>());  // known to the compiler
   } else {
-    project_row(u, s, stride, D, r, c, normalize, out);
+    project(stride);
   }
 }
 

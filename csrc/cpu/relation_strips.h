@@ -16,7 +16,7 @@ struct Rows {
   void load(const Groups& x, int64_t g, bool normalize, double eps) {
     inverse.resize(x.n);
     inverse_norms<acc_t>(x, g, 0, x.n, normalize, eps, inverse.data());
-    if (x.in_place(c10::CppTypeToScalarType<acc_t>::value)) {
+    if (x.in_place(CppTypeToScalarType<acc_t>::value)) {
       data = x.x.template const_data_ptr<acc_t>() + x.offset(g, 0);
       ld = x.ld();
       return;
@@ -128,9 +128,9 @@ double tile(const Term<acc_t>& term) {
     buffer.resize(rows * Ds);
     return {buffer.data(), Ds};
   };
-  if (G >= at::get_num_threads()) {
+  if (G >= get_num_threads()) {
     std::vector<double> sums(G);
-    at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
       Rows<acc_t> s, t;
       Pieces<acc_t> pieces;
       for (int64_t g = begin; g < end; ++g) {
@@ -150,7 +150,7 @@ double tile(const Term<acc_t>& term) {
   for (int64_t g = 0; g < G; ++g) {
     s.load(term.s, g, term.normalize, term.eps);
     t.load(term.t, g, term.normalize, term.eps);
-    at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
       Pieces<acc_t> pieces;
       for (int64_t k = begin; k < end; ++k) {
         const int64_t i0 = k * height, i1 = std::min(n, i0 + height);
@@ -171,15 +171,15 @@ int64_t in_eights(int64_t n) {
 // The same for two bfloat16 networks where the CPU has a matrix unit for them: it is so much faster than float32
 // that every strip takes all its columns.
 struct PackedRows {
-  std::vector<at::BFloat16> transposed, as_is;  // Xᵀ, packed for X Xᵀ; X, packed for W X
+  std::vector<BFloat16> transposed, as_is;  // Xᵀ, packed for X Xᵀ; X, packed for W X
   std::vector<float> inverse;
-  const at::BFloat16* data = nullptr;
+  const BFloat16* data = nullptr;
   int64_t ld = 0, columns = 0;
 
   void load(const Groups& x, int64_t g, bool normalize, double eps, bool with_grad) {
     inverse.resize(x.n);
     inverse_norms<float>(x, g, 0, x.n, normalize, eps, inverse.data());
-    data = x.x.const_data_ptr<at::BFloat16>() + x.offset(g, 0);
+    data = x.x.const_data_ptr<BFloat16>() + x.offset(g, 0);
     ld = x.ld();
     columns = packed_columns(x.n);
     transposed.resize(x.D * columns);
@@ -188,12 +188,12 @@ struct PackedRows {
     const int64_t width = packed_columns(x.D), packed = (x.n + 1) / 2 * 2 * width;
     as_is.resize(in_eights(x.n) * width);
     pack_bf16(data, ld, x.n, x.D, /*transposed=*/false, as_is.data());
-    std::fill(as_is.begin() + packed, as_is.end(), at::BFloat16(0));
+    std::fill(as_is.begin() + packed, as_is.end(), BFloat16(0));
   }
 };
 
 struct PiecesBf16 : Pieces<float> {
-  Buffer<at::BFloat16> high{kStrip * piece_columns()}, low{kStrip * piece_columns()};
+  Buffer<BFloat16> high{kStrip * piece_columns()}, low{kStrip * piece_columns()};
 };
 
 // As strip, all columns; the strip's U is left in pieces.u, packed_columns(Ds) wide.
@@ -224,7 +224,7 @@ double strip_bf16(
       if (!term.with_grad()) continue;
       auto *high = pieces.high.data() + i * depth, *low = pieces.low.data() + i * depth;
       split_row(p_i, columns, reinterpret_cast<uint16_t*>(high), reinterpret_cast<uint16_t*>(low));
-      for (auto* half : {high, low}) std::fill(half + columns, half + depth, at::BFloat16(0));
+      for (auto* half : {high, low}) std::fill(half + columns, half + depth, BFloat16(0));
     }
     if (!term.with_grad()) continue;
     const auto* packed = s.as_is.data() + j0 * width;
@@ -245,8 +245,8 @@ double tile_bf16(const Term<float>& term) {
     sums[g * strips + k] = strip_bf16(term, s, t, i0, i1, pieces);
     if (term.with_grad()) term.store(g, i0, i1, pieces.u.data(), width, s.inverse.data() + i0);
   };
-  if (G >= at::get_num_threads()) {
-    at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
+  if (G >= get_num_threads()) {
+    parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
       PackedRows s, t;
       PiecesBf16 pieces;
       for (int64_t g = begin; g < end; ++g) {
@@ -262,7 +262,7 @@ double tile_bf16(const Term<float>& term) {
   for (int64_t g = 0; g < G; ++g) {
     s.load(term.s, g, term.normalize, term.eps, term.with_grad());
     t.load(term.t, g, term.normalize, term.eps, false);
-    at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
       PiecesBf16 pieces;
       for (int64_t k = begin; k < end; ++k) run(s, t, g, k, pieces);
       release_bf16();

@@ -10,10 +10,10 @@ template <typename acc_t>
 struct Term {
   Groups s, t;
   Rectify rectify = Rectify::kNone;
-  acc_t c = 0;         // factor of the gradient
-  acc_t* u = nullptr;  // (B, N, Ds), in ds's layout; null where a strip finishes by itself or no gradient is wanted
-  bool add = false;    // u holds earlier terms
-  at::Tensor dstudent = {};  // (B, N, Ds) contiguous: takes the finished gradient, where defined
+  acc_t c = 0;           // factor of the gradient
+  acc_t* u = nullptr;    // (B, N, Ds), in ds's layout; null where a strip finishes by itself or no gradient is wanted
+  bool add = false;      // u holds earlier terms
+  Tensor dstudent = {};  // (B, N, Ds) contiguous: takes the finished gradient, where defined
   bool normalize = true;
   double eps = 0;
 
@@ -33,10 +33,10 @@ struct Term {
 
   // dstudent of rows [begin, end) of group g from their U (leading dimension ld).
   void finish(int64_t g, int64_t begin, int64_t end, const acc_t* rows, int64_t ld, const acc_t* inverse) const {
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, s.x.scalar_type(), "finish", [&] {
-      using stored_t = std::conditional_t<std::is_same_v<scalar_t, at::Half>, float, scalar_t>;
+    FASTKD_DISPATCH(s.x.scalar_type(), "finish", [&] {
+      using stored_t = std::conditional_t<std::is_same_v<scalar_t, Half>, float, scalar_t>;
       const auto* s_ptr = s.x.const_data_ptr<scalar_t>();
-      auto* d_ptr = static_cast<stored_t*>(dstudent.data_ptr());
+      auto* d_ptr = static_cast<stored_t*>(dstudent.mutable_data_ptr());
       const bool project = normalize && inverse != nullptr;
       Buffer<acc_t> wide;
       if (kIsHalf<scalar_t, acc_t>) wide.resize(s.D);

@@ -3,7 +3,7 @@
 
 #include "isa.h"
 
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <cstdint>
@@ -20,11 +20,15 @@
 // Helpers of versioned functions must be inlined; otherwise they are compiled for the baseline only.
 #if defined(__GNUC__)
 #define FASTKD_INLINE inline __attribute__((always_inline))
+#define FASTKD_INLINE_LAMBDA __attribute__((always_inline))
 #else
 #define FASTKD_INLINE inline
+#define FASTKD_INLINE_LAMBDA
 #endif
 
 namespace fastkd {
+
+using torch::headeronly::Half;
 
 // A sum >= 0 that cancellation and rounding can take below 0. NaN passes through.
 FASTKD_INLINE double not_negative(double x) {
@@ -112,6 +116,17 @@ FASTKD_INLINE To bits_of(From x) {
   return out;
 }
 
+// The polynomial of x with these coefficients, the highest first.
+template <typename T>
+FASTKD_INLINE T polynomial(T, T last) {
+  return last;
+}
+
+template <typename T, typename... Lower>
+FASTKD_INLINE T polynomial(T x, T first, T second, Lower... lower) {
+  return polynomial(x, first * x + second, lower...);
+}
+
 // e^x for x <= 0, to about 1 ulp; 0 where it would be subnormal. NaN stays.
 FASTKD_INLINE float exp_of(float x) {
   // Adding 1.5 2^23 rounds to an integer, in the low bits; 127 more make it the exponent of its power of two.
@@ -120,12 +135,8 @@ FASTKD_INLINE float exp_of(float x) {
   const float t = c * 1.442695041f + kMagic, n = t - kMagic;
   float r = c - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
+  float p = polynomial(
+      r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f);
   p = p * (r * r) + r + 1.f;
   const float e = p * bits_of<float>(bits_of<uint32_t>(t) << 23);
   return x < kLowest ? 0.f : e;
@@ -142,15 +153,17 @@ FASTKD_INLINE float log_of(float u, float f) {
   const float n = static_cast<float>(e);
   const float m = bits_of<float>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.f;
   const float x = e == 0 ? f : m, z = x * x;
-  float p = 7.0376836292e-2f;
-  p = p * x - 1.1514610310e-1f;
-  p = p * x + 1.1676998740e-1f;
-  p = p * x - 1.2420140846e-1f;
-  p = p * x + 1.4249322787e-1f;
-  p = p * x - 1.6668057665e-1f;
-  p = p * x + 2.0000714765e-1f;
-  p = p * x - 2.4999993993e-1f;
-  p = p * x + 3.3333331174e-1f;
+  const float p = polynomial(
+      x,
+      7.0376836292e-2f,
+      -1.1514610310e-1f,
+      1.1676998740e-1f,
+      -1.2420140846e-1f,
+      1.4249322787e-1f,
+      -1.6668057665e-1f,
+      2.0000714765e-1f,
+      -2.4999993993e-1f,
+      3.3333331174e-1f);
   float y = p * x * z - n * 2.12194440e-4f;
   y = y - 0.5f * z + x;
   return y + n * 0.693359375f;
@@ -160,9 +173,27 @@ FASTKD_INLINE double log_of(double u, double f) {
   return u > 0.5 && u < 2 ? std::log1p(f) : std::log(u);
 }
 
+// body(j, l) for each of the first n elements, whole vectors of them: j is of lane l.
+template <typename Body>
+FASTKD_INLINE void for_lanes(int64_t n, Body body) {
+  for (int64_t first = 0; first < n; first += kLanes)
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) body(first + l, l);
+}
+
+template <typename T>
+static FASTKD_MULTIVERSION void add_row(T* to, const T* from, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] += from[j];
+}
+
+template <typename T>
+static FASTKD_MULTIVERSION void add_scaled_row(T* to, const T* from, T scale, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] += from[j] * scale;
+}
+
 // Whether a row is float16 that becomes float32: GCC vectorises no such conversion, and AVX-512 has an instruction.
 template <typename scalar_t, typename acc_t>
-constexpr bool kIsHalf = std::is_same_v<scalar_t, c10::Half> && std::is_same_v<acc_t, float>;
+constexpr bool kIsHalf = std::is_same_v<scalar_t, Half> && std::is_same_v<acc_t, float>;
 
 #if FASTKD_HAS_MULTIVERSION
 
@@ -172,7 +203,7 @@ FASTKD_AVX512 inline __mmask16 lanes_from(int64_t i, int64_t n) {
 }
 
 // n adjacent elements times scale.
-FASTKD_AVX512 inline void widen_row(const c10::Half* src, int64_t n, float scale, float* out) {
+FASTKD_AVX512 inline void widen_row(const Half* src, int64_t n, float scale, float* out) {
   const __m512 factor = _mm512_set1_ps(scale);
   for (int64_t i = 0; i < n; i += kLanes) {
     const __mmask16 lanes = lanes_from(i, n);
@@ -182,7 +213,7 @@ FASTKD_AVX512 inline void widen_row(const c10::Half* src, int64_t n, float scale
 }
 
 // n elements times scale, rounded to nearest even.
-FASTKD_AVX512 inline void narrow_row(const float* src, int64_t n, float scale, c10::Half* out) {
+FASTKD_AVX512 inline void narrow_row(const float* src, int64_t n, float scale, Half* out) {
   const __m512 factor = _mm512_set1_ps(scale);
   for (int64_t i = 0; i < n; i += kLanes) {
     const __mmask16 lanes = lanes_from(i, n);
@@ -194,8 +225,8 @@ FASTKD_AVX512 inline void narrow_row(const float* src, int64_t n, float scale, c
 
 #else
 
-inline void widen_row(const c10::Half*, int64_t, float, float*) {}
-inline void narrow_row(const float*, int64_t, float, c10::Half*) {}
+inline void widen_row(const Half*, int64_t, float, float*) {}
+inline void narrow_row(const float*, int64_t, float, Half*) {}
 
 #endif
 
@@ -219,12 +250,7 @@ template <typename T>
 static FASTKD_MULTIVERSION T max_row(const T* z, int64_t n) {
   n = n / kLanes * kLanes;
   Lanes<T> lanes(kNever<T>);
-  for (int64_t first = 0; first < n; first += kLanes)
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      lanes[l] = lanes[l] < z[j] ? z[j] : lanes[l];
-    }
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA { lanes[l] = lanes[l] < z[j] ? z[j] : lanes[l]; });
   const T m = lanes.max();
   return m == kNever<T> ? T(0) : m;
 }

@@ -12,12 +12,7 @@ struct Target {
   double weight, unbias;
 };
 
-#if defined(CUDART_VERSION) && CUDART_VERSION >= 12010
-constexpr int kTargets = 256;
-#else
-constexpr int kTargets = 64;
-#endif
-
+constexpr int kTargets = kLargeArguments ? 256 : 64;
 Threshold kManyTargets{"moments.cuda_targets", kTargets};  // layers of a launch at the most
 
 struct Targets {
@@ -81,25 +76,25 @@ __global__ void __launch_bounds__(kThreads) bn_distance_kernel(
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_distance_cuda(
-    const at::Tensor& mean_in,       // (Σ rows_l C_l)
-    const at::Tensor& var_in,        // as mean
-    const at::Tensor& running_mean,  // (Σ C_l)
-    const at::Tensor& running_var,   // as running_mean
-    at::IntArrayRef channels,        // C_l
-    at::IntArrayRef rows,            // 1, or images of "image"
-    at::IntArrayRef counts,          // elements of a moment
-    at::ArrayRef<double> weights,
-    c10::string_view name) {
-  const c10::cuda::CUDAGuard guard(mean_in.device());
+std::tuple<Tensor, Tensor, Tensor> bn_distance_cuda(
+    const Tensor& mean_in,                 // (Σ rows_l C_l)
+    const Tensor& var_in,                  // as mean
+    const Tensor& running_mean,            // (Σ C_l)
+    const Tensor& running_var,             // as running_mean
+    const std::vector<int64_t>& channels,  // C_l
+    const std::vector<int64_t>& rows,      // 1, or images of "image"
+    const std::vector<int64_t>& counts,    // elements of a moment
+    const std::vector<double>& weights,
+    const std::string& name) {
+  const OnDevice guard(mean_in);
   const auto mean = mean_in.contiguous(), var = var_in.contiguous();
   const auto dtype = mean.scalar_type();
   const auto M = running_mean.to(dtype).contiguous(), V = running_var.to(dtype).contiguous();
   const auto layers = static_cast<int64_t>(channels.size());
-  auto losses = at::empty({layers}, mean.options().dtype(at::kDouble));
-  auto dmean = at::empty_like(mean), dvar = at::empty_like(mean);
+  auto losses = empty(mean, {layers}, ScalarType::Double);
+  auto dmean = empty_like(mean), dvar = empty_like(mean);
   const auto distance = distance_of(name);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto stream = stream_of(mean);
   int64_t first = 0, running = 0;
   const int64_t most = std::min<int64_t>(kManyTargets, kTargets);
   for (int64_t begin = 0; begin < layers; begin += most) {
@@ -113,7 +108,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_distance_cuda(
       targets.layer[i] = {first, running, C, B * C, weight, count / std::max(count - 1, 1.0)};
       first += B * C, running += C;
     }
-    AT_DISPATCH_FLOATING_TYPES(dtype, "bn_distance_cuda", [&] {
+    FASTKD_DISPATCH_ACC(dtype, "bn_distance_cuda", [&] {
       bn_distance_kernel<scalar_t><<<static_cast<unsigned>(n), kThreads, 0, stream>>>(
           targets,
           distance,
@@ -124,10 +119,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_distance_cuda(
           losses.mutable_data_ptr<double>() + begin,
           dmean.mutable_data_ptr<scalar_t>(),
           dvar.mutable_data_ptr<scalar_t>());
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      check(cudaGetLastError());
     });
   }
-  return {losses.sum().to(dtype), dmean, dvar};
+  return {Tensor(torch::stable::sum(losses.handle())).to(dtype), dmean, dvar};
 }
 
 }  // namespace

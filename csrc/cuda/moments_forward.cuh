@@ -1,6 +1,6 @@
 // Kernels of the moments: partial ones of a block's items, and their merge.
 #pragma once
-#include "cuda/moments_layers.cuh"
+#include "cuda/moments_runs.cuh"
 
 namespace fastkd {
 namespace {
@@ -10,29 +10,32 @@ template <typename scalar_t, typename acc_t, int V, bool is_columns>
 __device__ void partial_moments(
     const Layer& l,
     bool per_image,
-    const acc_t* __restrict__ scale,  // (C), with y
-    const acc_t* __restrict__ shift,  // (C), with y
+    const Norm& norm,                    // with y
+    Affine<acc_t>* __restrict__ affine,  // (kThreads)
     Moments<acc_t>* __restrict__ shared,
     Moments<acc_t>* __restrict__ partial) {  // (splits, groups) of the layer
   using S = Shape<V, is_columns>;
-  const int64_t block = blockIdx.x - l.block, split = block / l.tiles;
+  const Part part(l);
   const int tx = threadIdx.x % S::kX, ty = threadIdx.x / S::kX;
-  const int64_t group = block % l.tiles * S::kGroups + tx * S::kLanes;
-  const int64_t begin = split * l.split, end = min(begin + l.split, l.items);
+  const int64_t first = part.tile * S::kGroups, group = first + tx * S::kLanes;
   const auto* x = static_cast<const scalar_t*>(l.x) + group_offset(l, l.s, per_image, group);
   auto* y = static_cast<scalar_t*>(l.out);
-  Cursor at(l, begin + ty * S::kStep);
+  if (y != nullptr) {
+    if (threadIdx.x < S::kGroups && first + threadIdx.x < l.groups) affine[threadIdx.x] = {norm, first + threadIdx.x};
+    __syncthreads();
+  }
+  Cursor at(l, part.begin + ty * S::kStep);
   Moments<acc_t> sum[S::kLanes];
 #pragma unroll
   for (int j = 0; j < S::kLanes; ++j) sum[j] = {0, 0, 0};
   if (group < l.groups) {
-    for (int64_t i0 = begin + ty * S::kStep; i0 < end; i0 += S::kBatch * S::kPass) {
+    for (int64_t i0 = part.begin + ty * S::kStep; i0 < part.end; i0 += S::kBatch * S::kPass) {
       Vector<scalar_t, V> v[S::kBatch];
       Cursor from = at;
       int loaded = 0;
 #pragma unroll
       for (int b = 0; b < S::kBatch; ++b, at.advance(l)) {
-        if (i0 + b * S::kPass >= end) continue;
+        if (i0 + b * S::kPass >= part.end) continue;
         v[b] = load<scalar_t, V>(x + at.offset(l, l.s));
         ++loaded;
       }
@@ -63,8 +66,8 @@ __device__ void partial_moments(
         if (b >= loaded) continue;
 #pragma unroll
         for (int e = 0; e < V; ++e) {
-          const int64_t c = is_columns ? group + e : group;
-          v[b].x[e] = static_cast<scalar_t>(scale[c] * static_cast<acc_t>(v[b].x[e]) + shift[c]);
+          const auto& of = affine[tx * S::kLanes + (is_columns ? e : 0)];
+          v[b].x[e] = static_cast<scalar_t>(of.scale * static_cast<acc_t>(v[b].x[e]) + of.shift);
         }
         store(y + group_y + from.offset(l, l.d), v[b]);
       }
@@ -84,7 +87,7 @@ __device__ void partial_moments(
   // Row 0 was last written by the threads that read it here.
   if (ty == 0 && group < l.groups)
 #pragma unroll
-    for (int j = 0; j < S::kLanes; ++j) partial[split * l.groups + group + j] = shared[tx * S::kLanes + j];
+    for (int j = 0; j < S::kLanes; ++j) partial[part.split * l.groups + group + j] = shared[tx * S::kLanes + j];
 }
 
 // Each block reduces one split of the items of some groups of one layer.
@@ -92,24 +95,27 @@ template <typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kThreads, kResident) moments_partial_kernel(
     const __grid_constant__ Layers layers,
     bool per_image,
-    const acc_t* __restrict__ scale,
-    const acc_t* __restrict__ shift,
+    const __grid_constant__ Norm norm,
     Moments<acc_t>* __restrict__ partial) {
   constexpr int V = 16 / sizeof(scalar_t);
   __shared__ Moments<acc_t> shared[kThreads * V];
+  __shared__ Vector<scalar_t, V> staged[kRuns * kThreads];
+  __shared__ Affine<acc_t> affine[kThreads];
   const Layer& l = layer_of(layers, blockIdx.x);
   auto* own = partial + l.partial;
   switch (l.mode) {
     case Mode::kPlanes:
-      return partial_moments<scalar_t, acc_t, 1, false>(l, per_image, scale, shift, shared, own);
+      return partial_moments<scalar_t, acc_t, 1, false>(l, per_image, norm, affine, shared, own);
     case Mode::kPlanesHalf:
-      return partial_moments<scalar_t, acc_t, V / 2, false>(l, per_image, scale, shift, shared, own);
+      return partial_moments<scalar_t, acc_t, V / 2, false>(l, per_image, norm, affine, shared, own);
     case Mode::kPlanesVector:
-      return partial_moments<scalar_t, acc_t, V, false>(l, per_image, scale, shift, shared, own);
+      return partial_moments<scalar_t, acc_t, V, false>(l, per_image, norm, affine, shared, own);
+    case Mode::kRuns:
+      return partial_runs<scalar_t, acc_t>(l, per_image, norm, affine, staged, shared, own);
     case Mode::kColumns:
-      return partial_moments<scalar_t, acc_t, 1, true>(l, per_image, scale, shift, shared, own);
+      return partial_moments<scalar_t, acc_t, 1, true>(l, per_image, norm, affine, shared, own);
     case Mode::kColumnsVector:
-      return partial_moments<scalar_t, acc_t, V, true>(l, per_image, scale, shift, shared, own);
+      return partial_moments<scalar_t, acc_t, V, true>(l, per_image, norm, affine, shared, own);
   }
 }
 
@@ -142,32 +148,27 @@ __global__ void __launch_bounds__(kThreads) moments_merge_kernel(
   var[l.first + group] = sum.m2 / sum.count;
 }
 
-// Moments of the layers of one launch; scale and shift with a batch norm.
+// Moments of the layers of one launch, with a batch norm of the only one.
 void launch_fwd(
     const Launch& launch,
-    at::ScalarType dtype,
+    ScalarType dtype,
     bool per_image,
-    const at::Tensor& mean,
-    const at::Tensor& var,
-    const at::Tensor& scale = {},
-    const at::Tensor& shift = {}) {
+    const Tensor& mean,
+    const Tensor& var,
+    const Norm& norm = {}) {
   if (launch.layers.count == 0) return;
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  auto partial = at::empty({launch.partials, 3}, mean.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moments_fwd_cuda", [&] {
+  const auto stream = stream_of(mean);
+  auto partial = empty(mean, {launch.partials, 3});
+  FASTKD_DISPATCH(dtype, "moments_fwd_cuda", [&] {
     using acc_t = acc_type<scalar_t>;
     auto* partial_ptr = reinterpret_cast<Moments<acc_t>*>(partial.mutable_data_ptr<acc_t>());
-    moments_partial_kernel<scalar_t, acc_t><<<static_cast<unsigned>(launch.blocks), kThreads, 0, stream>>>(
-        launch.layers,
-        per_image,
-        scale.defined() ? scale.const_data_ptr<acc_t>() : nullptr,
-        shift.defined() ? shift.const_data_ptr<acc_t>() : nullptr,
-        partial_ptr);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    moments_partial_kernel<scalar_t, acc_t>
+        <<<static_cast<unsigned>(launch.blocks), kThreads, 0, stream>>>(launch.layers, per_image, norm, partial_ptr);
+    check(cudaGetLastError());
     const int64_t warps = kThreads / kWarp;
     moments_merge_kernel<acc_t><<<static_cast<unsigned>((launch.groups + warps - 1) / warps), kThreads, 0, stream>>>(
         launch.layers, launch.groups, partial_ptr, mean.mutable_data_ptr<acc_t>(), var.mutable_data_ptr<acc_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    check(cudaGetLastError());
   });
 }
 

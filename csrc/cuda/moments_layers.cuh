@@ -4,8 +4,6 @@
 #include "thresholds.h"
 #include "common.cuh"
 
-#include <ATen/Dispatch.h>
-#include <torch/library.h>
 #include <algorithm>
 #include <vector>
 
@@ -15,17 +13,12 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kResident = 2;  // blocks that share a multiprocessor at least: 32 KB of loads in flight cover its latency
 constexpr int kWarp = 32;
-Threshold kWaves{"moments.cuda_waves", 16};  // blocks of a layer for each multiprocessor, where it has so many
-Threshold kLoads{"moments.cuda_loads", 4};   // of a thread at least, if the layer has so many
-// Layers of a launch: they are a kernel argument, of at most 4 KB before CUDA 12.1 and 32 KB since.
-#if defined(CUDART_VERSION) && CUDART_VERSION >= 12010
-constexpr int kLayers = 96;
-#else
-constexpr int kLayers = 12;
-#endif
-Threshold kFull{"moments.cuda_layers", kLayers};  // layers of a launch at the most
+Threshold kWaves{"moments.cuda_waves", 16};         // blocks of a layer for each multiprocessor, where it has so many
+Threshold kLoads{"moments.cuda_loads", 4};          // of a thread at least, if the layer has so many
+constexpr int kLayers = kLargeArguments ? 96 : 12;  // of a launch, of which they are an argument
+Threshold kFull{"moments.cuda_layers", kLayers};    // layers of a launch at the most
 
-enum class Mode : int { kPlanes, kPlanesHalf, kPlanesVector, kColumns, kColumnsVector };
+enum class Mode : int { kPlanes, kPlanesHalf, kPlanesVector, kRuns, kColumns, kColumnsVector };
 
 template <typename acc_t>
 struct Moments {
@@ -51,7 +44,10 @@ struct Layer {
   int64_t pass_n, pass_p;  // images and positions from one load of a thread to its next
   int64_t block;           // of the launch, its first
   int64_t tiles;
-  int splits;
+  // With Mode::kRuns, an item is a run of `planes` planes, or of one of the `pieces` of a plane; `piece` is what it has
+  // of a plane.
+  int64_t pieces, piece;
+  int planes, splits;
   Mode mode;
 };
 
@@ -101,6 +97,17 @@ struct Cursor {
   }
 };
 
+// What a block has of a layer: a tile of its groups, and of their items those of a split.
+struct Part {
+  int64_t split, tile, begin, end;
+
+  explicit __device__ Part(const Layer& l) {
+    const int64_t block = blockIdx.x - l.block;
+    split = block / l.tiles, tile = block % l.tiles;
+    begin = split * l.split, end = min(begin + l.split, l.items);
+  }
+};
+
 template <typename scalar_t, int V>
 struct alignas(sizeof(scalar_t) * V) Vector {
   scalar_t x[V];
@@ -137,6 +144,13 @@ bool is_aligned(const void* p, const PlaneStrides& s, int64_t V, int64_t size, b
   return rest && (is_columns ? s.c : s.w) == 1 && reinterpret_cast<uintptr_t>(p) % (V * size) == 0;
 }
 
+// Returns whether tensors of one shape and these strides and addresses can be read by the same vectors, the odd
+// elements before the first alike.
+bool is_alike(const void* p, const PlaneStrides& s, const void* q, const PlaneStrides& t, int64_t V, int64_t size) {
+  const auto apart = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(q);
+  return s.w == 1 && t.w == 1 && (s.b - t.b) % V == 0 && (s.c - t.c) % V == 0 && apart % (V * size) == 0;
+}
+
 // Layers gathered for one launch: enough blocks to fill the card, a few loads of a thread each.
 struct Launch {
   Layers layers{};
@@ -145,7 +159,7 @@ struct Launch {
   bool is_full() const { return layers.count >= std::min<int64_t>(kFull, kLayers); }
 
   // x, and of the same shape out (y or dx) and dy if defined; false if their positions do not fold.
-  bool add(const at::Tensor& x, const at::Tensor& out, const at::Tensor& dy, int64_t first_group, bool per_image) {
+  bool add(const Tensor& x, const Tensor& out, const Tensor& dy, int64_t first_group, bool per_image) {
     const bool has_out = out.defined(), has_dy = dy.defined();
     const auto folded = fold_planes<3>({x, has_out ? out : x, has_dy ? dy : x});
     if (!folded) return false;
@@ -163,18 +177,21 @@ struct Launch {
              (!has_dy || is_aligned(l.dy, l.g, V, size, is_columns));
     };
     const bool is_vector = fits(most), is_half = !is_vector && !is_columns && most > 2 && fits(most / 2);
-    l.mode = is_columns  ? (is_vector ? Mode::kColumnsVector : Mode::kColumns)
-             : is_vector ? Mode::kPlanesVector
-             : is_half   ? Mode::kPlanesHalf
-                         : Mode::kPlanes;
+    l.mode = is_columns                           ? (is_vector ? Mode::kColumnsVector : Mode::kColumns)
+             : is_vector                          ? Mode::kPlanesVector
+             : is_half                            ? Mode::kPlanesHalf
+             : cut_runs(l, per_image, most, size) ? Mode::kRuns
+                                                  : Mode::kPlanes;
     // As Shape has them: kX, kGroups, kStep, kPass.
     const int64_t across = !is_columns ? 1
                            : is_vector ? 8
                                        : 32,
                   wide = is_columns && is_vector ? across * most : across;
-    const int64_t step = is_columns ? 1 : is_vector ? most : is_half ? most / 2 : 1, pass = kThreads / across * step;
+    const int64_t step = is_columns ? 1 : is_vector ? most : is_half ? most / 2 : 1;
+    const int64_t pass = l.mode == Mode::kRuns ? 1 : kThreads / across * step;
     l.pass_n = pass / l.HW, l.pass_p = pass % l.HW;
     l.tiles = (l.groups + wide - 1) / wide;
+    if (l.mode == Mode::kRuns) l.tiles = (l.C + l.planes - 1) / l.planes * (per_image ? l.groups / l.C : 1);
     const int64_t least = kLoads * pass, most_splits = (l.items + least - 1) / least;
     const int64_t wanted = std::clamp<int64_t>(kWaves * multiprocessors() / l.tiles, 1, most_splits);
     l.split = ((l.items + wanted - 1) / wanted + step - 1) / step * step;
@@ -182,6 +199,36 @@ struct Launch {
     l.first = first_group, l.before = groups, l.block = blocks, l.partial = partials;
     blocks += l.tiles * l.splits, partials += l.splits * l.groups, groups += l.groups;
     layers.layer[layers.count++] = l;
+    return true;
+  }
+
+ private:
+  // Makes runs, of vectors of V elements, the items; false if such a run would be shorter than what the threads of a
+  // block read one element each.
+  static bool cut_runs(Layer& l, bool per_image, int64_t V, int64_t size) {
+    const auto alike = [&](const void* p, const PlaneStrides& s) {
+      return p == nullptr || is_alike(l.x, l.s, p, s, V, size);
+    };
+    if (l.W != l.HW || !alike(l.x, l.s) || !alike(l.out, l.d) || !alike(l.dy, l.g)) return false;
+    const int64_t most = (kThreads - 1) * V;  // one vector more holds what lies before the first whole one
+    const auto is_dense = [&](int64_t channels, auto stride, int64_t expected) {
+      return channels == 1 || (stride(l.s) == expected && stride(l.d) == expected && stride(l.g) == expected);
+    };
+    const bool is_row = is_dense(l.C, [](const PlaneStrides& s) { return s.c; }, l.HW);
+    // The planes of all images are one row of memory too, if each image has moments of its own.
+    const auto of_image = [](const PlaneStrides& s) { return s.b; };
+    if (per_image && is_row && is_dense(l.groups / l.C, of_image, l.C * l.HW))
+      l.C = l.groups, l.s.c = l.d.c = l.g.c = l.HW;
+    l.planes = 1;
+    while (is_row && 2 * l.planes * l.HW <= most && l.planes < std::min<int64_t>(l.C, kThreads)) l.planes *= 2;
+    l.pieces = (l.HW + most - 1) / most;
+    l.piece = l.HW;
+    if (l.pieces > 1) {  // of whole vectors, as even as possible
+      l.piece = ((l.HW + l.pieces - 1) / l.pieces + V - 1) / V * V;
+      l.pieces = (l.HW + l.piece - 1) / l.piece;
+    }
+    if (std::min<int64_t>(l.planes, l.C) * l.piece < kThreads) return false;
+    l.items = l.items / l.HW * l.pieces;
     return true;
   }
 };

@@ -5,12 +5,7 @@
 #include "thresholds.h"
 #include "common.cuh"
 
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <torch/library.h>
-
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <vector>
 
@@ -25,6 +20,17 @@ Threshold kBands{"prior.cuda_bands", 65535};  // of a plane at the most: CUDA's 
 
 // A difference of direction k that ends in (h, w) begins in (h - kUp[k], w - kLeft[k]).
 __device__ constexpr int kUp[kDirections] = {0, 1, 1, 1}, kLeft[kDirections] = {1, 0, 1, -1};
+
+// Sums over the threads, left in column 0.
+__device__ void reduce(double (*shared)[kThreads]) {
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half)
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) shared[k][threadIdx.x] += shared[k][threadIdx.x + half];
+  }
+  __syncthreads();
+}
 
 // A (B, C, H, W) tensor by its strides.
 struct Images {
@@ -61,15 +67,73 @@ __global__ void __launch_bounds__(kThreads) prior_fwd_kernel(
   __shared__ double shared[kSums][kThreads];
 #pragma unroll
   for (int k = 0; k < kSums; ++k) shared[k][threadIdx.x] = sums[k];
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half)
-#pragma unroll
-      for (int k = 0; k < kSums; ++k) shared[k][threadIdx.x] += shared[k][threadIdx.x + half];
-  }
-  __syncthreads();
+  reduce(shared);
   const int64_t at = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y;
   if (threadIdx.x < kSums) partial[at * kSums + threadIdx.x] = shared[threadIdx.x][0];
+}
+
+// Sums of n rows; grid (groups of rows).
+__global__ void __launch_bounds__(kThreads) prior_sum_kernel(
+    int64_t n,
+    const double* __restrict__ rows,  // (groups, n, 9)
+    double* __restrict__ sums) {      // (groups, 9)
+  __shared__ double shared[kSums][kThreads];
+  double sum[kSums] = {};
+  const double* first = rows + blockIdx.x * n * kSums;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads)
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) sum[k] += first[i * kSums + k];
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) shared[k][threadIdx.x] = sum[k];
+  reduce(shared);
+  if (threadIdx.x < kSums) sums[blockIdx.x * kSums + threadIdx.x] = shared[threadIdx.x][0];
+}
+
+struct Counts {
+  double of[kDirections];
+};
+
+template <typename acc_t>
+__global__ void __launch_bounds__(kThreads) prior_results_kernel(
+    int64_t B,
+    Counts counts,
+    const double* __restrict__ of_images,  // (B, 9)
+    const double* __restrict__ total,      // (9)
+    acc_t* __restrict__ tv_l1,             // (4)
+    acc_t* __restrict__ tv_l2,             // (4)
+    acc_t* __restrict__ norms) {           // (B)
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < B) norms[i] = static_cast<acc_t>(sqrt(of_images[i * kSums + kSums - 1]));
+  if (i >= kDirections) return;
+  tv_l1[i] = static_cast<acc_t>(total[i] / counts.of[i]);
+  tv_l2[i] = static_cast<acc_t>(sqrt(total[kDirections + i]));
+}
+
+// gradient / norm, and 0 for a norm of 0. Subnormal norms count as 0; times a difference of 0, an infinite quotient
+// would be NaN. A norm that is NaN stays so.
+template <typename acc_t>
+__device__ acc_t ratio(acc_t gradient, acc_t norm) {
+  constexpr acc_t least = std::numeric_limits<acc_t>::min();
+  const acc_t other = (gradient < 0 ? -gradient : gradient) * least;
+  return norm < least ? acc_t(0) : gradient / (norm < other ? other : norm);
+}
+
+template <typename acc_t>
+__global__ void __launch_bounds__(kThreads) prior_slopes_kernel(
+    int64_t B,
+    Counts counts,
+    const acc_t* __restrict__ dtv_l1,  // (4)
+    const acc_t* __restrict__ dtv_l2,  // (4)
+    const acc_t* __restrict__ dnorms,  // (B)
+    const acc_t* __restrict__ tv_l2,   // (4)
+    const acc_t* __restrict__ norms,   // (B)
+    acc_t* __restrict__ slopes,        // (2, 4): of sign(d_k), of d_k
+    acc_t* __restrict__ of_image) {    // (B)
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < B) of_image[i] = ratio(dnorms[i], norms[i]);
+  if (i >= kDirections) return;
+  slopes[i] = static_cast<acc_t>(dtv_l1[i] / counts.of[i]);
+  slopes[kDirections + i] = ratio(dtv_l2[i], tv_l2[i]);
 }
 
 // grid (planes, bands)
@@ -108,92 +172,106 @@ __global__ void __launch_bounds__(kThreads) prior_bwd_kernel(
     }
 }
 
-Images layout_of(const at::Tensor& x) {
+// Blocks with a thread for each image, and for each direction.
+unsigned blocks_of(int64_t B) {
+  return static_cast<unsigned>((B + kThreads - 1) / kThreads);
+}
+
+Images layout_of(const Tensor& x) {
   return {x.size(1), x.size(2), x.size(3), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
 }
 
 // Rows of a band: enough blocks to fill the card.
-int64_t band_of(const at::Tensor& images) {
+int64_t band_of(const Tensor& images) {
   const int64_t planes = images.size(0) * images.size(1), H = images.size(2);
   const int64_t bands = std::clamp<int64_t>(kWaves * multiprocessors() / planes, 1, std::min<int64_t>(H, kBands));
   return (H + bands - 1) / bands;
 }
 
 // Differences per direction; at least 1, so that a direction without any is 0. On the host: no copy to the device.
-std::array<double, kDirections> counts_of(const at::Tensor& images) {
+Counts counts_of(const Tensor& images) {
   const int64_t H = images.size(2), W = images.size(3), planes = images.size(0) * images.size(1);
   const int64_t each[] = {H * (W - 1), (H - 1) * W, (H - 1) * (W - 1), (H - 1) * (W - 1)};
-  std::array<double, kDirections> counts;
-  for (int k = 0; k < kDirections; ++k) counts[k] = static_cast<double>(std::max<int64_t>(1, planes * each[k]));
+  Counts counts;
+  for (int k = 0; k < kDirections; ++k) counts.of[k] = static_cast<double>(std::max<int64_t>(1, planes * each[k]));
   return counts;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> prior_fwd_cuda(const at::Tensor& images) {  // (B, C, H, W)
-  const c10::cuda::CUDAGuard guard(images.device());
+std::tuple<Tensor, Tensor, Tensor> prior_fwd_cuda(const Tensor& images) {  // (B, C, H, W)
+  const OnDevice guard(images);
   const int64_t B = images.size(0), H = images.size(2), planes = B * images.size(1), band = band_of(images);
   const dim3 grid(static_cast<unsigned>(planes), static_cast<unsigned>((H + band - 1) / band));
   const auto acc = accumulator(images);
-  auto partial = at::empty({planes, grid.y, kSums}, images.options().dtype(at::kDouble));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, images.scalar_type(), "prior_fwd_cuda", [&] {
-    prior_fwd_kernel<scalar_t, acc_type<scalar_t>><<<grid, kThreads, 0, stream>>>(
+  const auto partial = empty(images, {planes, grid.y, kSums}, ScalarType::Double);
+  const auto of_images = empty(partial, {B, kSums}), total = empty(partial, {kSums});
+  const auto tv_l1 = empty(images, {kDirections}, acc), tv_l2 = empty_like(tv_l1), norms = empty(images, {B}, acc);
+  const auto stream = stream_of(images);
+  FASTKD_DISPATCH(images.scalar_type(), "prior_fwd_cuda", [&] {
+    using acc_t = acc_type<scalar_t>;
+    prior_fwd_kernel<scalar_t, acc_t><<<grid, kThreads, 0, stream>>>(
         images.const_data_ptr<scalar_t>(), layout_of(images), band, partial.mutable_data_ptr<double>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    check(cudaGetLastError());
+    prior_sum_kernel<<<static_cast<unsigned>(B), kThreads, 0, stream>>>(
+        planes / B * grid.y, partial.const_data_ptr<double>(), of_images.mutable_data_ptr<double>());
+    check(cudaGetLastError());
+    prior_sum_kernel<<<1, kThreads, 0, stream>>>(
+        B, of_images.const_data_ptr<double>(), total.mutable_data_ptr<double>());
+    check(cudaGetLastError());
+    prior_results_kernel<acc_t><<<blocks_of(B), kThreads, 0, stream>>>(
+        B,
+        counts_of(images),
+        of_images.const_data_ptr<double>(),
+        total.const_data_ptr<double>(),
+        tv_l1.mutable_data_ptr<acc_t>(),
+        tv_l2.mutable_data_ptr<acc_t>(),
+        norms.mutable_data_ptr<acc_t>());
+    check(cudaGetLastError());
   });
-  const auto sums = partial.view({B, -1, kSums}).sum(1), total = sums.sum(0);  // few numbers
-  const auto counts = counts_of(images);
-  std::vector<at::Tensor> tv_l1;
-  for (int k = 0; k < kDirections; ++k) tv_l1.push_back(total[k] / counts[k]);
-  return {
-      at::stack(tv_l1).to(acc),
-      total.narrow(0, kDirections, kDirections).sqrt().to(acc),
-      sums.select(1, kSums - 1).sqrt().to(acc)};
+  return {tv_l1, tv_l2, norms};
 }
 
-at::Tensor prior_bwd_cuda(
-    const at::Tensor& dtv_l1,   // (4)
-    const at::Tensor& dtv_l2,   // (4)
-    const at::Tensor& dnorms,   // (B)
-    const at::Tensor& images,   // (B, C, H, W)
-    const at::Tensor& tv_l2,    // (4)
-    const at::Tensor& norms) {  // (B)
-  const c10::cuda::CUDAGuard guard(images.device());
+Tensor prior_bwd_cuda(
+    const Tensor& dtv_l1,   // (4)
+    const Tensor& dtv_l2,   // (4)
+    const Tensor& dnorms,   // (B)
+    const Tensor& images,   // (B, C, H, W)
+    const Tensor& tv_l2,    // (4)
+    const Tensor& norms) {  // (B)
+  const OnDevice guard(images);
   const int64_t H = images.size(2), planes = images.size(0) * images.size(1), band = band_of(images);
   const dim3 grid(static_cast<unsigned>(planes), static_cast<unsigned>((H + band - 1) / band));
   const auto acc = accumulator(images);
-  auto dimages = at::empty_like(images);
-  const auto counts = counts_of(images);
-  std::vector<at::Tensor> of_sign;
-  for (int k = 0; k < kDirections; ++k) of_sign.push_back(dtv_l1[k].to(acc) / counts[k]);
-  // Subnormal norms count as 0; times a difference of 0, an infinite quotient would be NaN.
-  const double least = acc == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
-  const auto ratio = [&](const at::Tensor& gradient, const at::Tensor& norm) {
-    return (gradient / at::maximum(norm, gradient.abs() * least)).masked_fill_(norm < least, 0);
-  };
-  const auto of_difference = ratio(dtv_l2.to(acc), tv_l2);
-  const auto slopes = at::cat({at::stack(of_sign), of_difference});
-  const auto of_image = ratio(dnorms.to(acc), norms);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, images.scalar_type(), "prior_bwd_cuda", [&] {
+  auto dimages = empty_like(images);
+  const int64_t B = images.size(0);
+  const auto dense = [&](const Tensor& x) { return x.to(acc).contiguous(); };
+  const auto dl1 = dense(dtv_l1), dl2 = dense(dtv_l2), dn = dense(dnorms), l2 = dense(tv_l2), n = dense(norms);
+  const auto slopes = empty(images, {2, kDirections}, acc), of_image = empty(images, {B}, acc);
+  const auto stream = stream_of(images);
+  FASTKD_DISPATCH(images.scalar_type(), "prior_bwd_cuda", [&] {
     using acc_t = acc_type<scalar_t>;
+    const auto in = [](const Tensor& x) { return x.const_data_ptr<acc_t>(); };
+    const auto out = [](const Tensor& x) { return x.mutable_data_ptr<acc_t>(); };
+    prior_slopes_kernel<acc_t><<<blocks_of(B), kThreads, 0, stream>>>(
+        B, counts_of(images), in(dl1), in(dl2), in(dn), in(l2), in(n), out(slopes), out(of_image));
+    check(cudaGetLastError());
     prior_bwd_kernel<scalar_t, acc_t><<<grid, kThreads, 0, stream>>>(
         images.const_data_ptr<scalar_t>(),
         layout_of(images),
         layout_of(dimages).s,
         band,
-        slopes.const_data_ptr<acc_t>(),
-        of_image.const_data_ptr<acc_t>(),
+        in(slopes),
+        in(of_image),
         dimages.mutable_data_ptr<scalar_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    check(cudaGetLastError());
   });
   return dimages;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
-  m.impl("prior_fwd", &prior_fwd_cuda);
-  m.impl("prior_bwd", &prior_bwd_cuda);
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
+  implement<prior_fwd_cuda>(m, "prior_fwd");
+  implement<prior_bwd_cuda>(m, "prior_bwd");
 }
 
 }  // namespace fastkd
