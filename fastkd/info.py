@@ -76,7 +76,11 @@ def _operators() -> dict[str, dict[str, bool]]:
 
 def collect() -> dict[str, Any]:
     """Return the whole report, ready for JSON."""
-    build = importlib.import_module("fastkd._C").build_info() if _extension.HAS_NATIVE else None
+    build: dict[str, Any] | None = None
+    if _extension.HAS_NATIVE:
+        build = importlib.import_module("fastkd._C").build_info()
+        build |= {name: build[name].split(",") if build[name] else [] for name in ("cuda_archs", "isa_compiled")}
+        build["why_not_recorder"] = _extension.WHY_NOT_RECORDER
     versions = {"fastkd": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     return {
         "versions": versions | {package: _version(package) for package in PACKAGES},
@@ -98,7 +102,10 @@ def _report(info: dict[str, Any]) -> str:
         lines.append(f"{op:<{width}}  " + "  ".join(cells))
     if build := info["build"]:
         cuda = f"CUDA {build['cuda']} for {', '.join(build['cuda_archs'])}" if build["cuda"] else "no CUDA"
-        lines += ["", f"extension    {build['compiler']}, C++ {build['cxx_standard']}, torch {build['torch']}, {cuda}"]
+        built_with = f"built with torch {build['torch']}, for 2.10 and later"
+        recorded = f"Python: fastkd._recorder is {build['why_not_recorder']}" if build["why_not_recorder"] else "C++"
+        lines += ["", f"extension    {build['compiler']}, C++ {build['cxx_standard']}, {built_with}, {cuda}"]
+        lines += [f"gradients    of moments recorded in {recorded}"]
         lines += [f"instructions {build['isa_in_use']} in use, compiled for {', '.join(build['isa_compiled'])}"]
     return "\n".join(line.rstrip() for line in lines)
 

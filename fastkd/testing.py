@@ -62,10 +62,11 @@ def assert_matches_oracle(actual: Tensor, eager: Tensor, oracle: Tensor, reduced
 def loss_and_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], incoming: float = 1.0
 ) -> tuple[Tensor, ...]:
-    """(loss, gradient of each input) for fresh leaves with the values and strides of `inputs`."""
+    """(loss, gradient of each input) for fresh leaves with the values and strides of `inputs`, allocations poisoned."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    loss = function(*leaves)
-    return loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, incoming))
+    with poisoned_allocations():
+        loss = function(*leaves)
+        return loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, incoming))
 
 
 @contextlib.contextmanager

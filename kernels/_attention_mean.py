@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ._attention_rows import LN_2, NEVER, _add_gradient, _advance, _base, _js, _or_one, _row_weights
-from ._attention_scores import _finish_scores, _head_rows, _keys_seen, _load, _load_keys, _product, _sees, _visible
+from ._attention_rows import LN_2, NEVER, _add_gradient, _advance, _base, _js, _or_one, _restored, _row_weights
+from ._attention_scores import _by_row, _keys, _keys_seen, _queries, _scores, _sees, _visible
 from ._attention_tiles import UNSPECIALIZED
 
 
@@ -38,58 +38,56 @@ def _row_stats(stats_ptr, row, in_i, rows_total):
     return m, _or_one(l), l != 0
 
 
+@triton.jit
+def _of_mean(y_ptr, dlog_ptr, place, in_i, j, N_k, pitch, ARE_KEYS_FIRST: tl.constexpr):
+    """The mean p, or its log2, of a tile of the rows at `place`, and the gradient by its log."""
+    at = _by_row(place, ARE_KEYS_FIRST) * pitch + _by_row(j, not ARE_KEYS_FIRST)
+    mask = _by_row(in_i, ARE_KEYS_FIRST) & _by_row(j < N_k, not ARE_KEYS_FIRST)
+    return tl.load(y_ptr + at, mask=mask, other=NEVER), tl.load(dlog_ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _mean_dz(z, stats_ptr, y_ptr, dlog_ptr, place, row, in_i, j, N_k, rows_total, pitch, inv_H,
+             ARE_KEYS_FIRST: tl.constexpr):  # fmt: skip
+    """_head_dz of a tile, from what is stored of its rows: their statistics, and y and dlog at their `place`."""
+    m, l, _ = _row_stats(stats_ptr, row, in_i, rows_total)  # noqa: E741
+    c = tl.load(stats_ptr + 2 * rows_total + row, mask=in_i, other=0.0)
+    part_top = tl.load(stats_ptr + 3 * rows_total + row, mask=in_i, other=0.0)
+    y, dlog = _of_mean(y_ptr, dlog_ptr, place, in_i, j, N_k, pitch, ARE_KEYS_FIRST)
+    return _head_dz(z, _by_row(m, ARE_KEYS_FIRST), _by_row(l, ARE_KEYS_FIRST), y, dlog, _by_row(c, ARE_KEYS_FIRST),
+                    _by_row(part_top, ARE_KEYS_FIRST), inv_H)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_stats_kernel(
-    q_ptr, k_ptr,  # (B, H, N_q, d), (B, H, N_k, d)
-    mean_ptr,  # (B, H, d): of keys; unused unless IS_CENTRED
-    bias_ptr,  # (B | 1, H | 1, N_q | 1, N_k | 1); unused unless HAS_BIAS
-    top_ptr,  # (B | 1, H | 1, N_q | 1): of its rows
-    mask_ptr,  # (B, N_k); unused unless HAS_MASK
-    w_ptr,  # (B, 1, N_q); unused unless HAS_WEIGHT
+    network,  # Operands
+    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
+    weight,  # (B, 1, N_q) and strides; unused unless HAS_WEIGHT
     stats_ptr,  # (2, B, H, N_q): m, l
-    stride_qb, stride_qh, stride_qn, stride_qd,
-    stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_bb, stride_bh, stride_bq, stride_bk,
-    stride_ub, stride_uh, stride_uq,
-    stride_mb, stride_mn, stride_wb, stride_wn,
-    H, N_q, N_k, D, q_tiles, rows_total, row_start, row_step,
+    H, N_q, N_k, q_tiles, rows_total, row_start, row_step,
     scale, bias_scale, factor,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    IS_CENTRED: tl.constexpr,
-    IS_WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_CENTRED: tl.constexpr, IS_WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per strip of a head's queries: maximum and sum of its rows, of one network."""
     bh = (tl.program_id(0) // q_tiles).to(tl.int64)
     b, h = bh // H, bh % H
     i0 = tl.program_id(0) % q_tiles * BLOCK_M
     i = i0 + tl.arange(0, BLOCK_M)
-    w = _row_weights(w_ptr + b * stride_wb, i, i < N_q, stride_wn, factor, HAS_WEIGHT)
+    w = _row_weights(weight, b, 0, i, i < N_q, factor, HAS_WEIGHT)
     in_i = (i < N_q) & (w != 0)
     d = tl.arange(0, BLOCK_D)
-    rows_q = _head_rows(q_ptr + b * stride_qb + h * stride_qh, i, stride_qn)
-    q = _load(rows_q, in_i, d, D, stride_qd)
-    head_k, mean, mask_row = k_ptr + b * stride_kb + h * stride_kh, mean_ptr + bh * D, mask_ptr + b * stride_mb
-    bias_head, top_head = bias_ptr + b * stride_bb + h * stride_bh, top_ptr + b * stride_ub + h * stride_uh
+    q = _queries(network, b, h, i, in_i, d)
     m = tl.full((BLOCK_M,), NEVER, tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
     for j0 in range(0, _keys_seen(tl.minimum(i0 + BLOCK_M, N_q) - 1, N_k, row_start, row_step, IS_CAUSAL), BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
-        sees = _sees(mask_row, j, N_k, stride_mn, HAS_MASK)
-        i2, j2, in_i2, sees2 = i[:, None], j[None, :], in_i[:, None], sees[None, :]
-        rows_k = _head_rows(head_k, j, stride_kn)
-        k = _load_keys(rows_k, sees, d, D, stride_kd, mean, IS_CENTRED)
-        z = _product(q, rows_q, in_i, stride_qd, k, rows_k, sees, stride_kd, mean, D,
-                     False, IS_CENTRED, IS_WIDE, BLOCK_D, PRECISION)  # fmt: skip
-        visible = _visible(i2, j2, sees2, row_start, row_step, IS_CAUSAL)
-        z = _finish_scores(z, scale, i2, in_i2, j2, sees2, visible, bias_head, stride_bq, stride_bk, top_head,
-                           stride_uq, bias_scale, HAS_BIAS, True)  # fmt: skip
+        sees = _sees(key_mask, b, j, N_k, HAS_MASK)
+        k = _keys(network, b, h, H, j, sees, d, IS_CENTRED)
+        visible = _visible(i, j, sees, row_start, row_step, False, IS_CAUSAL)
+        z = _scores(network, b, h, H, q, i, in_i, k, j, sees, visible, scale, bias_scale, False,
+                    HAS_BIAS, True, IS_CENTRED, IS_WIDE, PRECISION, BLOCK_D)  # fmt: skip
         m, l, _, _, _, _ = _advance(m, l, z)  # noqa: E741
     row = stats_ptr + bh * N_q + i
     tl.store(row, _base(m), mask=i < N_q)
@@ -106,33 +104,20 @@ def _add_head(top, total, log_p):
 
 @triton.jit
 def _mean_of_heads(
-    q_ptr, k_ptr, mean_ptr, bias_ptr, top_ptr, stats_ptr,
-    stride_qh, stride_qn, stride_qd, stride_kh, stride_kn, stride_kd,
-    stride_bh, stride_bq, stride_bk, stride_uh, stride_uq,
-    i, in_i, j, sees, visible, b, H, N_q, rows_total, D, scale, bias_scale,
-    HAS_BIAS: tl.constexpr,
-    IS_CENTRED: tl.constexpr,
-    IS_WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    network, stats_ptr, i, in_i, j, sees, visible, b, H, N_q, rows_total, scale, bias_scale,
+    HAS_BIAS: tl.constexpr, IS_CENTRED: tl.constexpr, IS_WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The mean over heads of a tile's p, and its log2, from pointers of an image."""
+    """The mean over a network's heads of a tile's p, and its log2, of image b."""
     d = tl.arange(0, BLOCK_D)
-    i2, j2, in_i2, sees2 = i[:, None], j[None, :], in_i[:, None], sees[None, :]
     top = tl.full((i.shape[0], j.shape[0]), NEVER, tl.float32)
     total = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
     p = total
     for head in range(H):
         h = tl.cast(head, tl.int64)
-        rows_q = _head_rows(q_ptr + h * stride_qh, i, stride_qn)
-        rows_k = _head_rows(k_ptr + h * stride_kh, j, stride_kn)
-        mean = mean_ptr + (b * H + h) * D
-        q = _load(rows_q, in_i, d, D, stride_qd)
-        k = _load_keys(rows_k, sees, d, D, stride_kd, mean, IS_CENTRED)
-        z = _product(q, rows_q, in_i, stride_qd, k, rows_k, sees, stride_kd, mean, D,
-                     False, IS_CENTRED, IS_WIDE, BLOCK_D, PRECISION)  # fmt: skip
-        z = _finish_scores(z, scale, i2, in_i2, j2, sees2, visible, bias_ptr + h * stride_bh, stride_bq, stride_bk,
-                           top_ptr + h * stride_uh, stride_uq, bias_scale, HAS_BIAS, True)  # fmt: skip
+        q, k = _queries(network, b, h, i, in_i, d), _keys(network, b, h, H, j, sees, d, IS_CENTRED)
+        z = _scores(network, b, h, H, q, i, in_i, k, j, sees, visible, scale, bias_scale, False,
+                    HAS_BIAS, True, IS_CENTRED, IS_WIDE, PRECISION, BLOCK_D)  # fmt: skip
         m, l, _ = _row_stats(stats_ptr, (b * H + h) * N_q + i, in_i, rows_total)  # noqa: E741
         top, total = _add_head(top, total, z - (m + tl.log2(l))[:, None])
         p += tl.exp2(z - m[:, None]) / l[:, None]
@@ -151,42 +136,18 @@ def _share_with_keys(stats_ptr, b, i, in_i, H, N_q, rows_total):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_mean_kernel(
-    q_s_ptr, k_s_ptr,  # (B, H_s, N_q, d), (B, H_s, N_k, d)
-    q_t_ptr, k_t_ptr,  # (B, H_t, N_q, d'), (B, H_t, N_k, d')
-    mean_s_ptr, mean_t_ptr,  # (B, H_s, d), (B, H_t, d'): of keys; unused unless IS_CENTRED
-    bias_s_ptr, bias_t_ptr,  # (B | 1, H | 1, N_q | 1, N_k | 1); unused unless HAS_BIAS
-    top_s_ptr, top_t_ptr,  # (B | 1, H | 1, N_q | 1): of their rows
-    mask_ptr,  # (B, N_k); unused unless HAS_MASK
-    w_ptr,  # (B, 1, N_q); unused unless HAS_WEIGHT
+    student, teacher,  # Operands
+    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
+    weight,  # (B, 1, N_q) and strides; unused unless HAS_WEIGHT
     stats_ptr, stats_t_ptr,  # (4, B, H_s, N_q), (2, B, H_t, N_q): m, l
     loss_ptr,  # (B, 1, N_q)
     y_ptr, dlog_ptr,  # (images, strip_rows, pitch): student: mean p or its log2; gradient by its log
-    stride_qsb, stride_qsh, stride_qsn, stride_qsd,
-    stride_ksb, stride_ksh, stride_ksn, stride_ksd,
-    stride_qtb, stride_qth, stride_qtn, stride_qtd,
-    stride_ktb, stride_kth, stride_ktn, stride_ktd,
-    stride_bsb, stride_bsh, stride_bsq, stride_bsk,
-    stride_btb, stride_bth, stride_btq, stride_btk,
-    stride_usb, stride_ush, stride_usq,
-    stride_utb, stride_uth, stride_utq,
-    stride_mb, stride_mn, stride_wb, stride_wn,
-    H_s, H_t, N_q, N_k, D_s, D_t, q_tiles, rows_s, rows_t, row_start, row_step, first_b, first_row, strip_rows, pitch,
+    H_s, H_t, N_q, N_k, q_tiles, rows_s, rows_t, row_start, row_step, first_b, first_row, strip_rows, pitch,
     scale_s, scale_t, bias_scale, factor, inv_keys,
-    DIVERGENCE: tl.constexpr,
-    HAS_BIAS_S: tl.constexpr,
-    HAS_BIAS_T: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    IS_CENTRED_S: tl.constexpr,
-    IS_CENTRED_T: tl.constexpr,
-    IS_WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DS: tl.constexpr,
-    BLOCK_DT: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_CENTRED_S: tl.constexpr, IS_CENTRED_T: tl.constexpr, IS_WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DS: tl.constexpr, BLOCK_DT: tl.constexpr,
 ):  # fmt: skip
     """One program per strip of an image's queries: losses of the averaged maps and what every head's gradient needs."""
     local = (tl.program_id(0) // q_tiles).to(tl.int64)
@@ -194,7 +155,7 @@ def _attention_mean_kernel(
     end = first_row + strip_rows
     i0 = first_row + tl.program_id(0) % q_tiles * BLOCK_M
     i = i0 + tl.arange(0, BLOCK_M)
-    w = _row_weights(w_ptr + b * stride_wb, i, i < end, stride_wn, factor, HAS_WEIGHT)
+    w = _row_weights(weight, b, 0, i, i < end, factor, HAS_WEIGHT)
     in_i = (i < end) & (w != 0)
     share_s = _share_with_keys(stats_ptr, b, i, in_i, H_s, N_q, rows_s)
     share_t = _share_with_keys(stats_t_ptr, b, i, in_i, H_t, N_q, rows_t)
@@ -202,19 +163,15 @@ def _attention_mean_kernel(
     loss = tl.zeros((BLOCK_M,), tl.float32)
     for j0 in range(0, N_k, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
-        sees = _sees(mask_ptr + b * stride_mb, j, N_k, stride_mn, HAS_MASK)
-        visible = _visible(i[:, None], j[None, :], sees[None, :], row_start, row_step, IS_CAUSAL)
+        sees = _sees(key_mask, b, j, N_k, HAS_MASK)
+        visible = _visible(i, j, sees, row_start, row_step, False, IS_CAUSAL)
         p_s, y_s = _mean_of_heads(
-            q_s_ptr + b * stride_qsb, k_s_ptr + b * stride_ksb, mean_s_ptr, bias_s_ptr + b * stride_bsb,
-            top_s_ptr + b * stride_usb, stats_ptr, stride_qsh, stride_qsn, stride_qsd, stride_ksh, stride_ksn,
-            stride_ksd, stride_bsh, stride_bsq, stride_bsk, stride_ush, stride_usq, i, in_i, j, sees, visible, b, H_s,
-            N_q, rows_s, D_s, scale_s, bias_scale, HAS_BIAS_S, IS_CENTRED_S, IS_WIDE, PRECISION, BLOCK_DS,
+            student, stats_ptr, i, in_i, j, sees, visible, b, H_s, N_q, rows_s, scale_s, bias_scale,
+            HAS_BIAS_S, IS_CENTRED_S, IS_WIDE, PRECISION, BLOCK_DS,
         )  # fmt: skip
         p_t, y_t = _mean_of_heads(
-            q_t_ptr + b * stride_qtb, k_t_ptr + b * stride_ktb, mean_t_ptr, bias_t_ptr + b * stride_btb,
-            top_t_ptr + b * stride_utb, stats_t_ptr, stride_qth, stride_qtn, stride_qtd, stride_kth, stride_ktn,
-            stride_ktd, stride_bth, stride_btq, stride_btk, stride_uth, stride_utq, i, in_i, j, sees, visible, b, H_t,
-            N_q, rows_t, D_t, scale_t, bias_scale, HAS_BIAS_T, IS_CENTRED_T, IS_WIDE, PRECISION, BLOCK_DT,
+            teacher, stats_t_ptr, i, in_i, j, sees, visible, b, H_t, N_q, rows_t, scale_t, bias_scale,
+            HAS_BIAS_T, IS_CENTRED_T, IS_WIDE, PRECISION, BLOCK_DT,
         )  # fmt: skip
         d = p_s - p_t
         if DIVERGENCE == "kl":
@@ -248,34 +205,18 @@ def _attention_mean_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_head_kernel(
-    q_s_ptr, k_s_ptr,  # (B, H, N_q, d), (B, H, N_k, d)
-    mean_s_ptr,  # (B, H, d): of keys; unused unless IS_CENTRED
-    bias_s_ptr,  # (B | 1, H | 1, N_q | 1, N_k | 1); unused unless HAS_BIAS
-    top_s_ptr,  # (B | 1, H | 1, N_q | 1): of its rows
-    mask_ptr,  # (B, N_k); unused unless HAS_MASK
-    w_ptr,  # (B, 1, N_q); unused unless HAS_WEIGHT
+    student,  # Operands
+    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
+    weight,  # (B, 1, N_q) and strides; unused unless HAS_WEIGHT
     stats_ptr,  # (4, B, H, N_q): m, l, c, part_top
     y_ptr, dlog_ptr,  # (images, strip_rows, pitch)
     dq_ptr,  # (B, H, N_q, d)
-    stride_qsb, stride_qsh, stride_qsn, stride_qsd,
-    stride_ksb, stride_ksh, stride_ksn, stride_ksd,
-    stride_bsb, stride_bsh, stride_bsq, stride_bsk,
-    stride_usb, stride_ush, stride_usq,
-    stride_mb, stride_mn, stride_wb, stride_wn,
-    H, N_q, N_k, D_s, q_tiles, rows_total, row_start, row_step, first_b, first_row, strip_rows, pitch,
+    H, N_q, N_k, q_tiles, rows_total, row_start, row_step, first_b, first_row, strip_rows, pitch,
     scale_s, bias_scale, dq_scale, factor, inv_H,
-    HAS_BIAS_S: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_DQ: tl.constexpr,
+    HAS_BIAS_S: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DQ: tl.constexpr,
     IS_ADDED: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    IS_CENTRED_S: tl.constexpr,
-    IS_WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_CENTRED_S: tl.constexpr, IS_WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DS: tl.constexpr,
 ):  # fmt: skip
     """One program per strip of a head's queries and piece of their gradient's width: c and dq under a mean of heads."""
     rows_total = tl.cast(rows_total, tl.int64)  # its multiples are offsets
@@ -285,35 +226,28 @@ def _attention_head_kernel(
     end = first_row + strip_rows
     i0 = first_row + tl.program_id(0) % q_tiles * BLOCK_M
     i = i0 + tl.arange(0, BLOCK_M)
-    w = _row_weights(w_ptr + b * stride_wb, i, i < end, stride_wn, factor, HAS_WEIGHT)
+    w = _row_weights(weight, b, 0, i, i < end, factor, HAS_WEIGHT)
     in_i = (i < end) & (w != 0)
     d = tl.arange(0, BLOCK_DS)
     d_out = d + tl.program_id(1) * BLOCK_DS
-    rows_q = _head_rows(q_s_ptr + b * stride_qsb + h * stride_qsh, i, stride_qsn)
-    q = _load(rows_q, in_i, d, D_s, stride_qsd)
-    head_k, mean = k_s_ptr + b * stride_ksb + h * stride_ksh, mean_s_ptr + bh * D_s
-    bias_head, top_head = bias_s_ptr + b * stride_bsb + h * stride_bsh, top_s_ptr + b * stride_usb + h * stride_ush
+    q = _queries(student, b, h, i, in_i, d)
     m, l, _ = _row_stats(stats_ptr, bh * N_q + i, in_i, rows_total)  # noqa: E741
     c = tl.zeros((BLOCK_M,), tl.float32)
     part_top, has_top, seen = c, c, c
     dq = tl.zeros((BLOCK_M, BLOCK_DS), tl.float32)
+    dq_top = tl.zeros((BLOCK_M, 1), tl.float32)
     stop = _keys_seen(tl.minimum(i0 + BLOCK_M, end) - 1, N_k, row_start, row_step, IS_CAUSAL)
     for sweep in tl.static_range(2):
         if sweep == 0 or HAS_DQ:
             for j0 in range(0, stop, BLOCK_N):
                 j = j0 + tl.arange(0, BLOCK_N)
-                sees = _sees(mask_ptr + b * stride_mb, j, N_k, stride_mn, HAS_MASK)
-                i2, j2, in_i2, sees2 = i[:, None], j[None, :], in_i[:, None], sees[None, :]
-                rows_k = _head_rows(head_k, j, stride_ksn)
-                k = _load_keys(rows_k, sees, d, D_s, stride_ksd, mean, IS_CENTRED_S)
-                z = _product(q, rows_q, in_i, stride_qsd, k, rows_k, sees, stride_ksd, mean, D_s,
-                             False, IS_CENTRED_S, IS_WIDE, BLOCK_DS, PRECISION)  # fmt: skip
-                visible = _visible(i2, j2, sees2, row_start, row_step, IS_CAUSAL)
-                z = _finish_scores(z, scale_s, i2, in_i2, j2, sees2, visible, bias_head, stride_bsq, stride_bsk,
-                                   top_head, stride_usq, bias_scale, HAS_BIAS_S, True)  # fmt: skip
-                at = (local * strip_rows + (i - first_row))[:, None] * pitch + j[None, :]
-                y = tl.load(y_ptr + at, mask=in_i2 & (j2 < N_k), other=NEVER)
-                dlog = tl.load(dlog_ptr + at, mask=in_i2 & (j2 < N_k), other=0.0)
+                sees = _sees(key_mask, b, j, N_k, HAS_MASK)
+                k = _keys(student, b, h, H, j, sees, d, IS_CENTRED_S)
+                visible = _visible(i, j, sees, row_start, row_step, False, IS_CAUSAL)
+                z = _scores(student, b, h, H, q, i, in_i, k, j, sees, visible, scale_s, bias_scale, False,
+                            HAS_BIAS_S, True, IS_CENTRED_S, IS_WIDE, PRECISION, BLOCK_DS)  # fmt: skip
+                place = local * strip_rows + (i - first_row)
+                y, dlog = _of_mean(y_ptr, dlog_ptr, place, in_i, j, N_k, pitch, False)
                 if sweep == 0:
                     p, part = _head_part(z, m[:, None], l[:, None], y, dlog, inv_H)
                     is_top = z == m[:, None]
@@ -325,16 +259,16 @@ def _attention_head_kernel(
                     seen += tl.sum(p, 1)
                 else:
                     if IS_WIDE:
-                        k = _load_keys(rows_k, sees, d_out, D_s, stride_ksd, mean, IS_CENTRED_S)
+                        k = _keys(student, b, h, H, j, sees, d_out, IS_CENTRED_S)
                     dz = _head_dz(z, m[:, None], l[:, None], y, dlog, c[:, None], part_top[:, None], inv_H)
-                    dq = _add_gradient(dq, dz, k, PRECISION)
+                    dq, dq_top = _add_gradient(dq, dq_top, dz, k, PRECISION)
     if tl.program_id(1) == 0:
         tl.store(stats_ptr + 2 * rows_total + bh * N_q + i, c, mask=i < end)
         tl.store(stats_ptr + 3 * rows_total + bh * N_q + i, part_top, mask=i < end)
     if HAS_DQ:
-        offs = (bh * N_q + i)[:, None] * D_s + d_out[None, :]
-        mask = (i < end)[:, None] & (d_out < D_s)[None, :]
-        dq = dq * dq_scale
+        offs = (bh * N_q + i)[:, None] * student.D + d_out[None, :]
+        mask = (i < end)[:, None] & (d_out < student.D)[None, :]
+        dq = _restored(dq, dq_top, q.dtype != tl.float32) * dq_scale
         if IS_ADDED:
             dq += tl.load(dq_ptr + offs, mask=mask, other=0.0)
         tl.store(dq_ptr + offs, dq.to(dq_ptr.dtype.element_ty), mask=mask)

@@ -119,28 +119,82 @@ def _dz(z_s, z_t, m_s, l_s, m_t, rho, c, v_top, g, inv_keys, DIVERGENCE: tl.cons
 
 
 @triton.jit
-def _add_gradient(acc, dz, x, PRECISION: tl.constexpr):
-    """acc + dz x, dz in the dtype of x: as two terms where that has 16 bits, its rows scaled where it is float16."""
-    if x.dtype == tl.float32:
-        acc = tl.dot(dz, x, acc, input_precision=PRECISION)
-    elif x.dtype == tl.float16:
-        top = tl.maximum(tl.max(tl.abs(dz), 1), 1e-30)[:, None]
-        dz = dz * (16384.0 / top)
-        high = dz.to(tl.float16)
-        low = (dz - high.to(tl.float32)).to(tl.float16)
-        acc += tl.dot(low, x, tl.dot(high, x)) * (top / 16384.0)
+def _half_scale(top):
+    """Return the power of two that brings numbers up to top into [2^14, 2^15), within float16, and its inverse."""
+    exponent = tl.maximum(top, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
+    scale = (0x7F000000 - exponent) + (14 << 23)
+    return scale.to(tl.float32, bitcast=True), (exponent - (14 << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _half(x):
+    """Return rows of bfloat16 as float16, scaled, and the factors that restore them; others as they are.
+
+    float16 holds every bfloat16 exactly down to 2^-31 of its row's largest, and its absolute error is 2^-39 of that.
+    """
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+        scale, factors = _half_scale(tl.max(tl.abs(x), 1))
+        x = (x * scale[:, None]).to(tl.float16)
     else:
-        high = dz.to(x.dtype)
-        acc = tl.dot(high, x, acc)
-        acc = tl.dot((dz - high.to(tl.float32)).to(x.dtype), x, acc)
+        factors = tl.full((x.shape[0],), 1.0, tl.float32)
+    return x, factors
+
+
+@triton.jit
+def _add_product(acc, top, carry, dz, x, factors, IS_FLOAT16: tl.constexpr, PRECISION: tl.constexpr):
+    """carry acc + dz x, x and factors from _half; carry and top per row, of shape (rows, 1).
+
+    With 16-bit x, dz is scaled by rows and rounded to float16, of float16 networks as two terms, high and low. acc is
+    then in units of _half_scale(top), top the largest dz so far.
+    """
+    if x.dtype == tl.float32:
+        acc = tl.dot(dz, x, acc * carry, input_precision=PRECISION)
+    else:
+        dz = dz * factors[None, :]
+        _, unit = _half_scale(top)
+        top = tl.maximum(top * carry, tl.max(tl.abs(dz), 1)[:, None])
+        scale, _ = _half_scale(top)
+        dz = dz * scale
+        high = dz.to(tl.float16)
+        acc = tl.dot(high, x, acc * (carry * unit * scale))
+        if IS_FLOAT16:
+            acc = tl.dot((dz - high.to(tl.float32)).to(tl.float16), x, acc)
+    return acc, top
+
+
+@triton.jit
+def _add_gradient(acc, top, dz, x, PRECISION: tl.constexpr):
+    """acc + dz x, as _add_product has it."""
+    half, factors = _half(x)
+    return _add_product(acc, top, 1.0, dz, half, factors, x.dtype == tl.float16, PRECISION)
+
+
+@triton.jit
+def _add_scaled(acc, top, carry, other, other_top, share):
+    """carry acc + share other, both in units of their tops, as _add_product has them."""
+    _, unit = _half_scale(top)
+    _, other_unit = _half_scale(other_top)
+    top = tl.maximum(top * carry, other_top * tl.abs(share))
+    scale, _ = _half_scale(top)
+    return acc * (carry * unit * scale) + other * (share * other_unit * scale), top
+
+
+@triton.jit
+def _restored(acc, top, IS_HALF: tl.constexpr):
+    """acc of _add_product without its unit."""
+    if IS_HALF:
+        _, unit = _half_scale(top)
+        acc = acc * unit
     return acc
 
 
 @triton.jit
-def _row_weights(w_ptr, i, in_i, stride_wn, factor, HAS_WEIGHT: tl.constexpr):
-    """Load the weights of rows; rows past the last have 0."""
+def _row_weights(weight, b, h, i, in_i, factor, HAS_WEIGHT: tl.constexpr):
+    """Load the weights of rows from (pointer, strides of B, H and N_q); rows past the last have 0."""
     if HAS_WEIGHT:
-        return tl.load(w_ptr + i.to(tl.int64) * stride_wn, mask=in_i, other=0.0).to(tl.float32) * factor
+        rows = weight[0] + b * weight[1] + h * weight[2] + i.to(tl.int64) * weight[3]
+        return tl.load(rows, mask=in_i, other=0.0).to(tl.float32) * factor
     return tl.where(in_i, factor, 0.0)
 
 
@@ -152,19 +206,21 @@ def _whole_rows(z_s, z_t, w, inv_keys, DIVERGENCE: tl.constexpr):
         loss, dz, g = tl.sum(d * d, 0) * inv_keys, d * (2.0 * inv_keys), w
     else:
         m_s, m_t = tl.max(z_s, 0), tl.max(z_t, 0)
-        y_s, y_t = z_s - _base(m_s)[None, :], z_t - _base(m_t)[None, :]
-        e_s, e_t = tl.exp2(y_s), tl.exp2(y_t)
         has_s, has_t = m_s != NEVER, m_t != NEVER
+        y_s, y_t = z_s - _base(m_s)[None, :], z_t - _base(m_t)[None, :]
+        e_t = tl.exp2(y_t)
+        if DIVERGENCE == "kl":  # before other sums, so that y need not be kept beside e
+            cross = tl.sum(tl.where(e_t == 0, 0.0, e_t * (y_t - y_s)), 0)
+        elif DIVERGENCE == "ce":
+            cross = tl.sum(tl.where(e_t == 0, 0.0, e_t * y_s), 0)
+        e_s = tl.exp2(y_s)
         l_s, l_t = tl.where(has_s, tl.sum(e_s, 0), 1.0), tl.where(has_t, tl.sum(e_t, 0), 1.0)
         rho = tl.where(has_s, tl.sum(e_s - e_t, 0), 1.0 - l_t) / l_t
         log_ratio = tl.where(tl.abs(rho) < 0.5, _log1p(rho), tl.log(l_s / l_t))
         if DIVERGENCE == "kl" or DIVERGENCE == "ce":
             dz = _difference(e_s, e_t, l_s[None, :], rho[None, :])
-            if DIVERGENCE == "kl":
-                cross = tl.sum(tl.where(e_t == 0, 0.0, e_t * (y_t - y_s)), 0)
-                loss = cross / l_t * LN_2 + log_ratio
-            else:
-                loss = tl.log(l_s) - tl.sum(tl.where(e_t == 0, 0.0, e_t * y_s), 0) / l_t * LN_2
+            loss = cross / l_t * LN_2
+            loss = loss + log_ratio if DIVERGENCE == "kl" else tl.log(l_s) - loss
         else:
             y_top = tl.max(tl.where(y_s == 0, y_t, NEVER), 0)
             if DIVERGENCE == "reverse_kl":

@@ -29,18 +29,19 @@ class Config:
     bias: Tile  # one tile, over images and heads
     mean: Tile  # strips of queries, over keys and heads
     fused: tuple[Tile, ...] = ()  # all keys, up to BLOCK_N, and strips of queries: loss and gradients in one pass
+    plain: tuple[Tile, ...] = ()  # more of these, where neither a bias nor js takes registers
 
 
 _AMPERE = {
     64: Config(
-        Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(32, 64, 4, 2), Tile(64, 16, 4, 2), Tile(32, 32, 8, 2),
-        (Tile(16, 64, 4, 2), Tile(16, 128, 8, 2)),
+        Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(16, 64, 4, 2), Tile(64, 16, 4, 2), Tile(32, 32, 8, 2),
+        (Tile(16, 64, 4, 2),), (Tile(16, 128, 4, 2),),
     ),
 }  # fmt: skip
 _HOPPER = {
     64: Config(
         Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(32, 128, 8, 2), Tile(64, 16, 4, 2), Tile(64, 32, 8, 2),
-        (Tile(32, 64, 4, 2), Tile(16, 128, 8, 2)),
+        (Tile(32, 64, 4, 2), Tile(16, 128, 8, 2)), (Tile(16, 256, 8, 2),),
     ),
     128: Config(
         Tile(64, 16, 4, 2), Tile(64, 16, 4, 2), Tile(32, 64, 4, 2), Tile(64, 16, 4, 2), Tile(64, 32, 8, 2)
@@ -58,7 +59,7 @@ _BLACKWELL = {  # products in tensor memory, of 64 rows at least; smaller ones a
 _CDNA = {
     64: Config(
         Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1),
-        (Tile(16, 64, 4, 1), Tile(16, 128, 8, 1)),
+        (Tile(16, 64, 4, 1), Tile(32, 128, 8, 1)),
     ),
     128: Config(
         Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)
@@ -73,8 +74,10 @@ _FLOAT32 = {
     ),
 }  # fmt: skip
 _SHORT = Tile(64, 16, 4, 1)
-_TF32 = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT)}
 _SHORT8 = Tile(64, 16, 8, 1)
+_TF32_AMPERE = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT8)}
+_TF32_HOPPER = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT8, _SHORT8)}
+_CDNA_FLOAT32 = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT)}
 _TF32_BLACKWELL = {64: Config(_SHORT8, _SHORT8, Tile(16, 64, 8, 1), _SHORT8, _SHORT8)}
 # By architecture and how float32 is multiplied, or bytes of the widest input (all are taken as wide), and the widest
 # head taken. Heads are padded to a power of two; those wider than the last are taken in pieces.
@@ -84,8 +87,8 @@ CONFIGS: dict[tuple[str, int | str], dict[int, Config]] = {
     ("10.x", 2): _BLACKWELL,
     ("cdna", 2): _CDNA,
     **dict.fromkeys((("8.x", "ieee"), ("9.0", "ieee"), ("10.x", "ieee")), _FLOAT32),
-    ("8.x", "tf32"): _TF32,
-    ("9.0", "tf32"): _TF32,
+    ("8.x", "tf32"): _TF32_AMPERE,
+    ("9.0", "tf32"): _TF32_HOPPER,
     ("10.x", "tf32"): _TF32_BLACKWELL,
-    ("cdna", "ieee"): _TF32,
+    ("cdna", "ieee"): _CDNA_FLOAT32,
 }

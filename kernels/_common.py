@@ -1,6 +1,9 @@
 """Helpers shared by all Triton kernels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -24,40 +27,67 @@ class Planes:
     strides: list[Strides]
 
 
-def fold_planes(*xs: Tensor) -> Planes | None:
-    """Merge positions adjacent in memory in every tensor; None if more than two dimensions are left."""
+def fold_planes(shape: Sequence[int], of_tensors: Sequence[Sequence[int]]) -> Planes | None:
+    """Merge positions adjacent in memory in every tensor, from the shape of all and the strides of each; None if more
+    than two dimensions are left."""
     sizes: list[int] = []  # innermost first
     strides: list[list[int]] = []
-    for d in range(xs[0].ndim - 1, 1, -1):
-        if xs[0].shape[d] == 1:
+    for d in range(len(shape) - 1, 1, -1):
+        if shape[d] == 1:
             continue
-        here = [x.stride(d) for x in xs]
+        here = [each[d] for each in of_tensors]
         if sizes and here == [sizes[-1] * s for s in strides[-1]]:
-            sizes[-1] *= xs[0].shape[d]
+            sizes[-1] *= shape[d]
         else:
-            sizes.append(xs[0].shape[d])
+            sizes.append(shape[d])
             strides.append(here)
     if len(sizes) > 2:
         return None
     W, H = [*sizes, 1, 1][:2]
-    w, h = [*strides, [1] * len(xs), [0] * len(xs)][:2]
-    per_tensor = [(x.stride(0), x.stride(1), h[i], w[i]) for i, x in enumerate(xs)]
-    return Planes(xs[0].shape[0], xs[0].shape[1], H, W, per_tensor)
+    w, h = [*strides, [1] * len(of_tensors), [0] * len(of_tensors)][:2]
+    per_tensor = [(each[0], each[1], h[i], w[i]) for i, each in enumerate(of_tensors)]
+    return Planes(shape[0], shape[1], H, W, per_tensor)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up: triton.cdiv takes microseconds."""
+    return -(-a // b)
+
+
+@lru_cache(None, typed=True)  # tiles of two kernels may be equal as tuples
+def blocks(tile: Any) -> dict[str, int]:
+    """Return the constants of a row of a table of tiles, by name: not to be changed."""
+    return {name: value for name, value in tile._asdict().items() if name != "tails"}
+
+
+def alike(tensors: Sequence[Tensor], most: int) -> list[list[int]]:
+    """Return the positions of tensors of one shape, layout and dtype, at most so many together."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, x in enumerate(tensors):
+        groups.setdefault((x.shape, x.stride(), x.dtype), []).append(i)
+    return [members[i : i + most] for members in groups.values() for i in range(0, len(members), most)]
+
+
+PLANS = 512  # kept by shapes, strides and device: numbers, from which a launch is made without deriving them again
+
+
+@cache
+def _of_card(device: torch.device) -> tuple[int, str]:
+    """Return a GPU's multiprocessors and architecture, which PyTorch takes microseconds to look up."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, {9: "9.0", 10: "10.x"}.get(properties.major, "8.x")
 
 
 def multiprocessors(device: torch.device) -> int:
     """Return the number of multiprocessors, 1 under the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return _of_card(device)[0] if device.type == "cuda" else 1
 
 
 def architecture(device: torch.device) -> str:
     """Return the key of a configuration table: "8.x" (also 12.x, with equal shared memory), "9.0", "10.x" or "cdna"."""
     if torch.version.hip is not None:
         return "cdna"
-    if device.type != "cuda":
-        return "9.0"  # interpreted: what the largest cards run
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: "9.0", 10: "10.x"}.get(major, "8.x")
+    return _of_card(device)[1] if device.type == "cuda" else "9.0"  # interpreted: what the largest cards run
 
 
 def stored_gradient(x: Tensor) -> torch.dtype:
@@ -69,6 +99,15 @@ def float32_products() -> str:
     """Return the precision of float32 products: full, unless PyTorch's own may use tf32."""
     allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
+
+
+@triton.jit
+def of_layer(values, layer):
+    """Return that of a layer from a tuple of pointers or numbers."""
+    value = values[0]
+    for k in tl.static_range(1, len(values)):
+        value = tl.where(layer == k, values[k], value)
+    return value
 
 
 @triton.jit

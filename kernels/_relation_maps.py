@@ -1,47 +1,140 @@
-"""Kernels that form the maps, apply them to rows, or do both at once."""
+"""Kernels of long groups, whose maps are formed in one launch and applied to rows in another; and of drawn rows."""
 
 import triton
 import triton.language as tl
 
+from ._common import of_layer
 from ._relation_rows import (
-    _difference,
     _drawn,
     _inverse_norms,
     _load,
-    _of_layer,
     _products,
     _row_pointers,
-    _similarities,
-    _store_terms,
+    _scales,
+    _terms,
 )
 from ._relation_tiles import UNSPECIALIZED
+
+W_SCALE = tl.constexpr(2.0**25)  # of a W of unit rows, which is below 2**-10 (|E| <= 2): so small ones keep digits
+
+
+@triton.jit
+def _factors(rows, r, NORMALIZE: tl.constexpr):
+    """(c, m) of rows at these pointers: c scales them in a product, m the product."""
+    c, m = _scales(r, NORMALIZE)
+    if rows.dtype.element_ty != tl.float32:  # 16-bit rows enter products as they are
+        m = r if NORMALIZE else tl.full(r.shape, 1.0, tl.float32)
+    return c, m
+
+
+@triton.jit
+def _similarities(x_i, r_i, in_i, x_j, r_j, in_j, D, stride_d, NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """m_i m_j <c_i x_i, c_j x_j>. Where both networks are equal, so are the bits: the select, which changes nothing,
+    keeps compilers from contracting one network's product with the difference of the two."""
+    c_i, m_i = _factors(x_i, r_i, NORMALIZE)
+    c_j, m_j = _factors(x_j, r_j, NORMALIZE)
+    dot = _products(x_i, in_i, c_i, x_j, in_j, c_j, D, stride_d, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), BLOCK_K)
+    return tl.where(in_i[:, None] & in_j[None, :], dot * m_i[:, None] * m_j[None, :], 0.0)
+
+
+@triton.jit
+def _difference(map_s, map_t, RECTIFY_S: tl.constexpr, RECTIFY_T: tl.constexpr):
+    """Return E, and E as the gradient sees it (clamped similarities of the student pass no gradient)."""
+    if RECTIFY_T:
+        map_t = tl.where(map_t < 0, 0.0, map_t)  # keeps NaN, unlike maximum
+    if RECTIFY_S:
+        e = tl.where(map_s < 0, 0.0, map_s) - map_t
+        e_grad = tl.where(map_s < 0, 0.0, e)
+    else:
+        e = map_s - map_t
+        e_grad = e
+    return e, e_grad
+
+
+@triton.jit
+def _store_terms(ptr, mask, term, w, r, scale, NORMALIZE: tl.constexpr, TERMS: tl.constexpr):
+    """Store W of these columns' r as float16 terms."""
+    _, m = _scales(r, NORMALIZE)
+    high, low = _terms(w * (m * scale)[None, :])
+    tl.store(ptr, high, mask=mask)
+    if TERMS == 2:
+        tl.store(ptr + term, low, mask=mask)
+
+
+@triton.jit
+def _tile(s, t, s_strides, t_strides, norms, total, norm_strides, index_ptr, layer, g, run, i, j, n, Ds, Dt,
+          w, along, w_row, w_rows, pitch, term, scale, column_i, column_j, is_diagonal,
+          HAS_GRAD: tl.constexpr, IS_TRIANGLE: tl.constexpr, NORMALIZE: tl.constexpr, RECTIFY_S: tl.constexpr,
+          RECTIFY_T: tl.constexpr, TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+          BLOCK_K: tl.constexpr):  # fmt: skip
+    """Return the sum of E² over rows i and columns j of a map, twice off the diagonal of a triangle.
+
+    Store W there at rows w_row and columns j of w, and mirrored, if those are fewer than w_rows; and Σ_j E_ij Ŝ_ij over
+    the tile, at along's row of the column tile column_j, and mirrored.
+    """
+    in_i, in_j = i < n, j < n
+    # Rows past the last are loaded as zeros, whose similarities are 0 in both networks.
+    row_i, row_j = _drawn(index_ptr, layer, i, n), _drawn(index_ptr, layer, j, n)
+    # The teacher comes first and is scaled at once, which frees its norms' registers before the student's products.
+    q_i = _inverse_norms(norms + total, g, row_i, norm_strides, in_i)
+    q_j = _inverse_norms(norms + total, g, row_j, norm_strides, in_j)
+    t_i, t_j = _row_pointers(t, g, row_i, run, t_strides), _row_pointers(t, g, row_j, run, t_strides)
+    map_t = _similarities(t_i, q_i, in_i, t_j, q_j, in_j, Dt, t_strides[3], NORMALIZE, BLOCK_M, BLOCK_N, BLOCK_K)
+    r_i = _inverse_norms(norms, g, row_i, norm_strides, in_i)
+    r_j = _inverse_norms(norms, g, row_j, norm_strides, in_j)
+    s_i, s_j = _row_pointers(s, g, row_i, run, s_strides), _row_pointers(s, g, row_j, run, s_strides)
+    map_s = _similarities(s_i, r_i, in_i, s_j, r_j, in_j, Ds, s_strides[3], NORMALIZE, BLOCK_M, BLOCK_N, BLOCK_K)
+    e, e_grad = _difference(map_s, map_t, RECTIFY_S, RECTIFY_T)
+
+    square = tl.sum(e * e)  # at once: Triton 3.6 fails on nested sums over tensor memory
+    mirrored = IS_TRIANGLE and not is_diagonal
+    if IS_TRIANGLE:
+        square = tl.where(is_diagonal, square, 2 * square)
+
+    if HAS_GRAD:
+        if NORMALIZE:
+            x = e_grad * map_s
+            tl.store(along + n.to(tl.int64) * column_j + i, tl.sum(x, 1), mask=in_i)
+            if mirrored:
+                tl.store(along + n.to(tl.int64) * column_i + j, tl.sum(x, 0), mask=in_j)
+        # Rows of a shorter last tile are all there are.
+        mask = (w_row < w_rows)[:, None] & (j >= 0)[None, :] if BLOCK_N < BLOCK_M else None
+        _store_terms(w + w_row.to(tl.int64)[:, None] * pitch + j[None, :], mask, term, e_grad, r_j, scale, NORMALIZE,
+                     TERMS)  # fmt: skip
+        if mirrored:
+            _store_terms(w + j.to(tl.int64)[:, None] * pitch + i[None, :], None, term, tl.trans(e_grad), r_i, scale,
+                         NORMALIZE, TERMS)  # fmt: skip
+    return square
+
+
+@triton.jit
+def _of_triangle(tile, columns):
+    """Return row and column of a tile of an upper triangle, whose tiles are numbered from 0."""
+    # Rows a and columns - 1 - a of the triangle make one row of a rectangle.
+    odd = columns % 2
+    width = columns + 1 - odd
+    a, b = tile // width, tile % width
+    upper = b + odd > a
+    return tl.where(upper, a, columns - 1 + odd - a), tl.where(upper, b - 1 + odd, columns - 1 - b)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_map_kernel(
     s_ptr,  # layers of (B, N, Ds)
     t_ptr,  # layers of (B, N, Dt)
-    index_ptr,  # (layers, n); unused unless HAS_INDEX
-    norms_ptr,  # (2, layers, G, n), inverse; unused unless NORMALIZE
-    scale_ptr,  # (layers, G), of a float16 W; unused unless HAS_SCALE
+    index_ptr,  # layers of (n,), or None
+    norms_ptr,  # (2, layers, tokens): r of s, of t
+    scale_ptr,  # (layers, G), of a W of raw rows, or None
     partial_ptr,  # (groups * tiles,)
     w_ptr,  # (TERMS, groups, rows, pitch)
-    along_ptr,  # (groups, column tiles, n): Σ_j W_ij <s_i, s_j> of a tile
-    stride_sg, stride_so, stride_si, stride_sd,
-    stride_tg, stride_to, stride_ti, stride_td,
-    total, n, G, run, Ds, Dt,
-    first_group, first_tile, tiles, pitch, stride_wg, term,
-    HAS_INDEX: tl.constexpr,
-    IS_TRIANGLE: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    RECTIFY_S: tl.constexpr,
+    along_ptr,  # (groups, column tiles, n): Σ_j E_ij Ŝ_ij of a tile
+    s_strides, t_strides, norm_strides,
+    total, tokens, n, G, run, Ds, Dt,
+    first_group, first_tile, tiles, w_rows, pitch, term,
+    IS_TRIANGLE: tl.constexpr, HAS_GRAD: tl.constexpr, NORMALIZE: tl.constexpr, RECTIFY_S: tl.constexpr,
     RECTIFY_T: tl.constexpr,
-    TERMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of a group's map: of its upper triangle, W mirrored, or of a strip of its rows."""
     local = (tl.program_id(0) // tiles).to(tl.int64)
@@ -49,73 +142,59 @@ def _relation_map_kernel(
     tile = tl.program_id(0) % tiles
     columns = tl.cdiv(n, BLOCK_M)
     if IS_TRIANGLE:
-        # Rows a and columns - 1 - a of the triangle make one row of a rectangle.
-        odd = columns % 2
-        width = columns + 1 - odd
-        a, b = tile // width, tile % width
-        upper = b + odd > a
-        tile_i = tl.where(upper, a, columns - 1 + odd - a)
-        tile_j = tl.where(upper, b - 1 + odd, columns - 1 - b)
+        tile_i, tile_j = _of_triangle(tile, columns)
     else:
         tile_i, tile_j = first_tile + tile // columns, tile % columns
     i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tile_j * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_i, in_j = i < n, j < n
-
-    # Rows past the last are loaded as zeros, whose similarities are 0 in both networks.
-    zero = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     layer, g = group // G, group % G
-    s, t = _of_layer(s_ptr, layer), _of_layer(t_ptr, layer)
-    row_i, row_j = _drawn(index_ptr, layer, i, n, HAS_INDEX), _drawn(index_ptr, layer, j, n, HAS_INDEX)
-    s_i = _row_pointers(s, g, row_i, run, stride_sg, stride_so, stride_si)
-    s_j = _row_pointers(s, g, row_j, run, stride_sg, stride_so, stride_si)
-    t_i = _row_pointers(t, g, row_i, run, stride_tg, stride_to, stride_ti)
-    t_j = _row_pointers(t, g, row_j, run, stride_tg, stride_to, stride_ti)
-    # The teacher comes first and is scaled at once, which frees its norms' registers before the student's products.
-    map_t = _products(t_i, in_i, t_j, in_j, Dt, stride_td, zero, BLOCK_K, PRECISION)
-    r, q = norms_ptr + group * n, norms_ptr + total + group * n
-    q_i, q_j = _inverse_norms(q, i, in_i, NORMALIZE), _inverse_norms(q, j, in_j, NORMALIZE)
-    map_t = _similarities(map_t, q_i, q_j, in_i, in_j, NORMALIZE)
-    dot_s = _products(s_i, in_i, s_j, in_j, Ds, stride_sd, zero, BLOCK_K, PRECISION)
-    r_i, r_j = _inverse_norms(r, i, in_i, NORMALIZE), _inverse_norms(r, j, in_j, NORMALIZE)
-    map_s = _similarities(dot_s, r_i, r_j, in_i, in_j, NORMALIZE)
-    e, e_grad = _difference(map_s, map_t, RECTIFY_S, RECTIFY_T)
-
-    square = tl.sum(e * e)  # at once: Triton 3.6 fails on nested sums over tensor memory
-    if IS_TRIANGLE:
-        square = tl.where(tile_i == tile_j, square, 2 * square)
+    scale = W_SCALE if scale_ptr is None else tl.load(scale_ptr + group)
+    square = _tile(
+        of_layer(s_ptr, layer), of_layer(t_ptr, layer), s_strides, t_strides, norms_ptr + layer * tokens, total,
+        norm_strides, index_ptr, layer, g, run, i, j, n, Ds, Dt, w_ptr + local * w_rows * pitch,
+        along_ptr + local * columns * n, i - first_tile * BLOCK_M, w_rows, pitch, term, scale, tile_i, tile_j,
+        tile_i == tile_j, HAS_GRAD, IS_TRIANGLE, NORMALIZE, RECTIFY_S, RECTIFY_T, TERMS, BLOCK_M, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
     tl.store(partial_ptr + tl.program_id(0), square)
-
-    if HAS_GRAD:
-        scale = tl.load(scale_ptr + group) if HAS_SCALE else 1.0
-        mirrored = IS_TRIANGLE and tile_i != tile_j
-        if NORMALIZE:
-            along = along_ptr + local * columns * n
-            x = e_grad * dot_s
-            tl.store(along + tile_j.to(tl.int64) * n + i, tl.sum(x * r_j[None, :], 1), mask=in_i)
-            if mirrored:
-                tl.store(along + tile_i.to(tl.int64) * n + j, tl.sum(x * r_i[:, None], 0), mask=in_j)
-        w_tile = w_ptr + local * stride_wg
-        i_w = (i - first_tile * BLOCK_M).to(tl.int64)
-        _store_terms(w_tile + i_w[:, None] * pitch + j[None, :], term, e_grad * (r_j * scale)[None, :], TERMS)
-        if mirrored:
-            w = tl.trans(e_grad * (r_i * scale)[:, None])
-            _store_terms(w_tile + j.to(tl.int64)[:, None] * pitch + i[None, :], term, w, TERMS)
 
 
 @triton.jit
-def _store_gradient(u, along, rows, out, mask, d, D, stride_d, stride_dd, r_i, factor, IS_USED: tl.constexpr,
-                    NORMALIZE: tl.constexpr, IS_ADDED: tl.constexpr):  # fmt: skip
-    """factor r_i (u - s_i r_i² along) on columns d, or factor u of raw rows."""
-    if IS_USED:
-        if NORMALIZE:
-            s = _load(rows, mask, d, D, stride_d).to(tl.float32)
-            u = r_i[:, None] * (u - s * (r_i * r_i * along)[:, None])
-        u = u * factor
-        if IS_ADDED:
-            u += _load(out, mask, d, D, stride_dd).to(tl.float32)
-        out = out[:, None] + d.to(tl.int64)[None, :] * stride_dd
-        tl.store(out, u.to(out.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
+def _add_products(u, w_rows, term, s, g, run, s_strides, norms, norm_strides, index_ptr, layer, j, n, d, Ds,
+                  NORMALIZE: tl.constexpr, TERMS: tl.constexpr):  # fmt: skip
+    """u + Σ_j W_ij c_j s_j on columns d. float16 holds c s exactly, or in two terms if it is float32; digits below
+    2**-36 of a row are lost."""
+    row_j, in_j = _drawn(index_ptr, layer, j, n), j < n
+    c, _ = _scales(_inverse_norms(norms, g, row_j, norm_strides, in_j), NORMALIZE)
+    rows = _load(_row_pointers(s, g, row_j, run, s_strides), in_j, d, Ds, s_strides[3])
+    high, low = _terms(rows.to(tl.float32) * c[:, None])
+    w = tl.load(w_rows + j[None, :])
+    if rows.dtype == tl.float32:
+        u = tl.dot(w, low, u)
+    u = tl.dot(w, high, u)
+    if TERMS == 2:
+        u = tl.dot(tl.load(w_rows + term + j[None, :]), high, u)
+    return u
+
+
+@triton.jit
+def _store_gradient(u, s, s_strides, norms, norm_strides, index_ptr, layer, g, run, i, n, d, Ds, along, columns,
+                    before, out, d_strides, factor, scale, NORMALIZE: tl.constexpr):  # fmt: skip
+    """factor r_i (u / scale - ŝ_i Σ_j E_ij Ŝ_ij) on columns d, or factor u / scale of raw rows; plus `before`."""
+    mask = i < n
+    u = u * (1.0 / scale)
+    if NORMALIZE:
+        row_i = _drawn(index_ptr, layer, i, n)
+        r_i = _inverse_norms(norms, g, row_i, norm_strides, mask)
+        a = tl.zeros(i.shape, tl.float32)
+        for column in range(columns):
+            a += tl.load(along + n.to(tl.int64) * column + i, mask=mask, other=0.0)
+        rows = _load(_row_pointers(s, g, row_i, run, s_strides), mask, d, Ds, s_strides[3]).to(tl.float32)
+        u = r_i[:, None] * (u - rows * r_i[:, None] * a[:, None])
+    u = u * factor
+    if before is not None:
+        u += _load(_row_pointers(of_layer(before, layer), g, i, run, d_strides), mask, d, Ds, d_strides[3])
+    out = _row_pointers(of_layer(out, layer), g, i, run, d_strides)[:, None] + d.to(tl.int64)[None, :] * d_strides[3]
+    tl.store(out, u.to(out.dtype.element_ty), mask=mask[:, None] & (d < Ds)[None, :])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -123,23 +202,16 @@ def _relation_apply_kernel(
     w_ptr,  # (TERMS, groups, rows, pitch)
     along_ptr,  # (groups, column tiles, n)
     s_ptr,  # layers of (B, N, Ds)
-    index_ptr,  # (layers, n); unused unless HAS_INDEX
-    norms_ptr,  # (2, layers, G, n), inverse; unused unless NORMALIZE
-    scale_ptr,  # (layers, G); unused unless HAS_SCALE
+    index_ptr,  # layers of (n,), or None
+    norms_ptr,  # (2, layers, tokens)
+    scale_ptr,  # (layers, G), or None
+    before_ptr,  # layers of float32 gradients that are added, or None
     ds_ptr,  # layers of (B, N, Ds), or of (1, n, Ds) of drawn rows
-    stride_sg, stride_so, stride_si, stride_sd,
-    stride_dg, stride_do, stride_di, stride_dd,
-    n, G, run, Ds,
-    first_group, first_row, row_tiles, columns, pitch, stride_wg, term, factor,
-    HAS_INDEX: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    s_strides, norm_strides, d_strides,
+    tokens, n, G, run, Ds,
+    first_group, first_row, row_tiles, columns, w_rows, pitch, term, factor,
     NORMALIZE: tl.constexpr,
-    IS_ADDED: tl.constexpr,
-    TERMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of rows of a strip of W and of columns of the student; those of the same rows run together,
     so that W comes from memory once."""
@@ -148,145 +220,24 @@ def _relation_apply_kernel(
     local = (tile // row_tiles).to(tl.int64)
     group = first_group + local
     i_w = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    i = first_row + i_w
     d = tl.program_id(0) % pieces * BLOCK_D + tl.arange(0, BLOCK_D)
+    layer, g = group // G, group % G
+    s, norms = of_layer(s_ptr, layer), norms_ptr + layer * tokens
+    w = w_ptr + local * w_rows * pitch + i_w.to(tl.int64)[:, None] * pitch
     u = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    layer, g = group // G, group % G
-    s = _of_layer(s_ptr, layer)
-    w_rows = w_ptr + local * stride_wg + i_w.to(tl.int64)[:, None] * pitch
     for j0 in range(0, n, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
-        row_j = _drawn(index_ptr, layer, j, n, HAS_INDEX)
-        s_j = _load(_row_pointers(s, g, row_j, run, stride_sg, stride_so, stride_si), j < n, d, Ds, stride_sd)
-        u = tl.dot(tl.load(w_rows + j[None, :]), s_j, u, input_precision=PRECISION)
-        if TERMS == 2:
-            u = tl.dot(tl.load(w_rows + term + j[None, :]), s_j, u, input_precision=PRECISION)
-
-    mask = i < n
-    if HAS_SCALE:
-        factor = factor / tl.load(scale_ptr + group)
-    r_i = _inverse_norms(norms_ptr + group * n, i, mask, NORMALIZE)
-    along = tl.zeros((BLOCK_M,), tl.float32)
-    if NORMALIZE:
-        for column in range(columns):
-            along += tl.load(along_ptr + (local * columns + column) * n + i, mask=mask, other=0.0)
-        if HAS_SCALE:
-            along = along * tl.load(scale_ptr + group)
-    row_i = _drawn(index_ptr, layer, i, n, HAS_INDEX)
-    s_i = _row_pointers(s, g, row_i, run, stride_sg, stride_so, stride_si)
-    out = _row_pointers(_of_layer(ds_ptr, layer), g, i, run, stride_dg, stride_do, stride_di)
-    _store_gradient(u, along, s_i, out, mask, d, Ds, stride_sd, stride_dd, r_i, factor, True, NORMALIZE, IS_ADDED)
-
-
-@triton.jit
-def _add_products(u, high, low, rows, mask, d, D, stride_d, IS_USED: tl.constexpr, TERMS: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
-    """u + W S on columns d of S."""
-    if IS_USED:
-        s = _load(rows, mask, d, D, stride_d)
-        u = tl.dot(high, s, u, input_precision=PRECISION)
-        if TERMS == 2:
-            u = tl.dot(low, s, u, input_precision=PRECISION)
-    return u
-
-
-@triton.jit
-def _along(along, u, rows, mask, d, D, stride_d, IS_USED: tl.constexpr):
-    """along + <s_i, u_i> on columns d."""
-    if IS_USED:
-        along += tl.sum(u * _load(rows, mask, d, D, stride_d).to(tl.float32), 1)
-    return along
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _relation_fused_kernel(
-    s_ptr,  # layers of (B, N, Ds)
-    t_ptr,  # layers of (B, N, Dt)
-    index_ptr,  # (layers, n); unused unless HAS_INDEX
-    norms_ptr,  # (2, layers, G, n), inverse; unused unless NORMALIZE
-    scale_ptr,  # (layers, G); unused unless HAS_SCALE
-    partial_ptr,  # (layers * G * strips,)
-    ds_ptr,  # layers of (B, N, Ds), or of (1, n, Ds) of drawn rows
-    stride_sg, stride_so, stride_si, stride_sd,
-    stride_tg, stride_to, stride_ti, stride_td,
-    stride_dg, stride_do, stride_di, stride_dd,
-    total, n, G, run, Ds, Dt, strips, factor,
-    HAS_INDEX: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    RECTIFY_S: tl.constexpr,
-    RECTIFY_T: tl.constexpr,
-    TERMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    IS_ADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One program per strip of rows of a group's map: its loss and its rows of the gradient."""
-    group = (tl.program_id(0) // strips).to(tl.int64)
-    i = tl.program_id(0) % strips * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_i = i < n
-    layer, g = group // G, group % G
-    s, t = _of_layer(s_ptr, layer), _of_layer(t_ptr, layer)
-    row_i = _drawn(index_ptr, layer, i, n, HAS_INDEX)
-    s_i = _row_pointers(s, g, row_i, run, stride_sg, stride_so, stride_si)
-    t_i = _row_pointers(t, g, row_i, run, stride_tg, stride_to, stride_ti)
-    r, q = norms_ptr + group * n, norms_ptr + total + group * n
-    r_i, q_i = _inverse_norms(r, i, in_i, NORMALIZE), _inverse_norms(q, i, in_i, NORMALIZE)
-    scale = tl.load(scale_ptr + group) if HAS_SCALE else 1.0
-    d = tl.arange(0, BLOCK_D)
-    square = tl.zeros((BLOCK_M,), tl.float32)
-    u0 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    u1, u2, u3 = u0, u0, u0
-
-    for j0 in range(0, n, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
-        in_j = j < n
-        row_j = _drawn(index_ptr, layer, j, n, HAS_INDEX)
-        s_j = _row_pointers(s, g, row_j, run, stride_sg, stride_so, stride_si)
-        t_j = _row_pointers(t, g, row_j, run, stride_tg, stride_to, stride_ti)
-        zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        map_t = _products(t_i, in_i, t_j, in_j, Dt, stride_td, zero, BLOCK_K, PRECISION)
-        map_t = _similarities(map_t, q_i, _inverse_norms(q, j, in_j, NORMALIZE), in_i, in_j, NORMALIZE)
-        dot_s = _products(s_i, in_i, s_j, in_j, Ds, stride_sd, zero, BLOCK_K, PRECISION)
-        r_j = _inverse_norms(r, j, in_j, NORMALIZE)
-        map_s = _similarities(dot_s, r_i, r_j, in_i, in_j, NORMALIZE)
-        e, e_grad = _difference(map_s, map_t, RECTIFY_S, RECTIFY_T)
-        square += tl.sum(e * e, 1)
-        w = e_grad * (r_j * scale)[None, :]
-        high = w.to(s.dtype.element_ty)
-        low = (w - high.to(tl.float32)).to(s.dtype.element_ty)
-        u0 = _add_products(u0, high, low, s_j, in_j, d + 0 * BLOCK_D, Ds, stride_sd, CHUNKS > 0, TERMS, PRECISION)
-        u1 = _add_products(u1, high, low, s_j, in_j, d + 1 * BLOCK_D, Ds, stride_sd, CHUNKS > 1, TERMS, PRECISION)
-        u2 = _add_products(u2, high, low, s_j, in_j, d + 2 * BLOCK_D, Ds, stride_sd, CHUNKS > 2, TERMS, PRECISION)
-        u3 = _add_products(u3, high, low, s_j, in_j, d + 3 * BLOCK_D, Ds, stride_sd, CHUNKS > 3, TERMS, PRECISION)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(square, 0))
-
-    factor = factor / scale
-    along = tl.zeros((BLOCK_M,), tl.float32)
-    if NORMALIZE:
-        along = _along(along, u0, s_i, in_i, d + 0 * BLOCK_D, Ds, stride_sd, CHUNKS > 0)
-        along = _along(along, u1, s_i, in_i, d + 1 * BLOCK_D, Ds, stride_sd, CHUNKS > 1)
-        along = _along(along, u2, s_i, in_i, d + 2 * BLOCK_D, Ds, stride_sd, CHUNKS > 2)
-        along = _along(along, u3, s_i, in_i, d + 3 * BLOCK_D, Ds, stride_sd, CHUNKS > 3)
-    out = _row_pointers(_of_layer(ds_ptr, layer), g, i, run, stride_dg, stride_do, stride_di)
-    _store_gradient(u0, along, s_i, out, in_i, d + 0 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
-                    CHUNKS > 0, NORMALIZE, IS_ADDED)  # fmt: skip
-    _store_gradient(u1, along, s_i, out, in_i, d + 1 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
-                    CHUNKS > 1, NORMALIZE, IS_ADDED)  # fmt: skip
-    _store_gradient(u2, along, s_i, out, in_i, d + 2 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
-                    CHUNKS > 2, NORMALIZE, IS_ADDED)  # fmt: skip
-    _store_gradient(u3, along, s_i, out, in_i, d + 3 * BLOCK_D, Ds, stride_sd, stride_dd, r_i, factor,
-                    CHUNKS > 3, NORMALIZE, IS_ADDED)  # fmt: skip
+        u = _add_products(u, w, term, s, g, run, s_strides, norms, norm_strides, index_ptr, layer,
+                          j0 + tl.arange(0, BLOCK_N), n, d, Ds, NORMALIZE, TERMS)  # fmt: skip
+    scale = W_SCALE if scale_ptr is None else tl.load(scale_ptr + group)
+    _store_gradient(u, s, s_strides, norms, norm_strides, index_ptr, layer, g, run, first_row + i_w, n, d, Ds,
+                    along_ptr + local * columns * n, columns, before_ptr, ds_ptr, d_strides, factor, scale,
+                    NORMALIZE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_scatter_kernel(
-    d_ptr,  # (layers, K, D)
-    index_ptr,  # (layers, K)
+    d_ptr,  # layers of (1, K, D)
+    index_ptr,  # layers of (K,)
     out_ptr,  # layers of (B, N, D), contiguous
     K, D,
     BLOCK_K: tl.constexpr,
@@ -294,7 +245,7 @@ def _relation_scatter_kernel(
 ):  # fmt: skip
     """One program per drawn row and piece of its width: adds all draws of that row, by the first of them."""
     k, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    index = index_ptr + layer * K
+    index, drawn = of_layer(index_ptr, layer), of_layer(d_ptr, layer)
     row = tl.load(index + k)
     others = tl.arange(0, BLOCK_K)
     earlier = 0
@@ -305,7 +256,7 @@ def _relation_scatter_kernel(
         total = tl.zeros((BLOCK_D,), tl.float32)
         for k0 in range(k, K, BLOCK_K):
             same = tl.load(index + k0 + others, mask=k0 + others < K, other=-1) == row
-            at = (layer * K + k0 + others)[:, None] * D + d[None, :]
-            total += tl.sum(tl.load(d_ptr + at, mask=same[:, None] & (d < D)[None, :], other=0.0), 0)
-        out = _of_layer(out_ptr, layer) + row * D + d
+            at = (k0 + others).to(tl.int64)[:, None] * D + d[None, :]
+            total += tl.sum(tl.load(drawn + at, mask=same[:, None] & (d < D)[None, :], other=0.0), 0)
+        out = of_layer(out_ptr, layer) + row * D + d
         tl.store(out, tl.load(out, mask=d < D, other=0.0) + total, mask=d < D)

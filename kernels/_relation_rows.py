@@ -1,37 +1,27 @@
-"""Rows of the tokens: where they lie, their norms, and the difference of two maps at a tile."""
+"""Rows of the tokens: where they lie, their norms, and the scales at which float16 holds them."""
 
 import triton
 import triton.language as tl
 
+from ._common import of_layer
 from ._relation_tiles import UNSPECIALIZED
 
 
 @triton.jit
-def _of_layer(ptrs, layer):
-    """Return one of a tuple of pointers."""
-    ptr = ptrs[0]
-    for k in tl.static_range(1, len(ptrs)):
-        ptr = tl.where(layer == k, ptrs[k], ptr)
-    return ptr
+def _drawn(index_ptr, layer, i, n):
+    """Return the row of a layer that is the i-th of its group: of its own draw, or i where there is none."""
+    return i if index_ptr is None else tl.load(of_layer(index_ptr, layer) + i, mask=i < n, other=0)
 
 
 @triton.jit
-def _drawn(index_ptr, layer, i, n, HAS_INDEX: tl.constexpr):
-    """Return the row of a layer that is the i-th of its group."""
-    row = i
-    if HAS_INDEX:
-        row = tl.load(index_ptr + layer * n + i, mask=i < n, other=0)
-    return row
-
-
-@triton.jit
-def _row_pointers(ptr, group, i, run, stride_g, stride_o, stride_i):
-    """Return pointers to rows stored in runs; `run` is None if a group is one run. The division has i's bits."""
-    rows = ptr + group * stride_g
+def _row_pointers(ptr, group, i, run, strides):
+    """Return pointers to rows stored in runs, from the strides of group, run, row in a run and column; `run` is None if
+    a group is one run. The division has i's bits."""
+    rows = ptr + group * strides[0]
     if run is None:
-        rows += i.to(tl.int64) * stride_i
+        rows += i.to(tl.int64) * strides[2]
     else:
-        rows += (i // run).to(tl.int64) * stride_o + (i % run).to(tl.int64) * stride_i
+        rows += (i // run).to(tl.int64) * strides[1] + (i % run).to(tl.int64) * strides[2]
     return rows
 
 
@@ -42,110 +32,119 @@ def _load(rows, mask, d, D, stride_d):
 
 
 @triton.jit
-def _products(a_rows, a_mask, b_rows, b_mask, D, stride_d, acc, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + <a_i, b_j>"""
+def _inverse_norms(ptr, group, row, strides, mask):
+    """Return r of rows, which are stored by token: strides of group and row."""
+    return tl.load(ptr + group * strides[0] + row.to(tl.int64) * strides[1], mask=mask, other=0.0)
+
+
+@triton.jit
+def _scales(r, NORMALIZE: tl.constexpr):
+    """(c, m) of rows x: c is 2**12 times the power of two below r, so that float16 holds c x; m c is r, or 1 of raw
+    rows. Both products are exact."""
+    bits = r.to(tl.int32, bitcast=True)
+    exponent = bits & 0x7F800000
+    c = exponent.to(tl.float32, bitcast=True) * 4096.0
+    if NORMALIZE:
+        m = ((bits & 0x007FFFFF) | 0x39800000).to(tl.float32, bitcast=True)  # from 2**-12 to 2**-11
+    else:
+        m = (0x7F000000 - exponent).to(tl.float32, bitcast=True) * (1.0 / 4096.0)
+    return c, tl.where(r == 0, 0.0, m)
+
+
+@triton.jit
+def _terms(x):
+    """Return two float16 numbers whose sum is x to 22 bits."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _products(a_rows, a_mask, a_scale, b_rows, b_mask, b_scale, D, stride_d, acc, BLOCK_K: tl.constexpr):
+    """acc + <a_i, b_j>; of float32 rows acc + <c_i a_i, c_j b_j>, in three products of two terms each: the fourth is
+    below 2**-22 of the sum of |c_i a_i c_j b_j|."""
     for k0 in range(0, D, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         a = _load(a_rows, a_mask, k, D, stride_d)
         b = _load(b_rows, b_mask, k, D, stride_d)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+        if a.dtype == tl.float32:
+            a_high, a_low = _terms(a * a_scale[:, None])
+            b_high, b_low = _terms(b * b_scale[:, None])
+            acc = tl.dot(a_low, tl.trans(b_high), acc)
+            acc = tl.dot(a_high, tl.trans(b_low), acc)
+            acc = tl.dot(a_high, tl.trans(b_high), acc)
+        else:
+            acc = tl.dot(a, tl.trans(b), acc)
     return acc
 
 
 @triton.jit
-def _inverse_norms(ptr, i, mask, NORMALIZE: tl.constexpr):
-    """1 for raw rows."""
-    return tl.load(ptr + i, mask=mask, other=0.0) if NORMALIZE else tl.full(i.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def _similarities(dot, r_i, r_j, in_i, in_j, NORMALIZE: tl.constexpr):
-    """r_i r_j <x_i, x_j>. Where both networks are equal, so are the bits: the select, which changes nothing, keeps
-    compilers from contracting one network's product with the difference of the two."""
-    if NORMALIZE:
-        dot = tl.where(in_i[:, None] & in_j[None, :], dot * r_i[:, None] * r_j[None, :], 0.0)
-    return dot
-
-
-@triton.jit
-def _difference(map_s, map_t, RECTIFY_S: tl.constexpr, RECTIFY_T: tl.constexpr):
-    """Return E, and E as the gradient sees it (clamped similarities of the student pass no gradient)."""
-    if RECTIFY_T:
-        map_t = tl.where(map_t < 0, 0.0, map_t)  # keeps NaN, unlike maximum
-    if RECTIFY_S:
-        e = tl.where(map_s < 0, 0.0, map_s) - map_t
-        e_grad = tl.where(map_s < 0, 0.0, e)
-    else:
-        e = map_s - map_t
-        e_grad = e
-    return e, e_grad
-
-
-@triton.jit
-def _store_terms(ptr, term, w, TERMS: tl.constexpr):
-    high = w.to(ptr.dtype.element_ty)
-    tl.store(ptr, high)
-    if TERMS == 2:
-        tl.store(ptr + term, (w - high.to(tl.float32)).to(ptr.dtype.element_ty))
-
-
-@triton.jit
-def _row_norms(x_ptr, out_ptr, row, i, G, n, run, D, stride_g, stride_o, stride_i, stride_d, eps, INVERT: tl.constexpr,
-               BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    mask = row < G.to(tl.int64) * n
-    rows = _row_pointers(x_ptr, row // n, i, run, stride_g, stride_o, stride_i)
+def _norms(ptr, row, at, mask, group, run, D, strides, out, eps, NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr,
+           BLOCK_K: tl.constexpr):  # fmt: skip
+    """Store r of rows at out, and return it: of raw rows the inverse of the largest |x|, which is their scale."""
+    rows = _row_pointers(ptr, group, row, run, strides)
     squares = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    far = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)  # of numbers whose squares are beyond float32
     for k0 in range(0, D, BLOCK_K):
-        x = _load(rows, mask, k0 + tl.arange(0, BLOCK_K), D, stride_d).to(tl.float32)
-        squares += x * x
-    norm = tl.sqrt_rn(tl.sum(squares, 1))
-    if INVERT:
-        short = norm <= eps
-        norm = tl.where(short, 0.0, 1.0 / tl.where(short, 1.0, norm))
-    tl.store(out_ptr + row, norm, mask=mask)
+        x = _load(rows, mask, k0 + tl.arange(0, BLOCK_K), D, strides[3]).to(tl.float32)
+        if NORMALIZE:
+            squares += x * x
+            small = x * 5.421010862427522e-20  # 2**-64
+            far += small * small
+        else:
+            squares = tl.maximum(squares, tl.abs(x))
+    if NORMALIZE:
+        square = tl.sum(squares, 1)
+        far_norm = tl.minimum(tl.sqrt_rn(tl.sum(far, 1)) * 1.8446744073709552e19, 8.5e37)
+        norm = tl.where(square == float("inf"), far_norm, tl.sqrt_rn(square))
+    else:
+        norm = tl.minimum(tl.maximum(tl.max(squares, 1), 7.9e-31), 8.5e37)
+        eps = 0.0
+    short = norm <= eps
+    r = tl.where(short, 0.0, 1.0 / tl.where(short, 1.0, norm))
+    tl.store(out + at, r, mask=mask)
+    return r
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_norms_kernel(
     s_ptr,  # layers of (B, N, Ds)
     t_ptr,  # layers of (B, N, Dt)
-    index_ptr,  # (layers, n); unused unless HAS_INDEX
-    norms_ptr,  # (2, layers, G, n): of s, of t; their inverses if INVERT
-    stride_sg, stride_so, stride_si, stride_sd,
-    stride_tg, stride_to, stride_ti, stride_td,
-    total, n, G, run, Ds, Dt, eps,
-    HAS_INDEX: tl.constexpr,
-    INVERT: tl.constexpr,
+    norms_ptr,  # (2, layers, tokens): r of s, of t
+    s_strides,  # of tokens as one group in runs of an image
+    t_strides,
+    total, tokens, run, Ds, Dt, eps,
+    NORMALIZE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK_R rows of a layer's student or teacher."""
+    """One program per BLOCK_R tokens of a layer's student or teacher."""
     layer = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    i = _drawn(index_ptr, layer, row % n, n, HAS_INDEX)
-    out = norms_ptr + layer * G * n
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = row < tokens
+    out = norms_ptr + layer * tokens
     if tl.program_id(1) == 0:
-        _row_norms(_of_layer(s_ptr, layer), out, row, i, G, n, run, Ds, stride_sg, stride_so, stride_si, stride_sd, eps,
-                   INVERT, BLOCK_R, BLOCK_K)  # fmt: skip
+        _norms(of_layer(s_ptr, layer), row, row, mask, 0, run, Ds, s_strides, out, eps, NORMALIZE, BLOCK_R, BLOCK_K)
     else:
-        _row_norms(_of_layer(t_ptr, layer), out + total, row, i, G, n, run, Dt, stride_tg, stride_to, stride_ti,
-                   stride_td, eps, INVERT, BLOCK_R, BLOCK_K)  # fmt: skip
+        _norms(of_layer(t_ptr, layer), row, row, mask, 0, run, Dt, t_strides, out + total, eps, NORMALIZE, BLOCK_R,
+               BLOCK_K)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_sum_kernel(
-    partial_ptr,  # (layers, count)
-    loss_ptr,  # (layers,)
-    count,
-    stride_l,
-    scale,
+    partial_ptr,  # terms of (layers, count)
+    loss_ptr,  # layers of (terms,)
+    counts,  # terms
+    scales,  # terms
     BLOCK: tl.constexpr,
 ):
-    """One program per layer: the partial losses' sum in float64, in a fixed order."""
-    layer = tl.program_id(0).to(tl.int64)
-    partial_ptr += layer * count
+    """One program per layer and term: the partial losses' sum in float64, in a fixed order."""
+    layer, term = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    count = of_layer(counts, term)
+    partial = of_layer(partial_ptr, term) + layer * count
     total = tl.zeros((BLOCK,), tl.float64)
     for i0 in range(0, count, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + i, mask=i < count, other=0.0).to(tl.float64)
-    tl.store(loss_ptr + layer * stride_l, (tl.sum(total, 0) * scale).to(tl.float32))
+        total += tl.load(partial + i, mask=i < count, other=0.0).to(tl.float64)
+    mean = tl.sum(total, 0) * of_layer(scales, term)
+    mean = tl.where(mean < 0, 0.0, mean)  # rounding can take a difference of Grams there; NaN stays
+    tl.store(of_layer(loss_ptr, layer) + term, mean.to(tl.float32))

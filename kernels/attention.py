@@ -11,19 +11,19 @@ p_s - p_t = (e_s - e_t - ρ e_t) / l_s is exactly 0 for equal networks. A gradie
 numbers more, c and v_top. Gradients of 16-bit networks go to the matrix units as two terms, high and low: one shows.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ._attention_bias import _attention_bias_kernel
-from ._attention_match import _attention_fused_kernel, _attention_keys_kernel, _attention_rows_kernel
+from ._attention_fused import _attention_fused_kernel
+from ._attention_match import _attention_keys_kernel, _attention_rows_kernel
 from ._attention_mean import _attention_head_kernel, _attention_mean_kernel, _attention_stats_kernel
 from ._attention_rows import LOG2_E
 from ._attention_scores import CENTRE_BLOCK, _attention_centre_kernel
 from ._attention_tiles import CONFIGS, Tile
-from ._common import architecture, float32_products, multiprocessors, stored_gradient
+from ._common import architecture, blocks, cdiv, float32_products, multiprocessors, stored_gradient
 
 STRIP_BYTES = 64 << 20  # of what averages of heads keep
 PARTIAL_BYTES = 32 << 20  # of a bias gradient's partial sums
@@ -36,12 +36,35 @@ def _broadcast(x: Tensor | None, ndim: int) -> tuple[int, ...]:
     return tuple(0 if n == 1 else stride for n, stride in zip(x.shape[:ndim], x.stride()[:ndim], strict=True))
 
 
-def _named(prefix: str, letters: str, values: tuple[int, ...]) -> dict[str, int]:
-    return {f"stride_{prefix}{letter}": value for letter, value in zip(letters, values, strict=True)}
-
-
 def _width(d: int) -> int:
-    return max(triton.next_power_of_2(d), 16)
+    return max(1 << (d - 1).bit_length(), 16)  # triton.next_power_of_2 takes microseconds
+
+
+class Operands(NamedTuple):
+    """A network in a launch: one argument, because each takes a microsecond. It holds no tuples, of which Triton 3.6
+    loses the strides of 1 in loops."""
+
+    q: Tensor  # (B, H, N_q, d)
+    q_stride_b: int
+    q_stride_h: int
+    q_stride_n: int
+    q_stride_d: int
+    k: Tensor  # (B, H, N_k, d)
+    k_stride_b: int
+    k_stride_h: int
+    k_stride_n: int
+    k_stride_d: int
+    mean: Tensor  # (B, H, d), of keys; unused unless IS_CENTRED
+    bias: Tensor  # (B | 1, H | 1, N_q | 1, N_k | 1); unused unless HAS_BIAS
+    bias_stride_b: int
+    bias_stride_h: int
+    bias_stride_q: int
+    bias_stride_k: int
+    top: Tensor  # (B | 1, H | 1, N_q | 1), maxima of the bias' rows; unused unless HAS_BIAS
+    top_stride_b: int
+    top_stride_h: int
+    top_stride_q: int
+    D: int
 
 
 class _Network:
@@ -66,26 +89,17 @@ class _Network:
         B, H, N_k, D = self.k.shape
         self.mean = self.k.new_empty((B, H, D), dtype=torch.float32)
         BLOCK_D = min(_width(D), 64)
-        _attention_centre_kernel[(B * H, triton.cdiv(D, BLOCK_D))](
-            self.k, self.k if mask is None else mask, self.mean, *self.k.stride(), *_broadcast(mask, 2), H, N_k, D,
+        _attention_centre_kernel[(B * H, cdiv(D, BLOCK_D))](
+            self.k, (self.k if mask is None else mask, *_broadcast(mask, 2)), self.mean, self.k.stride(), H, N_k, D,
             HAS_MASK=mask is not None, BLOCK_N=CENTRE_BLOCK, BLOCK_D=BLOCK_D,
         )  # fmt: skip
 
-    def arguments(self, suffix: str) -> dict[str, Any]:
-        return {
-            f"q{suffix}_ptr": self.q,
-            f"k{suffix}_ptr": self.k,
-            f"mean{suffix}_ptr": self.mean,
-            f"bias{suffix}_ptr": self.q if self.bias is None else self.bias,
-            f"top{suffix}_ptr": self.q if self.top is None else self.top,
-            **_named(f"q{suffix[1:]}", "bhnd", self.q.stride()),
-            **_named(f"k{suffix[1:]}", "bhnd", self.k.stride()),
-            **_named(f"b{suffix[1:]}", "bhqk", _broadcast(self.bias, 4)),
-            **_named(f"u{suffix[1:]}", "bhq", _broadcast(self.top, 3)),
-            f"D{suffix}": self.q.shape[3],
-            f"HAS_BIAS{suffix.upper()}": self.bias is not None,
-            f"IS_CENTRED{suffix.upper()}": self.is_centred,
-        }  # fmt: skip
+    def operands(self) -> Operands:
+        bias, top = (self.q if x is None else x for x in (self.bias, self.top))  # stand-ins
+        return Operands._make((
+            self.q, *self.q.stride(), self.k, *self.k.stride(), self.mean,
+            bias, *_broadcast(self.bias, 4), top, *_broadcast(self.top, 3), self.q.shape[3],
+        ))  # fmt: skip
 
 
 class _Problem:
@@ -116,21 +130,24 @@ class _Problem:
             network.centre(mask)
         (B, H, N_q, D_s), D_t, N_k = student.q.shape, teacher.q.shape[3], student.k.shape[2]
         self.B, self.H, self.N_q, self.N_k = B, H, N_q, N_k
-        table = CONFIGS[architecture(student.q.device), 2 if itemsize == 2 else float32_products()]
+        precision = "ieee" if itemsize == 2 else float32_products()
+        table = CONFIGS[architecture(student.q.device), 2 if itemsize == 2 else precision]
         width, widest = max(_width(D_s), _width(D_t)), max(table)
         is_wide = width > widest
         self.config = table[widest if is_wide else min(w for w in table if w >= width)]
         self.blocks = {
             "BLOCK_DS": widest if is_wide else _width(D_s), "BLOCK_DT": widest if is_wide else _width(D_t)
         }  # fmt: skip
-        self.pieces = triton.cdiv(D_s, self.blocks["BLOCK_DS"])
+        self.pieces = cdiv(D_s, self.blocks["BLOCK_DS"])
         self.arguments: dict[str, Any] = {
-            **student.arguments("_s"),
-            **teacher.arguments("_t"),
-            "mask_ptr": student.q if mask is None else mask,
-            **_named("m", "bn", _broadcast(mask, 2)),
-            "w_ptr": student.q if weight is None else weight,
-            **_named("w", "bhn", _broadcast(weight, 3)),
+            "student": student.operands(),
+            "teacher": teacher.operands(),
+            "key_mask": (student.q if mask is None else mask, *_broadcast(mask, 2)),
+            "weight": (student.q if weight is None else weight, *_broadcast(weight, 3)),
+            "HAS_BIAS_S": student.bias is not None,
+            "HAS_BIAS_T": teacher.bias is not None,
+            "IS_CENTRED_S": student.is_centred,
+            "IS_CENTRED_T": teacher.is_centred,
             "H": H,
             "H_s": H,
             "H_t": teacher.q.shape[1],
@@ -161,25 +178,25 @@ class _Problem:
             "HAS_WEIGHT": weight is not None,
             "IS_CAUSAL": is_causal,
             "IS_WIDE": is_wide,
-            "PRECISION": float32_products(),
+            "PRECISION": precision,
         }
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
         """Run a kernel with those of the arguments that it names."""
-        arguments = self.arguments | self.blocks | more
-        blocks = tile._asdict()
-        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+        arguments = {**self.arguments, **self.blocks, **blocks(tile), **more}
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         if torch.version.hip is not None:
             options["matrix_instr_nonkdim"] = 16  # rows that a warp computes, as elsewhere; 32 would need larger tiles
-        arguments |= blocks
-        kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options)
+        kernel[grid](*[arguments[name] for name in kernel.arg_names], **options)
 
     def fused(self) -> Tile | None:
         """Run the kernel that computes every score once; all keys must fit on chip, and heads must fill the GPU."""
         heads, in_float32 = self.B * self.H, self.student.is_centred or self.teacher.is_centred
         if in_float32 or heads < multiprocessors(self.student.q.device):
             return None
-        return next((tile for tile in self.config.fused if tile.BLOCK_N >= self.N_k), None)
+        is_plain = self.student.bias is None and self.teacher.bias is None and self.arguments["DIVERGENCE"] != "js"
+        tiles = (*self.config.fused, *self.config.plain) if is_plain else self.config.fused
+        return next((tile for tile in tiles if tile.BLOCK_N >= self.N_k), None)
 
     def strips(self) -> Tile:
         """Return the tile of the kernel that compares networks head by head."""
@@ -187,12 +204,12 @@ class _Problem:
         return self.config.narrow if has_bias else self.config.rows
 
     def tiles(self, rows: int, columns: int, tile: Tile) -> dict[str, int]:
-        return {"q_tiles": triton.cdiv(rows, tile.BLOCK_M), "k_tiles": triton.cdiv(columns, tile.BLOCK_N)}
+        return {"q_tiles": cdiv(rows, tile.BLOCK_M), "k_tiles": cdiv(columns, tile.BLOCK_N)}
 
     def keys(self, dk: Tensor, total: Tensor | None, images: int, **more: Any) -> None:
         """dk, plus total where that is given."""
         tile = self.config.keys
-        tiles = triton.cdiv(self.N_k, tile.BLOCK_N)
+        tiles = cdiv(self.N_k, tile.BLOCK_N)
         added = {"sum_ptr": dk if total is None else total, "IS_ADDED": total is not None}
         self.launch(_attention_keys_kernel, (images * self.H * tiles, self.pieces), tile,
                     k_tiles=tiles, dk_ptr=dk, **added, **more)  # fmt: skip
@@ -221,7 +238,7 @@ class _Problem:
             else:
                 programs *= n
         self.launch(_attention_bias_kernel, (programs, splits), tile, partial_ptr=partial, B_bias=shape[0],
-                    H_bias=shape[1], steps=steps, per_split=triton.cdiv(steps, splits),
+                    H_bias=shape[1], steps=steps, per_split=cdiv(steps, splits),
                     bias_numel=partial[0].numel(), **sums, **tiles, **more)  # fmt: skip
 
 
@@ -240,7 +257,7 @@ def _match(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbia
             torch.add(d_queries, d_keys, out=dq)
         return
     tile = p.strips()
-    tiles = triton.cdiv(p.N_q, tile.BLOCK_M)
+    tiles = cdiv(p.N_q, tile.BLOCK_M)
     stats = q.new_empty((6, p.B, p.H, p.N_q), dtype=torch.float32)
     part = dq
     if shared and dq is not None and dq.dtype != torch.float32:
@@ -262,9 +279,10 @@ def _stats(p: _Problem, network: _Network, scale: float, BLOCK_D: int, planes: i
     B, H, N_q, _ = network.q.shape
     stats = network.q.new_empty((planes, B, H, N_q), dtype=torch.float32)
     tile = p.config.narrow
-    tiles = triton.cdiv(N_q, tile.BLOCK_M)
-    p.launch(_attention_stats_kernel, (B * H * tiles,), tile, **network.arguments(""), stats_ptr=stats, scale=scale,
-             H=H, q_tiles=tiles, rows_total=B * H * N_q, BLOCK_D=BLOCK_D)  # fmt: skip
+    tiles = cdiv(N_q, tile.BLOCK_M)
+    p.launch(_attention_stats_kernel, (B * H * tiles,), tile, network=network.operands(), stats_ptr=stats,
+             scale=scale, H=H, q_tiles=tiles, rows_total=B * H * N_q, HAS_BIAS=network.bias is not None,
+             IS_CENTRED=network.is_centred, BLOCK_D=BLOCK_D)  # fmt: skip
     return stats
 
 
@@ -288,7 +306,7 @@ def _mean(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbias
     for b in range(0, p.B, images):
         for r in range(0, p.N_q, rows):
             here, tall = min(images, p.B - b), min(rows, p.N_q - r)
-            mean_tiles, tiles = (triton.cdiv(tall, x.BLOCK_M) for x in (mean, tile))
+            mean_tiles, tiles = (cdiv(tall, x.BLOCK_M) for x in (mean, tile))
             strip = {"first_b": b, "first_row": r, "strip_rows": tall, "pitch": p.N_k, "y_ptr": y, "dlog_ptr": dlog}
             p.launch(_attention_mean_kernel, (here * mean_tiles,), mean, loss_ptr=loss, stats_ptr=stats_s,
                      stats_t_ptr=stats_t, rows_s=stats_s[0].numel(), rows_t=stats_t[0].numel(), HAS_GRAD=has_grad,

@@ -1,32 +1,37 @@
 """Relation loss: differences E of two Gram maps tile by tile, no map beyond a bounded strip.
 
-With r, q the inverse norms of student and teacher rows:  E_ij = r_i r_j <s_i, s_j> - q_i q_j <t_i, t_j>,
-W_ij = E_ij r_j,  dS_i = 4/(G n²) r_i (Σ_j W_ij s_j - s_i r_i² Σ_j W_ij <s_i, s_j>).
+With r, q the inverse norms of student and teacher rows and Ŝ_ij = r_i r_j <s_i, s_j>:
+E_ij = Ŝ_ij - q_i q_j <t_i, t_j>,  dS_i = 4/(G n²) r_i (Σ_j E_ij r_j s_j - r_i s_i Σ_j E_ij Ŝ_ij).
 
-Raw rows enter the products, so 16-bit ones reach the matrix units as they are. W goes there in the student's dtype: as
-two terms, high and low, where that has 16 bits. One would do far from a match; a trained student's gradient is a small
-difference of large terms and then 3 times as wrong as its own rounding.
+All products are of 16-bit numbers. Maps take 16-bit rows as they are. A float32 row is multiplied by a power of two,
+and float16 then holds it in two terms of 11 bits: three products of terms have the error of one float32 product.
+The gradient's product takes all rows so; its W_ij = E_ij r_j, over that power of two, is one float16 term for bfloat16
+students, the rounding of whose gradient is 3 bits coarser, and two for others.
 """
 
 from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from ._common import architecture, float32_products, multiprocessors, stored_gradient
-from ._relation_maps import (
-    _relation_apply_kernel,
-    _relation_fused_kernel,
-    _relation_map_kernel,
-    _relation_scatter_kernel,
+from ._common import PLANS, architecture, blocks, cdiv, multiprocessors, stored_gradient
+from ._relation_gram import (
+    _relation_digits_kernel,
+    _relation_factor_kernel,
+    _relation_gram_apply_kernel,
+    _relation_gram_kernel,
 )
+from ._relation_groups import _relation_group_kernel
+from ._relation_maps import _relation_apply_kernel, _relation_map_kernel, _relation_scatter_kernel
 from ._relation_rows import _relation_norms_kernel, _relation_sum_kernel
-from ._relation_tiles import CONFIGS, NORM_BLOCK, SCATTER_BLOCK, SUM_BLOCK, Apply
+from ._relation_tiles import CONFIGS, DIGITS, GRAM_APPLIES, GRAMS, NORM_BLOCK, SCATTER_BLOCK, SUM_BLOCK, Apply
 
-STRIP_BYTES = 12 << 20  # of W, beside as many bytes as the student has
-GRAM_CHUNK = 1 << 20  # elements of student and teacher taken to float64 at a time
+STRIP_BYTES = 32 << 20  # of W: it stays in cache between two launches; one map of 4096 rows in one term
+GROUP_ROWS = 256  # of a group that one program takes whole
+GRAM_BYTES = 16 << 20  # of digits that are multiplied in one launch
+GRAM_ROWS = 1 << 14  # that a sum of products of digits takes at most: 2**14 rows times 4 products times 2**14 < 2**31
 LAYERS = 16  # of equal shapes, that share their launches at most: each is an argument of the kernels
 
 
@@ -40,198 +45,246 @@ class Rows(NamedTuple):
 
 
 def _rows(x: Tensor, scope: str) -> Rows:
-    b, n, d = x.stride()
+    return _rows_of(x.stride(), scope)
+
+
+@lru_cache(PLANS)
+def _rows_of(strides: tuple[int, ...], scope: str) -> Rows:
+    b, n, d = strides
     return {"intra": Rows(b, 0, n, d), "inter": Rows(n, 0, b, d), "batch": Rows(0, b, n, d)}[scope]
 
 
-def _largest(norms: Tensor, normalize: bool) -> Tensor:
-    """(G,): a bound of |W| in each group, from inverse norms (|E| <= 2) or from norms."""
-    if normalize:
-        return 2 * norms[0].amax(1)
-    return norms.amax(2).square().sum(0)
+class Term(NamedTuple):
+    """Sums of squares by the programs of a launch, (layers, programs), and the factor that makes a mean of them."""
+
+    partial: Tensor
+    programs: int
+    scale: float
 
 
-def _fill(choices: tuple[Apply, ...], groups: int, rows: int, Ds: int, device: torch.device) -> tuple[int, int, Apply]:
-    """The first configuration with a program for every multiprocessor, else the last: programs, tiles of rows, it."""
-    for apply in choices:
-        row_tiles = triton.cdiv(rows, apply.BLOCK_M)
-        programs = groups * row_tiles * triton.cdiv(Ds, apply.BLOCK_D)
-        if programs >= multiprocessors(device):
-            break
-    return programs, row_tiles, apply
+class Alike:
+    """Layers of one shape, dtype and strides, whose maps share launches; and their rows' inverse norms."""
 
+    def __init__(self, students: Sequence[Tensor], teachers: Sequence[Tensor], normalize: bool, eps: float) -> None:
+        self.students, self.teachers = tuple(students), tuple(teachers)
+        self.normalize, self.eps = normalize, eps
+        self.s, self.t = students[0], teachers[0]
+        self.layers, (self.B, self.N, self.Ds), self.Dt = len(students), self.s.shape, self.t.shape[2]
+        self.norms = self.s.new_empty((2, self.layers, self.B, self.N), dtype=torch.float32)
+        self.has_norms = False
+        self.config = CONFIGS[architecture(self.s.device), max(self.s.itemsize, self.t.itemsize)]
+        self.is_narrow = self.s.itemsize == self.t.itemsize == 2
+        self.terms = 1 if self.s.dtype == torch.bfloat16 else 2  # of W
+        of_two = self.config.map_of_two if self.terms == 2 else None
+        self.map = self.config.map if of_two is None else of_two
 
-def _tile(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    loss: Tensor,
-    dstudents: Sequence[Tensor] | None,
-    scope: str,
-    normalize: bool,
-    rectify: str,
-    eps: float,
-    weight: float = 1.0,
-    is_added: bool = False,
-    index: Tensor | None = None,
-) -> None:
-    """Write the losses (layers,) of tensors of one shape, dtype and strides; write the gradients of weight times them,
-    or add those to what dstudents hold. With index (layers, K) the groups are those rows of a batch, and so are
-    dstudents (1, K, Ds)."""
-    student, layers = students[0], len(students)
-    B, N, Ds = student.shape
-    Dt = teachers[0].shape[2]
-    G, n, run = {"intra": (B, N, None), "inter": (N, B, None), "batch": (1, B * N, N)}[scope]
-    n = n if index is None else index.shape[1]
-    every, total = layers * G, layers * G * n
-    s_rows, t_rows = _rows(student, scope), _rows(teachers[0], scope)
-    itemsize = max(student.itemsize, teachers[0].itemsize)
-    config = CONFIGS[architecture(student.device), 2 if itemsize == 2 else float32_products()]
-    # float16 would lose a W that is too large or small; bfloat16 has float32's range.
-    has_scale = dstudents is not None and student.dtype == torch.float16
+    @cached_property
+    def is_aligned(self) -> bool:
+        """Return whether rows are read in vectors, whose addresses take few registers."""
+        every, one = (*self.students, *self.teachers), (self.s, self.t)
+        steps = [step for x in one for step in (x.shape[2], *x.stride()[:2])]
+        return all(x.stride(2) == 1 for x in one) and not any(v % 16 for v in (*steps, *(x.data_ptr() for x in every)))
 
-    s, t = tuple(students), tuple(teachers)
-    of_student = {"n": n, "G": G, "run": run, "Ds": Ds}
-    sizes = of_student | {"total": total, "Dt": Dt}
-    norms = scale = student  # stand-ins for what is not read
-    drawn = student if index is None else index
-    if normalize or has_scale:
-        norms = student.new_empty((2, every, n), dtype=torch.float32)
-        BLOCK_R, BLOCK_K = NORM_BLOCK
-        _relation_norms_kernel[(triton.cdiv(G * n, BLOCK_R), 2, layers)](
-            s, t, drawn, norms, *s_rows, *t_rows, **sizes, eps=eps,
-            HAS_INDEX=index is not None, INVERT=normalize, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K,
+    def form_norms(self) -> None:
+        (BLOCK_R, BLOCK_K), tokens = NORM_BLOCK, self.B * self.N
+        _relation_norms_kernel[(cdiv(tokens, BLOCK_R), 2, self.layers)](
+            self.students, self.teachers, self.norms, _rows(self.s, "batch"), _rows(self.t, "batch"),
+            self.layers * tokens, tokens, self.N, self.Ds, self.Dt, self.eps,
+            NORMALIZE=self.normalize, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K,
         )  # fmt: skip
-    if has_scale:
-        scale = 2.0**14 / _largest(norms, normalize).clamp_min_(torch.finfo(torch.float32).tiny * 2.0**15)
+        self.has_norms = True
 
-    factor = 4 * weight / (G * n * n)
-    flags = {"NORMALIZE": normalize, "TERMS": 2 if student.itemsize == 2 else 1, "PRECISION": float32_products()}
-    flags["HAS_INDEX"] = index is not None
-    clamps = {"RECTIFY_S": rectify == "both", "RECTIFY_T": rectify != "none"}
-    BLOCK_M = config.map.BLOCK_M
-    columns = triton.cdiv(n, BLOCK_M)
-    pitch = columns * BLOCK_M  # W is stored in whole tiles, so that its rows are aligned and need no mask
-    budget = (STRIP_BYTES + layers * student.numel() * student.itemsize) // (4 * pitch)  # rows of W
-    triangle = columns * (columns + 1) // 2
+    def scales(self, scope: str) -> Tensor | None:
+        """(layers, G) by which float16 holds a W of raw rows, for largest values a of both networks:
+        |W| <= (Ds a_s² + Dt a_t²) 2**-11 a_s."""
+        if self.normalize:
+            return None
+        a_s, a_t = self.norms.amin({"intra": (3,), "inter": (2,), "batch": (2, 3)}[scope]).reciprocal_()
+        bound = (self.Ds * a_s.square() + self.Dt * a_t.square()) * a_s
+        return 2.0**25 / bound.clamp_min_(2.0**-90)
 
-    d_rows = s_rows if dstudents is None else _rows(dstudents[0], scope)
-    if index is not None:  # drawn rows are contiguous: N of them occupy N rows
-        d_rows = Rows(0, N * Ds, Ds, 1)
-    if dstudents is None:
-        partial = student.new_empty(every * triangle, dtype=torch.float32)
-        _relation_map_kernel[(every * triangle,)](
-            s, t, drawn, norms, scale, partial, student, student, *s_rows, *t_rows, **sizes,
-            first_group=0, first_tile=0, tiles=triangle, pitch=0, stride_wg=0, term=0,
-            IS_TRIANGLE=True, HAS_GRAD=False, HAS_SCALE=False, **flags, **clamps, **config.map._asdict(),
-        )  # fmt: skip
-    elif budget < pitch and Ds <= max(config.fused):
-        fused = config.fused[min(width for width in config.fused if width >= Ds)]
-        strips = triton.cdiv(n, fused.BLOCK_M)
-        partial = student.new_empty(every * strips, dtype=torch.float32)
-        _relation_fused_kernel[(every * strips,)](
-            s, t, drawn, norms, scale, partial, tuple(dstudents), *s_rows, *t_rows, *d_rows, **sizes,
-            strips=strips, factor=factor,
-            HAS_SCALE=has_scale, IS_ADDED=is_added, CHUNKS=triton.cdiv(Ds, fused.BLOCK_D),
-            **flags, **clamps, **fused._asdict(),
-        )  # fmt: skip
-    else:
+    def add(
+        self,
+        scope: str,
+        dstudents: Sequence[Tensor] | None,
+        rectify: str = "none",
+        weight: float = 1.0,
+        before: Sequence[Tensor] | None = None,
+        index: Sequence[Tensor] | None = None,
+    ) -> Term:
+        """Write the gradients of weight times the losses of a scope, added to float32 ones `before`. With index, per
+        layer (K,), the groups are those rows of a batch, and so are dstudents (1, K, Ds)."""
+        B, N, tokens = self.B, self.N, self.B * self.N
+        G, n, run = {"intra": (B, N, None), "inter": (N, B, None), "batch": (1, tokens, N)}[scope]
+        n = n if index is None else index[0].shape[0]
+        every = self.layers * G
+        s_rows, t_rows = _rows(self.s, scope), _rows(self.t, scope)
+        d_rows = s_rows if dstudents is None else _rows(dstudents[0], scope)
+        if index is not None:  # drawn rows are contiguous: N of them occupy N rows
+            d_rows = Rows(0, N * self.Ds, self.Ds, 1)
+        drawn = None if index is None else tuple(index)
+        of_tokens = {"intra": (N, 1), "inter": (1, N), "batch": (0, 1)}[scope]
+        out = None if dstudents is None else tuple(dstudents)
+        added = None if before is None else tuple(before)
+        networks = (self.layers * tokens, tokens, n, G, run, self.Ds, self.Dt)
+        sizes = networks[1:-1]
+        flags = {"NORMALIZE": self.normalize, "TERMS": self.terms}
+        clamps = {"RECTIFY_S": rectify == "both", "RECTIFY_T": rectify != "none"}
+        factor, mean = 4 * weight / (G * n * n), 1 / (G * n * n)
+        new = self.s.new_empty
+
+        tile = self.config.group
+        # Drawn or unaligned float32 rows would spill registers there, and two terms of W of 16-bit rows be computed by
+        # warps twice.
+        if self.terms == 2 if self.is_narrow else index is not None or not self.is_aligned:
+            tile = None
+        if n <= GROUP_ROWS and tile is not None:
+            if not self.normalize and not self.has_norms:
+                self.form_norms()
+            full, tail, pitch = tile.cut(n)
+            programs = min(every, multiprocessors(self.s.device))
+            held = programs if dstudents is not None else 0
+            w = new((held, self.terms, pitch, pitch), dtype=torch.float16)
+            along = new((held, full + (tail > 0), n), dtype=torch.float32)
+            partial = new(every, dtype=torch.float32)
+            _relation_group_kernel[(programs,)](
+                self.students, self.teachers, drawn, self.norms, self.scales(scope), partial, w, along, added, out,
+                s_rows, t_rows, of_tokens, d_rows, *networks, every, programs, full, pitch, factor, self.eps,
+                HAS_NORMS=self.has_norms, HAS_GRAD=out is not None, TAIL=tail, **flags, **clamps, **blocks(tile),
+            )  # fmt: skip
+            self.has_norms = True
+            return Term(partial, G, mean)
+
+        if not self.has_norms:
+            self.form_norms()
+        scale = self.scales(scope)
+        BLOCK_M = self.map.BLOCK_M
+        columns = cdiv(n, BLOCK_M)
+        pitch = columns * BLOCK_M  # W is stored in whole tiles, so that its rows are aligned and need no mask
+        budget = STRIP_BYTES // (2 * self.terms * pitch)  # rows of W
+        triangle = columns * (columns + 1) // 2
         # Several groups at a time if whole maps fit, otherwise strips of one map's rows.
-        is_triangle = budget >= pitch
-        groups = min(max(budget // pitch, 1), every)
-        groups = triton.cdiv(every, triton.cdiv(every, groups))
+        is_triangle = budget >= pitch or out is None
+        groups = every if out is None else min(max(budget // pitch, 1), every)
+        groups = cdiv(every, cdiv(every, groups))
         row_tiles = columns if is_triangle else min(max(budget // BLOCK_M, 1), columns)
-        row_tiles = triton.cdiv(columns, triton.cdiv(columns, row_tiles))
-        terms = 2 if student.itemsize == 2 else 1
-        deepest = max(apply.BLOCK_M for apply in config.apply)  # whose tiles are read whole too
-        w = student.new_empty((terms, groups, triton.cdiv(row_tiles * BLOCK_M, deepest) * deepest, pitch))
-        along = student.new_empty((groups, columns, n), dtype=torch.float32)
-        partial = student.new_empty(every * (triangle if is_triangle else columns * columns), dtype=torch.float32)
+        row_tiles = cdiv(columns, cdiv(columns, row_tiles))
+        deepest = max(apply.BLOCK_M for apply in self.config.apply)  # whose tiles are read whole too
+        w_rows = cdiv(row_tiles * BLOCK_M, deepest) * deepest
+        held = 0 if out is None else groups
+        w = new((self.terms, held, w_rows, pitch), dtype=torch.float16)
+        along = new((held, columns, n), dtype=torch.float32)
+        partial = new(every * (triangle if is_triangle else columns * columns), dtype=torch.float32)
+        strip = (w_rows, pitch, w.stride(0))
         done = 0
         for g in range(0, every, groups):
             for first_tile in range(0, columns, row_tiles):
                 here, tall = min(groups, every - g), min(row_tiles, columns - first_tile)
                 tiles = triangle if is_triangle else tall * columns
                 _relation_map_kernel[(here * tiles,)](
-                    s, t, drawn, norms, scale, partial[done:], w, along, *s_rows, *t_rows, **sizes,
-                    first_group=g, first_tile=first_tile, tiles=tiles, pitch=pitch,
-                    stride_wg=w.stride(1), term=w.stride(0),
-                    IS_TRIANGLE=is_triangle, HAS_GRAD=True, HAS_SCALE=has_scale, **flags, **clamps,
-                    **config.map._asdict(),
+                    self.students, self.teachers, drawn, self.norms, scale, partial[done:], w, along,
+                    s_rows, t_rows, of_tokens, *networks, g, first_tile, tiles, *strip,
+                    IS_TRIANGLE=is_triangle, HAS_GRAD=out is not None, **flags, **clamps, **blocks(self.map),
                 )  # fmt: skip
                 done += here * tiles
+                if out is None:
+                    continue
                 rows = min(tall * BLOCK_M, n - first_tile * BLOCK_M)
-                programs, apply_tiles, apply = _fill(config.apply, here, rows, Ds, student.device)
+                programs, apply_tiles, apply = _fill(self.config.apply, here, rows, self.Ds, self.s.device)
                 _relation_apply_kernel[(programs,)](
-                    w, along, s, drawn, norms, scale, tuple(dstudents), *s_rows, *d_rows, **of_student,
-                    first_group=g, first_row=first_tile * BLOCK_M, row_tiles=apply_tiles, columns=columns,
-                    pitch=pitch, stride_wg=w.stride(1), term=w.stride(0), factor=factor,
-                    HAS_SCALE=has_scale, IS_ADDED=is_added, **flags, **apply._asdict(),
+                    w, along, self.students, drawn, self.norms, scale, added, out, s_rows, of_tokens, d_rows,
+                    *sizes, g, first_tile * BLOCK_M, apply_tiles, columns, *strip, factor, **flags, **blocks(apply),
                 )  # fmt: skip
+        return Term(partial, partial.numel() // self.layers, mean)
 
-    count = partial.numel() // layers
-    _relation_sum_kernel[(layers,)](
-        partial, loss, count=count, stride_l=loss.stride(0), scale=1 / (G * n * n), BLOCK=SUM_BLOCK
-    )
+    def losses(self, terms: Sequence[Term], losses: Sequence[Tensor]) -> None:
+        """Write the losses of terms, (terms,) per layer."""
+        partials, counts, scales = (tuple(x) for x in zip(*terms, strict=True))
+        _relation_sum_kernel[(self.layers, len(terms))](partials, tuple(losses), counts, scales, BLOCK=SUM_BLOCK)
+
+
+def _fill(choices: tuple[Apply, ...], groups: int, rows: int, Ds: int, device: torch.device) -> tuple[int, int, Apply]:
+    """The first configuration with a program for every multiprocessor, else the last: programs, tiles of rows, it."""
+    for apply in choices:
+        row_tiles = cdiv(rows, apply.BLOCK_M)
+        programs = groups * row_tiles * cdiv(Ds, apply.BLOCK_D)
+        if programs >= multiprocessors(device):
+            break
+    return programs, row_tiles, apply
 
 
 def _gram(student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str, normalize: bool, eps: float) -> Tensor:
-    """||SSᵀ - TTᵀ||² = ||SᵀS||² - 2||SᵀT||² + ||TᵀT||², dŜ = 4/(G n²) (S(SᵀS) - T(TᵀS)), in float64.
+    """||SSᵀ - TTᵀ||² = ||SᵀS||² - 2||SᵀT||² + ||TᵀT||², dŜ = 4/(G n²) (S(SᵀS) - T(TᵀS)).
 
-    Both networks' rows stand side by side, Z = [S T]: a piece takes three launches for ZᵀZ and one product for dŜ.
+    Both networks' rows stand side by side, Z = [S T]. A piece of the rows takes two launches: one writes them as digits
+    of 8 bits, tokens side by side as integer units want them, and one adds their products to ZᵀZ.
     """
-    Ds, Dt = student.shape[2], teacher.shape[2]
+    B, N, Ds = student.shape
+    Dt, new = teacher.shape[2], student.new_empty
+    D = Ds + Dt
+    G, n, run = {"intra": (B, N, None), "inter": (N, B, None), "batch": (1, B * N, N)}[scope]
+    s_rows, t_rows = _rows(student, scope), _rows(teacher, scope)
+    kind = architecture(student.device)
+    tile, apply = GRAMS[kind], GRAM_APPLIES[kind]
+    columns = cdiv(D, tile.BLOCK_D)
+    tiles = columns * (columns + 1) // 2
 
-    def folded(x: Tensor) -> Tensor:  # (G, runs, rows of a run, D), a view
-        return x[None] if scope == "batch" else (x if scope == "intra" else x.transpose(0, 1))[:, None]
+    peaks = None
+    if not normalize:  # digits count from the largest number of a network's group
+        alike = Alike([student], [teacher], normalize, eps)
+        alike.form_norms()
+        peaks = alike.norms[:, 0].amin({"intra": (2,), "inter": (1,), "batch": (1, 2)}[scope])
 
-    def inverse_norms(x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return norm.reciprocal().masked_fill_(norm <= eps, 0)
+    step = max(tile.BLOCK_N, DIGITS.BLOCK_R)  # a multiple of both
 
-    networks = [(x, inverse_norms(x) if normalize else None) for x in (folded(student), folded(teacher))]
-    ds = None if dstudent is None else folded(dstudent)
-    (s, r), _ = networks
-    G, runs, run = s.shape[:3]
-    n = runs * run
-    scale = 1 / (G * n * n)
-    total = student.new_zeros((), dtype=torch.float64)
+    def whole(rows: int) -> int:
+        return cdiv(rows, step) * step
 
-    def side_by_side(at: tuple[slice, ...]) -> Tensor:  # (groups, rows, Ds + Dt), of float32 unit rows
-        shape = s[at].shape[:3]
-        z = total.new_empty((*shape, Ds + Dt))
-        for (x, inv), columns in zip(networks, (slice(0, Ds), slice(Ds, None)), strict=True):
-            if inv is None:
-                z[..., columns] = x[at]
-            else:
-                torch.mul(x[at], inv[at], out=z[..., columns])
-        return z.flatten(1, 2)
+    long = min(whole(n), max(GRAM_BYTES // (4 * D) // step, 1) * step)
+    long = whole(cdiv(n, cdiv(n, long)))
+    f_pitch = cdiv(Ds, 16) * 16
+    of_group = 4 * D * (long + f_pitch) + 8 * tiles * tile.BLOCK_D**2
+    groups = min(max(2 * GRAM_BYTES // of_group, 1), G) if n <= long else 1
+    groups = cdiv(G, cdiv(G, groups))
+    pieces = max(2 * multiprocessors(student.device) // (groups * tiles), cdiv(long, GRAM_ROWS))
+    share = cdiv(long // tile.BLOCK_N, pieces)  # of a piece, in steps
+    pieces = cdiv(long // tile.BLOCK_N, share)
 
-    groups = min(max(GRAM_CHUNK // (Ds + Dt) ** 2, 1), G)
-    long = min(max(GRAM_CHUNK // (groups * (Ds + Dt)), 1), run)
-    many = max(GRAM_CHUNK // (groups * long * (Ds + Dt)), 1) if long == run else 1
-    for g0 in range(0, G, groups):
-        g = slice(g0, g0 + groups)
-        pieces = [
-            (g, slice(a, a + many), slice(b, b + long)) for a in range(0, runs, many) for b in range(0, run, long)
-        ]
-        zz = total.new_zeros((len(s[g]), Ds + Dt, Ds + Dt))
-        for at in pieces:
-            z = side_by_side(at)
-            zz.baddbmm_(z.mT, z)
-        ss, st, tt = zz[:, :Ds, :Ds], zz[:, :Ds, Ds:], zz[:, Ds:, Ds:]
-        for gram, weight in ((ss, 1), (st, -2), (tt, 1)):
-            total += weight * torch.linalg.vector_norm(gram).square()
-        if ds is None:
-            continue
-        factor = torch.cat([ss, -st.mT], 1).mul_(4 * scale)
-        for at in pieces:
-            z = side_by_side(at)
-            d = (z @ factor).view(ds[at].shape)
-            if r is not None:
-                s_hat = z[..., :Ds].view_as(d)
-                d = d.addcmul_(s_hat, (s_hat * d).sum(-1, keepdim=True), value=-1).mul_(r[at])
-            ds[at] = d
-    return (total.clamp_min(0) * scale).float()  # rounding alone can take a zero below 0
+    blocks = whole(n) // DIGITS.BLOCK_R
+    planes = new((groups, 4, D, long), dtype=torch.int8)
+    norms = new((2, G, n), dtype=torch.float32)
+    lost = new((groups, 2, blocks), dtype=torch.int32)
+    grams = new((groups, pieces, tiles, tile.BLOCK_D, tile.BLOCK_D), dtype=torch.float64)
+    partial = new(4 * G * tiles, dtype=torch.float64)
+    f = None if dstudent is None else new((2, groups, D, f_pitch), dtype=torch.float16)
+    scale = 2.0 ** (11 - (n - 1).bit_length())  # a similarity of columns is at most n
+    factors = {"f_pitch": f_pitch, "term": 0 if f is None else f.stride(0)}
+    for g in range(0, G, groups):
+        here = min(groups, G - g)
+        for first in range(0, n, long):
+            rows = whole(min(long, n - first))
+            _relation_digits_kernel[(rows // DIGITS.BLOCK_R, 2, here)](
+                student, teacher, peaks, norms, planes, lost, s_rows, t_rows, n=n, G=G, run=run, Ds=Ds, Dt=Dt,
+                first_group=g, first_row=first, blocks=blocks, pitch=long, eps=eps, NORMALIZE=normalize,
+                **DIGITS._asdict(),
+            )  # fmt: skip
+            _relation_gram_kernel[(here * pieces * tiles,)](
+                planes, grams, D=D, pitch=long, steps=rows // tile.BLOCK_N, share=share, pieces=pieces, tiles=tiles,
+                first_row=first, **tile._asdict(),
+            )  # fmt: skip
+        _relation_factor_kernel[(4 * tiles, here)](
+            grams, lost, peaks, partial, f, G=G, D=D, Ds=Ds, first_group=g, pieces=pieces, tiles=tiles, blocks=blocks,
+            **factors, scale=scale, BLOCK_D=tile.BLOCK_D, BLOCK=SUM_BLOCK,
+        )  # fmt: skip
+        if dstudent is not None:
+            _relation_gram_apply_kernel[(cdiv(n, apply.BLOCK_M), here)](
+                student, teacher, norms, peaks, f, dstudent, s_rows, t_rows, _rows(dstudent, scope), n=n, G=G, run=run,
+                Ds=Ds, Dt=Dt, first_group=g, **factors, factor=4 / (G * n * n) / scale, NORMALIZE=normalize,
+                **apply._asdict(),
+            )  # fmt: skip
+    loss = new(1, dtype=torch.float32)
+    _relation_sum_kernel[(1, 1)]((partial,), (loss,), (partial.numel(),), (1 / (G * n * n),), BLOCK=SUM_BLOCK)
+    return loss.view(())
 
 
 def relation_fwd(
@@ -247,10 +300,10 @@ def relation_fwd(
     dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=stored_gradient(student))
     ds = dstudent if with_grad else None
     if algorithm == "gram":
-        with torch.autocast(student.device.type, enabled=False):
-            return _gram(student, teacher, ds, scope, normalize, eps), dstudent
+        return _gram(student, teacher, ds, scope, normalize, eps), dstudent
+    alike = Alike([student], [teacher], normalize, eps)
     loss = student.new_empty(1, dtype=torch.float32)
-    _tile([student], [teacher], loss, None if ds is None else [ds], scope, normalize, rectify, eps)
+    alike.losses([alike.add(scope, None if ds is None else [ds], rectify)], [loss])
     return loss.view(()), dstudent
 
 
@@ -272,29 +325,29 @@ def manifold_fwd(
     random: float,
     with_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    terms: dict[int, Tensor] = {}
+    terms = students[0].new_empty((len(students), 3), dtype=torch.float32)
     dstudents = [s.new_empty(s.shape if with_grad else (0,), dtype=stored_gradient(s)) for s in students]
-    options: dict[str, Any] = {"normalize": True, "rectify": "none", "eps": 1e-12}
+    of_layers = terms.unbind()
     for layers in _alike(students, teachers, indices):
-        s, t = [students[i] for i in layers], [teachers[i] for i in layers]
-        index = torch.stack([indices[i] for i in layers])
-        sums = drawn = None
+        alike = Alike([students[i] for i in layers], [teachers[i] for i in layers], True, 1e-12)
+        index = [indices[i].contiguous() for i in layers]
+        ds: Sequence[Tensor] | None = None
+        sums: Sequence[Tensor] | None = None
+        drawn: Sequence[Tensor] | None = None
         if with_grad:
-            # In float32 until the three terms are added up.
-            sums = [d if d.dtype == torch.float32 else torch.empty_like(d, dtype=torch.float32)
-                    for d in (dstudents[i] for i in layers)]  # fmt: skip
-            drawn = s[0].new_empty((len(layers), 1, index.shape[1], s[0].shape[2]), dtype=torch.float32)
-        loss = s[0].new_empty((3, len(layers)), dtype=torch.float32)
-        _tile(s, t, loss[0], sums, "intra", **options, weight=intra)
-        _tile(s, t, loss[1], sums, "inter", **options, weight=inter, is_added=True)
-        _tile(s, t, loss[2], None if drawn is None else list(drawn), "batch", **options, weight=random, index=index)
-        terms |= zip(layers, loss.unbind(1), strict=True)
-        if sums is None or drawn is None:
-            continue
-        (K, D), (BLOCK_K, BLOCK_D) = drawn.shape[2:], SCATTER_BLOCK
-        _relation_scatter_kernel[(K, len(layers), triton.cdiv(D, BLOCK_D))](
-            drawn, index, tuple(sums), K=K, D=D, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D
-        )
-        if sums[0].dtype != dstudents[layers[0]].dtype:
-            torch._foreach_copy_([dstudents[i] for i in layers], sums)
-    return torch.stack([terms[i] for i in range(len(students))]), dstudents
+            # In float32 until the three terms are added up, by the last of them.
+            ds = [dstudents[i] for i in layers]
+            one, sums = alike.s, ds
+            if ds[0].dtype != torch.float32:
+                sums = one.new_empty((len(layers), *one.shape), dtype=torch.float32).unbind()
+            drawn = one.new_empty((len(layers), 1, len(index[0]), alike.Ds), dtype=torch.float32).unbind()
+        of_images = alike.add("intra", sums, weight=intra)
+        of_draws = alike.add("batch", drawn, weight=random, index=index)
+        if sums is not None and drawn is not None:
+            (K, D), (BLOCK_K, BLOCK_D) = drawn[0].shape[1:], SCATTER_BLOCK
+            _relation_scatter_kernel[(K, len(layers), cdiv(D, BLOCK_D))](
+                tuple(drawn), tuple(index), tuple(sums), K, D, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D
+            )
+        of_tokens = alike.add("inter", ds, weight=inter, before=sums)
+        alike.losses([of_images, of_tokens, of_draws], [of_layers[i] for i in layers])
+    return terms, dstudents

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from fastkd.capture._code import NO_QUERIES, attending, kind_of, vocabulary
-from fastkd.capture._modules import block_names, check_blocks, unknown_block
+from fastkd.capture._modules import block_names, check_blocks, check_number, unknown_block
 
 _KERNELS = {"flash_attn_func", "flash_attn_varlen_func", "flex_attention", "memory_efficient_attention"}
 
@@ -59,11 +59,11 @@ def resolve_attention(root: nn.Module, blocks: Sequence[int | str]) -> list[tupl
     found = []
     for block in blocks:
         if isinstance(block, int):
-            if not -len(layers) <= block < len(layers):
-                raise ValueError(
-                    f"block {block} is not among the {len(layers)} attention layers of {type(root).__name__} "
-                    f"({_kinds(layers)}): {_listed([layer.alias for layer in layers])}"
-                )
+            check_number(
+                block, layers,
+                lambda: f"attention layers of {type(root).__name__} ({_kinds(layers)}): "
+                f"{_listed([layer.alias for layer in layers])}",
+            )  # fmt: skip
             layer = layers[block]
             _check(root, layer.alias, layer, layers)
             found.append((layer.alias, layer.module))

@@ -1,7 +1,7 @@
 """Which modules a caller means: by name, by number, or by kind."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,12 @@ def unknown_block(root: nn.Module, block: str, numbered: list[str]) -> ValueErro
     )
 
 
+def check_number(number: int, items: Sequence[Any], words: Callable[[], str]) -> None:
+    """Check that a number, counted from the end if negative, is that of one of the items."""
+    if not -len(items) <= number < len(items):
+        raise ValueError(f"block {number} is not among the {len(items)} {words()}")
+
+
 def resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
     """Return the names of blocks given by name, or by number among `block_names`."""
     check_blocks(blocks)
@@ -53,11 +59,7 @@ def resolve(root: Any, blocks: Sequence[int | str]) -> list[str]:
     names = []
     for block in blocks:
         if isinstance(block, int):
-            if not -len(numbered) <= block < len(numbered):
-                raise ValueError(
-                    f"block {block} is not among the {len(numbered)} blocks of {type(root).__name__}: "
-                    f"{', '.join(numbered)}"
-                )
+            check_number(block, numbered, lambda: f"blocks of {type(root).__name__}: {', '.join(numbered)}")
             block = numbered[block]
         elif block not in modules or not block:
             raise unknown_block(root, block, numbered)

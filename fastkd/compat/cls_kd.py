@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from fastkd import functional as F
 from fastkd import losses
-from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
-from fastkd.ops.logits import check_pair, cross_entropy
+from fastkd.ops.logits import check_pair, soft_cross_entropy
 
 
 class KDLoss(nn.Module):
@@ -44,8 +43,7 @@ class KDLoss(nn.Module):
         """
         check_pair(logit_s, logit_t, ("logit_s", "logit_t"), self.temp)
         check.constant("logit_t", logit_t)
-        q = (logit_t.to(accumulator(logit_s, logit_t)) / self.temp).softmax(1)
-        loss = cross_entropy(logit_s, q, temperature=self.temp)
+        loss = soft_cross_entropy(logit_s, logit_t, self.temp)
         return 1 - self.alpha, loss.sum() * (self.alpha * self.temp**2 / len(loss))
 
 

@@ -2,15 +2,17 @@
 
 import contextlib
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd import distributed
 from fastkd.capture import BatchNormInputs, bn_inputs
 from fastkd.capture._hooks import before_only
 from fastkd.losses import BatchNormStatLoss
+
+if TYPE_CHECKING:
+    from fastkd.distributed import Group
 
 
 class DeepInversionFeatureHook:
@@ -29,7 +31,7 @@ class DeepInversionFeatureHook:
         ValueError: a module that is no batch norm layer, or keeps no running statistics.
     """
 
-    def __init__(self, module: nn.Module, process_group: distributed.Group = None) -> None:
+    def __init__(self, module: nn.Module, process_group: "Group" = None) -> None:
         self._module, self._group = module, process_group
         self._capture = bn_inputs(module)
         self._layer: BatchNormInputs | None = self._capture.__enter__()

@@ -1,6 +1,5 @@
 """Losses of Hao et al.'s manifold distillation (manifold-distillation/losses.py)."""
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -36,7 +35,7 @@ def _merge(name: str, x: Tensor, max_patch_num: int) -> Tensor:
     B, P, _ = x.shape
     if max_patch_num == 0 or max_patch_num >= P:
         return x
-    n, m = math.isqrt(P), math.isqrt(max_patch_num)
+    n, m = check.root(P), int(max_patch_num**0.5)  # no isqrt: under torch.compile(dynamic=True) both are symbolic
     if n * n != P or n % m != 0:
         raise ValueError(
             f"{name} has {P} tokens, which max_patch_num = {max_patch_num} cannot merge: needs a square grid, without "
@@ -109,16 +108,7 @@ def mf_loss(
     students = [_merge("block_outs_s", block_outs_s[i][:, extra:], max_patch_num) for i in layer_ids_s]
     teachers = [_merge("block_outs_t", block_outs_t[i], max_patch_num) for i in layer_ids_t]
     call = ManifoldCall(
-        students,
-        teachers,
-        intra=1.0,
-        inter=1.0,
-        random=1.0,
-        num_samples=K,
-        generator=None,
-        indices=indices,
-        return_terms=True,
-        backend="auto",
+        students, teachers, intra=1.0, inter=1.0, random=1.0, num_samples=K, indices=indices, return_terms=True
     )
     _, (patch, sample, rand) = manifold_layers(call, None)
     return w_sample * sample, w_patch * patch, w_rand * rand

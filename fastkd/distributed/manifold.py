@@ -10,7 +10,7 @@ from fastkd.distributed._ranks import About, Agreed, Own, Ranks, is_small, layou
 from fastkd.distributed.relation import sampled, spanning
 from fastkd.ops._autograd import wants_grad
 from fastkd.ops._dispatch import resolve
-from fastkd.ops.relation import ManifoldCall, check_manifold, run_manifold, run_relation
+from fastkd.ops.relation import ManifoldCall, check_manifold, layer_calls, run_manifold, run_relation, term_weights
 
 Terms = tuple[Tensor, Tensor, Tensor]  # intra, inter, random
 
@@ -30,7 +30,7 @@ def manifold_over_ranks(call: ManifoldCall, group: Group) -> tuple[Tensor, Terms
     def arguments() -> Own:
         about: About = {"function": "manifold_loss", "layers": len(students), "num_samples": call.num_samples}
         check_manifold(call)
-        about |= call.weights
+        about |= term_weights(call)
         for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
             index = None if indices is None else indices[i]
             resolve(call.backend, "relation_fwd", s, t)
@@ -67,7 +67,7 @@ def manifold_over_ranks(call: ManifoldCall, group: Group) -> tuple[Tensor, Terms
         loss, terms = run_manifold(everyones)
         loss, L_intra, L_inter, L_random = (Averaged.apply(x, ranks.world) for x in (loss, *terms))
     else:
-        pairs = call.pairs
+        pairs = layer_calls(call)
         zeros = [s.new_zeros((), dtype=accumulator(s, t)) for s, t in zip(students, teachers, strict=True)]
         of_layers = [zeros, zeros, zeros]
         if call.intra or return_terms:

@@ -198,7 +198,7 @@ def spanning(calls: Sequence[RelationCall], ranks: Ranks, agreed: Agreed) -> lis
         maps = []
         for call in (calls[i] for i in layers):
             auto = call.algorithm == "auto"
-            local = cheaper(sum(sizes), call.student, call.teacher, call.rectify) if auto else call.algorithm
+            local = cheaper(sum(sizes), call.student, call.teacher, call.rectify, impl) if auto else call.algorithm
             maps.append(call.maps(local))
         found = _Inter.apply(ranks, sizes, impl, agreed.with_grad, maps, *own, *theirs)
         for i, loss in zip(layers, found, strict=True):

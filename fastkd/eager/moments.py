@@ -36,10 +36,9 @@ def _layer_backward(
     x: Tensor,
     mean: Tensor,
     per_image: bool,
-    dy: Tensor | None = None,
-    scale: Tensor | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """dx = dmean/M + 2/M dvar (x - mean) + scale dy, the last one of a batch norm."""
+    """dx = dmean/M + 2/M dvar (x - mean) + dy scale, with (dy, scale) of a batch norm."""
     acc, over = accumulator(x), _over(x, per_image)
     M = x[0, 0].numel() if per_image else x[:, 0].numel()
     shape = [1 if d in over else n for d, n in enumerate(x.shape)]
@@ -48,7 +47,8 @@ def _layer_backward(
     for c in (channels := chunks(x.shape[1], x[:, 0].numel())):
         k = slice(c, c + channels.step)
         d = torch.addcmul(a[:, k], b[:, k], x[:, k].to(acc) - mean[:, k])
-        if dy is not None and scale is not None:
+        if norm is not None:
+            dy, scale = norm
             d = d.addcmul_(dy[:, k].to(acc), scale.view(shape)[:, k])
         dx[:, k] = d.to(x.dtype)
     return dx
@@ -90,7 +90,7 @@ def batch_norm_bwd(
     weight: Tensor | None,
     eps: float,
 ) -> Tensor:
-    return _layer_backward(dmean, dvar, x, mean, False, dy, _scale(running_var, weight, eps, accumulator(x)))
+    return _layer_backward(dmean, dvar, x, mean, False, (dy, _scale(running_var, weight, eps, accumulator(x))))
 
 
 def bn_distance(

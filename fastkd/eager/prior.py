@@ -48,6 +48,23 @@ def prior_fwd(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tv_l1, torch.stack(squares).view(-1, 4).sum(0).sqrt_(), norms.sqrt_()
 
 
+def prior_loss(
+    tv_l1: Tensor, tv_l2: Tensor, norms: Tensor, of_tv_l1: float, of_tv_l2: float, of_norm: float, per_image: bool
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of what prior_fwd gives, and its slopes by each of those numbers."""
+    if per_image:
+        norm, slope = norms.mean(), torch.full_like(norms, 1 / len(norms))
+    else:
+        # The slope at a norm of 0 is 0; at subnormal ones it would be infinite.
+        held = norms.masked_fill(norms < torch.finfo(norms.dtype).tiny, 0).double()
+        wide = torch.linalg.vector_norm(held)
+        norm, slope = wide.to(norms.dtype), (held / wide).masked_fill_(wide == 0, 0).to(norms.dtype)
+    terms = ((of_tv_l1, tv_l1.sum()), (of_tv_l2, tv_l2.sum()), (of_norm, norm))
+    loss = torch.stack([w * term for w, term in terms if w != 0] or [0 * norms.sum()]).sum()  # infinite ones times 0
+    of_image = torch.zeros_like(slope) if of_norm == 0 else of_norm * slope
+    return loss, torch.cat([torch.full_like(tv_l1, of_tv_l1), torch.full_like(tv_l2, of_tv_l2), of_image])
+
+
 def prior_bwd(dtv_l1: Tensor, dtv_l2: Tensor, dnorms: Tensor, images: Tensor, tv_l2: Tensor, norms: Tensor) -> Tensor:
     """dx = Σ_k ±( dtv_l1/n_k sign(d_k) + dtv_l2/‖d_k‖ d_k ) + dnorms/‖x_b‖ x; a zero norm has gradient 0."""
     acc = accumulator(images)

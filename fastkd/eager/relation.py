@@ -29,7 +29,7 @@ class Rows(NamedTuple):
         x = x.to(self.acc)
         if not self.normalize:
             return x, x.new_ones(()).expand(*x.shape[:-1], 1)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).to(x.dtype)  # squares fit
         r = norm.reciprocal().masked_fill_(norm <= self.eps, 0)
         return x * r, r
 

@@ -106,7 +106,8 @@ def manifold_loss(
             Differentiable.
         teacher: (B, N, Dt), or a list of as many. Constants.
         intra, inter, random: weights >= 0; a term of weight 0 is not computed unless return_terms.
-        num_samples: K distinct rows of the random term; all of them where K > B*N. Drawn anew for each layer.
+        num_samples: K distinct rows of the random term; all of them where K > B*N. Each layer has rows of its
+            own: pieces of one permutation, for layers with as many tokens.
         generator: source of the draw (not under torch.compile); torch's default generator if None.
         index: (K,) int64 rows to take instead: one draw for all layers.
         return_terms: also give the unweighted (intra, inter, random), each differentiable by itself; "detached" gives

@@ -1,7 +1,5 @@
 """Checks and errors that losses on tokens share."""
 
-import math
-
 from torch import Tensor, nn
 
 from fastkd._precision import accumulator
@@ -12,7 +10,7 @@ from fastkd.ops._autograd import savable
 def token_grid(name: str, N: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     """Return (h, w) of N tokens; without a grid they must be a square."""
     if grid is None:
-        side = math.isqrt(N)
+        side = check.root(N)
         if side * side != N:
             raise ValueError(
                 f"{name} must hold a square grid of tokens, without class or register tokens, got N = {N}; of another "

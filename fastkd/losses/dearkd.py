@@ -68,8 +68,9 @@ class EarlyDistillationLoss(nn.Module):
 
         Raises:
             TypeError: not floating-point tensors.
-            ValueError: another number of layers, shapes that do not fit or are empty, N that is no such grid, devices
-                that differ, a teacher that requires a gradient.
+            ValueError: another number of layers, shapes that do not fit or are empty, N that is no such grid, a map
+                that is no square and has no grid of N tokens near it, devices that differ, a teacher that requires a
+                gradient.
         """
         students, teachers = check.layers("students", students), check.layers("teachers", teachers)
         layers = len(self.aligners)
@@ -86,10 +87,13 @@ class EarlyDistillationLoss(nn.Module):
             check_tokens(f"teachers[{i}]", t, (B, C, None, None), f"({B}, {C}, h, w)")
             check.same_device(**{f"students[{i}]": s, f"teachers[{i}]": t})
             check.constant(f"teachers[{i}]", t)
-            h, w = token_grid(f"students[{i}]", N, grids[i] or _shaped_as(t.shape[2], t.shape[3], N))
+            name = f"students[{i}]"
+            h, w = token_grid(name, N, grids[i] or _shaped_as(name, t.shape[2], t.shape[3], N))
             x = aligner(savable(s).to(next(aligner.parameters()).dtype)).mT.reshape(B, C, h, w)
             if t.shape[2:] != (h, w):
                 x = nn.functional.interpolate(x, t.shape[2:], mode="bilinear", align_corners=False)
+            else:
+                x = x.contiguous()  # PyTorch's compiled gradient of mse_loss is wrong about mixed layouts
             terms.append(squared_error(x, t, "mean"))
         return torch.stack(terms).sum()
 
@@ -106,15 +110,20 @@ def _grids(grid: Any, layers: int) -> list[tuple[int, int] | None]:
     return list(grid)
 
 
-def _shaped_as(h: int, w: int, N: int) -> tuple[int, int] | None:
-    """Return the grid of N tokens whose shape is nearest to h x w, at most 1.5 times wider or narrower.
+def _shaped_as(name: str, h: int, w: int, N: int) -> tuple[int, int] | None:
+    """Return the grid of N tokens whose shape is nearest to h x w; None, a square, for a square map.
 
-    None, a square, for a square map (56 tokens on it would be 7 x 8 or 8 x 7), and if no grid is near a map that is at
-    most three times as long as wide. A longer map returns its own grid, which does not have N tokens and is refused.
+    Raises:
+        ValueError: no grid is near the map's shape, that is at most 1.5 times wider or narrower.
     """
-    low = [(a, N // a) for a in range(1, math.isqrt(N) + 1) if N % a == 0]
+    if h == w:
+        return None
+    low = [(a, N // a) for a in range(1, check.root(N) + 1) if N % a == 0]
     errors = {(a, b): abs(math.log(b * h / (a * w))) for a, b in [*low, *((b, a) for a, b in low)]}
     best = min(errors, key=errors.__getitem__)
-    if h != w and errors[best] < math.log(1.5):
-        return best
-    return None if max(h, w) <= 3 * min(h, w) else (h, w)
+    if errors[best] >= math.log(1.5):
+        raise ValueError(
+            f"{name} has {N} tokens, which form no grid of about the shape of the teacher's map, ({h}, {w}); "
+            "give grid=(h, w)"
+        )
+    return best

@@ -1,13 +1,18 @@
 """The module that spreads the features of a class."""
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from fastkd import functional as F
-from fastkd.distributed import Group
+from fastkd.losses._fixed import FixedLoss
 from fastkd.ops import _checks as check
 
+if TYPE_CHECKING:
+    from fastkd.distributed import Group
 
-class IntraDivergenceLoss(nn.Module):
+
+class IntraDivergenceLoss(FixedLoss):
     """fastkd.intra_divergence_loss, in our formulation, with its margins fixed.
 
     loss(features (B, D), labels (B,)) -> scalar.
@@ -18,21 +23,13 @@ class IntraDivergenceLoss(nn.Module):
         process_group: compare the images of all its ranks (fastkd.distributed); None, those of this process.
     """
 
-    def __init__(self, *, spread_margin: float, boundary_margin: float, process_group: Group = None) -> None:
-        super().__init__()
+    shown = ("spread_margin", "boundary_margin")
+
+    def __init__(self, *, spread_margin: float, boundary_margin: float, process_group: "Group" = None) -> None:
         check.number("spread_margin", spread_margin, low=0)
         check.number("boundary_margin", boundary_margin, low=0)
-        self.spread_margin, self.boundary_margin = spread_margin, boundary_margin
+        super().__init__(spread_margin=spread_margin, boundary_margin=boundary_margin)
         self.process_group = process_group
 
-    def extra_repr(self) -> str:
-        return f"spread_margin={self.spread_margin}, boundary_margin={self.boundary_margin}"
-
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return F.intra_divergence_loss(
-            features,
-            labels,
-            spread_margin=self.spread_margin,
-            boundary_margin=self.boundary_margin,
-            group=self.process_group,
-        )
+        return F.intra_divergence_loss(features, labels, group=self.process_group, **self.options)

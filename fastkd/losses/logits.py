@@ -1,13 +1,14 @@
 """Modules over logits."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd import functional as F
+from fastkd.losses._fixed import FixedLoss
 from fastkd.ops import _checks as check
 from fastkd.ops.logits import LogitReduction, RowReduction
 
 
-class SoftTargetLoss(nn.Module):
+class SoftTargetLoss(FixedLoss):
     """fastkd.soft_target_loss with its options fixed: loss(student (B, C), teacher (B, C)) -> scalar.
 
     Args:
@@ -15,20 +16,18 @@ class SoftTargetLoss(nn.Module):
         reduction: "batchmean", "mean" (DeiT's division by B C), "sum" or "none".
     """
 
+    shown = ("temperature", "reduction")
+
     def __init__(self, *, temperature: float = 1.0, reduction: LogitReduction = "batchmean") -> None:
-        super().__init__()
         check.temperature(temperature)
         check.one_of("reduction", reduction, ("batchmean", "mean", "sum", "none"))
-        self.temperature, self.reduction = temperature, reduction
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, reduction={self.reduction!r}"
+        super().__init__(temperature=temperature, reduction=reduction)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.soft_target_loss(student, teacher, temperature=self.temperature, reduction=self.reduction)
+        return F.soft_target_loss(student, teacher, **self.options)
 
 
-class DKDLoss(nn.Module):
+class DKDLoss(FixedLoss):
     """fastkd.dkd_loss with its options fixed: loss(student (B, C), teacher (B, C), label (B,)) -> scalar.
 
     Args:
@@ -36,32 +35,22 @@ class DKDLoss(nn.Module):
         reduction: "mean" over images, "sum" or "none".
     """
 
+    shown = ("alpha", "beta", "temperature", "reduction")
+
     def __init__(
         self, *, alpha: float = 1.0, beta: float = 4.0, temperature: float = 1.0, reduction: RowReduction = "mean"
     ) -> None:
-        super().__init__()
         check.number("alpha", alpha, low=0)
         check.number("beta", beta, low=0)
         check.temperature(temperature)
         check.one_of("reduction", reduction, ("mean", "sum", "none"))
-        self.alpha, self.beta, self.temperature, self.reduction = alpha, beta, temperature, reduction
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, reduction={self.reduction!r}"
+        super().__init__(alpha=alpha, beta=beta, temperature=temperature, reduction=reduction)
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor | int) -> Tensor:
-        return F.dkd_loss(
-            student,
-            teacher,
-            label,
-            alpha=self.alpha,
-            beta=self.beta,
-            temperature=self.temperature,
-            reduction=self.reduction,
-        )
+        return F.dkd_loss(student, teacher, label, **self.options)
 
 
-class NKDLoss(nn.Module):
+class NKDLoss(FixedLoss):
     """fastkd.nkd_loss with its options fixed: loss(student (B, C), teacher (B, C), label (B,) or (B, C)) -> scalar.
 
     Args:
@@ -69,17 +58,13 @@ class NKDLoss(nn.Module):
         reduction: "mean" over images, "sum" or "none".
     """
 
+    shown = ("gamma", "temperature", "reduction")
+
     def __init__(self, *, gamma: float = 1.0, temperature: float = 1.0, reduction: RowReduction = "mean") -> None:
-        super().__init__()
         check.number("gamma", gamma, low=0)
         check.temperature(temperature)
         check.one_of("reduction", reduction, ("mean", "sum", "none"))
-        self.gamma, self.temperature, self.reduction = gamma, temperature, reduction
-
-    def extra_repr(self) -> str:
-        return f"gamma={self.gamma}, temperature={self.temperature}, reduction={self.reduction!r}"
+        super().__init__(gamma=gamma, temperature=temperature, reduction=reduction)
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor | int) -> Tensor:
-        return F.nkd_loss(
-            student, teacher, label, gamma=self.gamma, temperature=self.temperature, reduction=self.reduction
-        )
+        return F.nkd_loss(student, teacher, label, **self.options)

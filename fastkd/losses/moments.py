@@ -1,16 +1,18 @@
 """The module over BatchNorm statistics."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.distributed import Group
 from fastkd.functional.moments import bn_stat_loss_and_moments
 from fastkd.ops import _checks as check
 from fastkd.ops._dispatch import Backend
 from fastkd.ops.moments import BnStatCall, Distance, Moments
+
+if TYPE_CHECKING:
+    from fastkd.distributed import Group
 
 
 def _channels(inputs: Sequence[Tensor]) -> list[int]:
@@ -47,7 +49,7 @@ class BatchNormStatLoss(nn.Module):
         layer_weights: Sequence[float] | None = None,
         momentum: float | None = None,
         backend: Backend = "auto",
-        process_group: Group = None,
+        process_group: "Group" = None,
     ) -> None:
         super().__init__()
         check.one_of("distance", distance, ("l2", "mse", "image"))

@@ -1,23 +1,29 @@
 """Modules over relation maps."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd import functional as F
-from fastkd.distributed import Group
 from fastkd.functional.relation import Terms, manifold_layers
+from fastkd.losses._fixed import FixedLoss
 from fastkd.ops import _checks as check
 from fastkd.ops._dispatch import Backend
 from fastkd.ops.relation import Algorithm, ManifoldCall, Rectify, ReturnTerms, Scope
 
+if TYPE_CHECKING:
+    from fastkd.distributed import Group
 
-class RelationLoss(nn.Module):
+
+class RelationLoss(FixedLoss):
     """fastkd.relation_loss with its options fixed: loss(student (B, N, Ds), teacher (B, N, Dt)) -> scalar.
 
     process_group: relate the images of all its ranks (fastkd.distributed); None, those of this process.
     """
+
+    shown = ("scope", "normalize", "rectify")
 
     def __init__(
         self,
@@ -28,31 +34,18 @@ class RelationLoss(nn.Module):
         eps: float = 1e-12,
         algorithm: Algorithm = "auto",
         backend: Backend = "auto",
-        process_group: Group = None,
+        process_group: "Group" = None,
     ) -> None:
-        super().__init__()
-        self.scope, self.normalize, self.rectify, self.eps = scope, normalize, rectify, eps
-        self.algorithm, self.backend, self.process_group = algorithm, backend, process_group
-
-    def extra_repr(self) -> str:
-        return f"scope={self.scope!r}, normalize={self.normalize}, rectify={self.rectify!r}"
+        super().__init__(
+            scope=scope, normalize=normalize, rectify=rectify, eps=eps, algorithm=algorithm, backend=backend
+        )
+        self.process_group = process_group
 
     def forward(self, student: Tensor, teacher: Tensor, *, index: Tensor | None = None) -> Tensor:
-        return F.relation_loss(
-            student,
-            teacher,
-            scope=self.scope,
-            index=index,
-            normalize=self.normalize,
-            rectify=self.rectify,
-            eps=self.eps,
-            algorithm=self.algorithm,
-            backend=self.backend,
-            group=self.process_group,
-        )
+        return F.relation_loss(student, teacher, index=index, group=self.process_group, **self.options)
 
 
-class ManifoldLoss(nn.Module):
+class ManifoldLoss(FixedLoss):
     """Fine-grained manifold distillation over matched layers: Hao et al. 2022 (arXiv:2107.01378).
 
         L = 1/L Σ_l ( intra L_intra + inter L_inter + random L_random ),  the weights of the official code
@@ -68,6 +61,8 @@ class ManifoldLoss(nn.Module):
         TypeError, ValueError: a weight or number out of its range.
     """
 
+    shown = ("intra", "inter", "random", "num_samples")
+
     def __init__(
         self,
         *,
@@ -76,17 +71,13 @@ class ManifoldLoss(nn.Module):
         random: float = 0.2,
         num_samples: int = 192,
         backend: Backend = "auto",
-        process_group: Group = None,
+        process_group: "Group" = None,
     ) -> None:
-        super().__init__()
         for name, weight in (("intra", intra), ("inter", inter), ("random", random)):
             check.number(name, weight, low=0)
         check.positive_int("num_samples", num_samples)
-        self.intra, self.inter, self.random = intra, inter, random
-        self.num_samples, self.backend, self.process_group = num_samples, backend, process_group
-
-    def extra_repr(self) -> str:
-        return f"intra={self.intra}, inter={self.inter}, random={self.random}, num_samples={self.num_samples}"
+        super().__init__(intra=intra, inter=inter, random=random, num_samples=num_samples, backend=backend)
+        self.process_group = process_group
 
     def forward(
         self,
@@ -120,15 +111,6 @@ class ManifoldLoss(nn.Module):
                 raise ValueError("index is one draw for all layers and indices are one for each: give one of them")
             indices = [index] * len(students)
         call = ManifoldCall(
-            students,
-            teachers,
-            intra=self.intra,
-            inter=self.inter,
-            random=self.random,
-            num_samples=self.num_samples,
-            generator=generator,
-            indices=indices,
-            return_terms=return_terms,
-            backend=self.backend,
+            students, teachers, generator=generator, indices=indices, return_terms=return_terms, **self.options
         )
         return manifold_layers(call, self.process_group)

@@ -119,6 +119,7 @@ class ViTKDLoss(nn.Module):
             raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
         elif mask.shape != (B, N):
             raise ValueError(f"mask must have shape ({B}, {N}), got {tuple(mask.shape)}")
+        check.dense("mask", mask)
         masked = (check.moved("mask", mask, high_student.device) != 0)[..., None]
 
         dtype = self.mask_token.dtype

@@ -18,6 +18,16 @@ def savable(x: Tensor) -> Tensor:
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
+def distinct(*tensors: Tensor | None) -> list[Any]:
+    """Return the tensors, each as an object of its own, which the compiler asks of an autograd function's arguments."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    out: list[Tensor | None] = []
+    for x in tensors:
+        out.append(x.view_as(x) if x is not None and any(x is before for before in out) else x)
+    return out
+
+
 def refuse_transforms(function: str) -> None:
     """Raise under vmap, torch.func.grad and other transforms, which cannot look inside a fused kernel."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

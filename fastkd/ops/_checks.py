@@ -15,18 +15,23 @@ def tensor(name: str, x: Tensor, ndim: int | Collection[int], shape: str) -> Non
     """Check for a floating-point tensor of the given rank; `shape` is its form in the message, e.g. "(B, N, D)"."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {x.layout}: call to_dense() first")
+    dense(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.ndim not in ((ndim,) if isinstance(ndim, int) else ndim):
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
+def dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}: call to_dense() first")
+
+
 def integers(name: str, x: Tensor) -> None:
     """Check for a tensor of integers, such as class indices."""
     if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    dense(name, x)
 
 
 def sequence(name: str, values: object, elements: str) -> None:
@@ -58,9 +63,21 @@ def unchecked_layers(values: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def moved(name: str, x: Tensor, device: torch.device) -> Tensor:
     """Return x on the device, without waiting. A CUDA graph under capture would record the address of a tensor of
     another device, and read what is there at each replay: raise then."""
-    if x.device != device and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+    if x.device.type == "meta" != device.type:
+        raise ValueError(f"{name} must be on {device}, got a tensor without values, on the meta device")
+    is_copied = x.device != device and not torch.compiler.is_compiling()
+    # Without a driver, a build of PyTorch for GPUs raises when it is asked for the stream.
+    if is_copied and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{name} must be on {device} while a CUDA graph is captured, got {x.device}")
     return x.to(device, non_blocking=True)
+
+
+def root(N: int) -> int:
+    """Return the side of a square of N tokens. N, if it is no square, has none, and this rounds: compare the square.
+
+    math.isqrt takes no number of tokens that is symbolic, as under torch.compile(dynamic=True).
+    """
+    return int(N**0.5 + 0.5)
 
 
 def not_empty(name: str, x: Tensor) -> None:
@@ -128,4 +145,4 @@ def rows(name: str, index: Tensor, total: int) -> None:
     """Row numbers of the flattened (B*N, D) tokens, asserted on their device without waiting for it."""
     # A compiled graph serves all sizes: its message cannot hold this one.
     size = "B*N" if torch.compiler.is_compiling() else f"B*N = {total}"
-    torch._assert_async(((index >= 0) & (index < total)).all(), f"{name} must lie in [0, {size})")
+    torch._assert_async((index.remainder(total) == index).all(), f"{name} must lie in [0, {size})")

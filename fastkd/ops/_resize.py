@@ -1,7 +1,5 @@
 """Resize a grid of tokens, so that networks of different patch or image sizes can be compared."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +34,7 @@ def resize_tokens(
         raise ValueError(f"prefix must be a number of tokens below N = {x.shape[1]}, got {prefix!r}")
     new = _pair("size", size)
     N = x.shape[1] - prefix
-    old = (math.isqrt(N),) * 2 if grid is None else _pair("grid", grid)
+    old = (check.root(N),) * 2 if grid is None else _pair("grid", grid)
     if old[0] * old[1] != N:
         is_square = grid is None
         wanted = "a square grid; pass grid=(h, w), or the number of class tokens as prefix=" if is_square else f"{grid}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastkd._precision import accumulator, stored_gradient
 
 STEMS: dict[str, str] = {}  # operator -> stem: the file that holds it in eager/, kernels/ and csrc/
+_SCHEMAS: dict[str, Any] = {}
 
 # The interpreter runs Triton kernels on CPU tensors.
 _TRITON_KEY = "CPU" if os.getenv("TRITON_INTERPRET") == "1" else "CUDA"
@@ -28,7 +29,8 @@ def _first(args: tuple[Any, ...]) -> Tensor:
 def _register(stem: str, op: str, schema: str, results: Callable[[Any], Any]) -> None:
     """Register an operator and its implementations. `results` gives empty results from the arguments by name."""
     STEMS[op] = stem
-    names = [argument.name for argument in torch._C.parse_schema(f"fastkd::{op}{schema}").arguments]
+    parsed = _SCHEMAS[op] = torch._C.parse_schema(f"fastkd::{op}{schema}")
+    names = [argument.name for argument in parsed.arguments]
 
     def named(args: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(names, args, strict=True))
@@ -50,6 +52,14 @@ def _register(stem: str, op: str, schema: str, results: Callable[[Any], Any]) ->
         torch.library.register_fake(f"fastkd::{name}", fake)
     torch.library.impl(f"fastkd::{op}_eager", "CompositeExplicitAutograd", eager)
     torch.library.impl(f"fastkd::{op}_triton", _TRITON_KEY, triton)
+
+
+def signatures() -> dict[str, str]:
+    """Return the types that each operator takes and returns, as fastkd._C.signatures() has them."""
+    return {
+        op: " ".join([*(str(a.type) for a in schema.arguments), "->", *(str(r.type) for r in schema.returns)])
+        for op, schema in _SCHEMAS.items()
+    }
 
 
 def _gradient(x: Tensor, wanted: bool) -> Tensor:
@@ -161,6 +171,20 @@ _register(
     "prior_bwd",
     "(Tensor dtv_l1, Tensor dtv_l2, Tensor dnorms, Tensor images, Tensor tv_l2, Tensor norms) -> Tensor dimages",
     _prior_bwd,
+)
+
+
+def _prior_loss(a: Any) -> tuple[Tensor, Tensor]:
+    return a.norms.new_empty(()), a.norms.new_empty(8 + a.norms.shape[0])
+
+
+# slopes: (8 + B,), by each of tv_l1, tv_l2 and norms. of_norm weighs the mean of the norms, or the one norm of all.
+_register(
+    "prior",
+    "prior_loss",
+    "(Tensor tv_l1, Tensor tv_l2, Tensor norms, float of_tv_l1, float of_tv_l2, float of_norm, bool per_image)"
+    " -> (Tensor loss, Tensor slopes)",
+    _prior_loss,
 )
 
 

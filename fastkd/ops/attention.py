@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd._precision import accumulator, has_fast_float64, matrix_gain
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, savable, scaled, wants_grad
+from fastkd.ops._autograd import distinct, refuse_double_backward, refuse_transforms, savable, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve
 
 Divergence = Literal["kl", "reverse_kl", "js", "ce", "mse", "score_mse"]
@@ -116,7 +116,7 @@ def _check_shapes(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, heads: str
             )
     if (q_s.shape[0], q_s.shape[2], k_s.shape[2]) != (q_t.shape[0], q_t.shape[2], k_t.shape[2]):
         raise ValueError(
-            "student and teacher must agree in images, queries and keys (B, N_q, N_k), got "
+            "q_student, k_student and q_teacher, k_teacher must agree in images, queries and keys (B, N_q, N_k), got "
             f"{(q_s.shape[0], q_s.shape[2], k_s.shape[2])} and {(q_t.shape[0], q_t.shape[2], k_t.shape[2])}: "
             "give both class tokens or neither"
         )
@@ -134,6 +134,7 @@ def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], letters:
         raise TypeError(
             f"{name} must be a bool tensor (True counts), got {getattr(mask, 'dtype', type(mask).__name__)}"
         )
+    check.dense(name, mask)
     if mask.shape != shape:
         raise ValueError(f"{name} must have shape {letters} = {shape}, got {tuple(mask.shape)}")
 
@@ -169,14 +170,6 @@ def _rows(query_slice: slice | None, N_q: int) -> slice:
     if start >= stop:
         raise ValueError(f"query_slice must select at least one of the {N_q} queries, got {query_slice}")
     return slice(start, stop, step)
-
-
-def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Replace repeated tensors by views, since torch.compile needs distinct inputs of an autograd function."""
-    out: list[Tensor | None] = []
-    for x in tensors:
-        out.append(x.view_as(x) if x is not None and any(x is y for y in out) else x)
-    return out
 
 
 def attention_loss(
@@ -297,7 +290,7 @@ def attention_loss(
         algorithm = pick_algorithm(q_student.shape[2], N_k, d_s, d_t, q_student.device, gain)
         impl = "eager" if (impl, algorithm) == ("triton", "gram") else impl  # PyTorch operations, whoever is asked
     is_shared = k_student is q_student and algorithm == "tile"
-    inputs = _distinct(
+    inputs = distinct(
         q_student, None if is_shared else k_student, q_teacher, k_teacher, bias_s, bias_t, key_mask, row_weight
     )
     if reduction == "none":

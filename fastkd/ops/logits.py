@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import once, refuse_double_backward, refuse_transforms, savable, scaled, wants_grad
+from fastkd.ops._autograd import distinct, once, refuse_double_backward, refuse_transforms, savable, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
 
 LogitReduction = Literal["batchmean", "mean", "sum", "none"]
@@ -42,6 +42,7 @@ def _target(label: Tensor | int, like: Tensor, mixed: bool) -> Tensor:
             raise ValueError(f"label must lie in [0, C = {C}), got {label}")
         return torch.full((B, 1), label, device=like.device)
     if mixed and label.shape == (B, C):
+        check.dense("label", label)
         return check.moved("label", label, like.device).argmax(1, keepdim=True)  # a new tensor
     check.integers("label", label)
     if label.shape != (B,):
@@ -84,29 +85,19 @@ class _KL(torch.autograd.Function):
         return scaled(dstudent, dkl[:, None], ctx.dtype), None, None, None, None, None, None, None, None
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """(B,) cross-entropies -Σ_c q_c log p_c = log Σ_c e^z_c - Σ_c q_c z_c, with z = student/T less its maximum.
+class _SoftCrossEntropy(torch.autograd.Function):
+    """(B,) cross-entropies -Σ_c q_c log p_c of softmaxes at T. A class that both networks switched off adds nothing.
 
-    q is dense, (B, C); or, with an index (B, K), the K classes there, and the rest of 1 spread over the others. The one
-    copy of the logits becomes z, then e^z, then the gradient p - q.
+    The one copy of the student's logits becomes log p, then p, then the gradient p - q.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, q: Tensor, index: Tensor | None, temperature: float) -> Tensor:
-        z = student.to(q.dtype) - student.amax(1, keepdim=True).to(q.dtype)
-        if temperature != 1:
-            z.mul_(1 / temperature)
-        if index is None:
-            of_teacher = (q * z).masked_fill_(q == 0, 0).sum(1)  # 0 log 0 = 0: a class that both switched off
-        else:
-            rest = (1 - q.sum(1, keepdim=True)) / (z.shape[1] - q.shape[1])
-            q = q - rest
-            of_teacher = (q * z.gather(1, index)).sum(1) + (rest * z.sum(1, keepdim=True)).squeeze(1)
-        total = z.exp_().sum(1, keepdim=True)
-        loss = total.log().squeeze(1) - of_teacher
-        z.mul_(1 / total)
-        z = z.sub_(q) if index is None else z.sub_(rest).scatter_add_(1, index, -q)
-        ctx.save_for_backward(z)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        acc = accumulator(student, teacher)
+        q = (teacher.to(acc) / temperature).softmax(1)
+        z = (student.to(acc) / temperature).log_softmax(1).clamp_min_(torch.finfo(acc).min)  # 0 log 0 = 0
+        loss = (q * z).sum(1).neg_()
+        ctx.save_for_backward(z.exp_().sub_(q))
         ctx.temperature, ctx.dtype = temperature, student.dtype
         return loss
 
@@ -114,16 +105,53 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("soft_target_loss")
         (dstudent,) = ctx.saved_tensors
-        return scaled(dstudent, dloss[:, None] / ctx.temperature, ctx.dtype), None, None, None
+        return scaled(dstudent, dloss[:, None] / ctx.temperature, ctx.dtype), None, None
 
 
-def cross_entropy(student: Tensor, q: Tensor, index: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """Return (B,) cross-entropies of logits (B, C) with probabilities: dense (B, C), or K of them at an index (B, K).
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return (B,) cross-entropies of logits (B, C). The caller checks the arguments.
+
+    Their gradients are those of soft_target_loss.
+    """
+    refuse_transforms("soft_target_loss")
+    return cast(Tensor, _SoftCrossEntropy.apply(*distinct(student, teacher), temperature))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(B,) cross-entropies -Σ_c q_c log p_c = log Σ_c e^z_c - Σ_c q_c z_c, with z = student less its maximum.
+
+    q has the K classes of an index (B, K), and the rest of 1 spread over the others. The one copy of the logits becomes
+    z, then e^z, then the gradient p - q. A class of probability 0 adds nothing, whatever its logit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, q: Tensor, index: Tensor) -> Tensor:
+        z = student.to(q.dtype) - student.amax(1, keepdim=True).to(q.dtype)
+        rest = (1 - q.sum(1, keepdim=True)) / (z.shape[1] - q.shape[1])
+        q = q - rest
+        of_index = (q * z.gather(1, index)).masked_fill_(q == 0, 0).sum(1)
+        of_rest = (rest * z.sum(1, keepdim=True)).masked_fill_(rest == 0, 0).squeeze(1)
+        total = z.exp_().sum(1, keepdim=True)
+        loss = total.log().squeeze(1) - of_index - of_rest
+        z.mul_(1 / total).sub_(rest).scatter_add_(1, index, -q)
+        ctx.save_for_backward(z)
+        ctx.dtype = student.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("soft_target_loss")
+        (dstudent,) = ctx.saved_tensors
+        return scaled(dstudent, dloss[:, None], ctx.dtype), None, None
+
+
+def cross_entropy(student: Tensor, q: Tensor, index: Tensor) -> Tensor:
+    """Return (B,) cross-entropies of logits (B, C) with the probabilities (B, K) of the K classes at an index (B, K).
 
     The caller checks the arguments. q is in float32 or better. Their gradients are those of soft_target_loss.
     """
     refuse_transforms("soft_target_loss")
-    return cast(Tensor, _CrossEntropy.apply(student, q, index, temperature))
+    return cast(Tensor, _CrossEntropy.apply(*distinct(student, q, index)))
 
 
 def _kl(
@@ -138,7 +166,7 @@ def _kl(
 ) -> Tensor:
     impl = resolve(backend, "softmax_kl", student, teacher)
     options = (impl, alpha, beta, temperature, wants_grad(student), function)
-    return cast(Tensor, _KL.apply(student, teacher, target, *options))
+    return cast(Tensor, _KL.apply(*distinct(student, teacher, target), *options))
 
 
 def soft_target_loss(
@@ -280,7 +308,7 @@ def nkd_loss(
         others = (t / temperature).scatter(1, target, -math.inf)
         has_class = (others != -math.inf).any(-1, keepdim=True)
         entropy = torch.special.entr(others.masked_fill(~has_class, 0).softmax(-1)).sum(-1)
-        kl = _kl("nkd_loss", backend, student, teacher, temperature, target.squeeze(1))
+        kl = _kl("nkd_loss", backend, s, t, temperature, target.squeeze(1))  # of s: one rounding of both gradients
         rows = rows + gamma * temperature**2 * (kl + torch.where(has_class.squeeze(1), entropy, 0))
     return once(_reduced(rows, reduction), "nkd_loss")
 

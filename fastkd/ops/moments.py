@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import refuse_batched, refuse_double_backward, refuse_transforms, savable
+from fastkd.ops._autograd import distinct, refuse_batched, refuse_double_backward, refuse_transforms, savable
 from fastkd.ops._dispatch import Backend, call, recorder, resolve
 
 Dims = Literal["batch", "image"]
@@ -110,7 +110,7 @@ def _moments(backend: Backend, per_image: bool, function: str, inputs: Sequence[
         moments: Moments = native(inputs, per_image)
         return moments
     refuse_transforms(function)
-    return _Moments.apply(resolve(backend, "moments_fwd", inputs[0]), per_image, function, *inputs)
+    return _Moments.apply(resolve(backend, "moments_fwd", inputs[0]), per_image, function, *distinct(*inputs))
 
 
 def checked_batch_moments(x: Tensor, dims: Dims, backend: Backend) -> Moments:
@@ -138,7 +138,7 @@ def normalised_with_moments(
         return normalised
     refuse_transforms("batch_norm_moments")
     impl = resolve(backend, "batch_norm_fwd", x)
-    return _BatchNorm.apply(impl, eps, x, running_mean, running_var, weight, bias)
+    return _BatchNorm.apply(impl, eps, *distinct(x, running_mean, running_var, weight, bias))
 
 
 def batch_norm_moments(
@@ -319,5 +319,5 @@ def run_bn_stat(call: BnStatCall, merge: Merge | None = None) -> tuple[Tensor, T
     impl = resolve(backend, "bn_distance", mean)
     compared = by_layer if as_they_are else (mean, var)
     about = (channels, rows, counts, weights, distance)
-    loss = _Distance.apply(impl, about, mean.detach(), var.detach(), M, V, *compared)
+    loss = _Distance.apply(impl, about, mean.detach(), var.detach(), *distinct(M, V, *compared))
     return loss, mean, var

@@ -7,32 +7,43 @@ from torch import Tensor
 
 from fastkd.ops import _checks as check
 from fastkd.ops._autograd import refuse_double_backward, refuse_transforms
-from fastkd.ops._dispatch import Backend, call, resolve
+from fastkd.ops._dispatch import Backend, call, resolve, why_not
+
+Weights = tuple[float, float, float]  # of Σ_k mean |d_k|, of Σ_k ‖d_k‖, of the norms
 
 
 class _Prior(torch.autograd.Function):
-    """(mean |d_k| (4,), ‖d_k‖ (4,), ‖x_b‖ (B,)): every term of the priors, to be weighted by the caller."""
+    """The priors' sum, with the slopes by each term: (mean |d_k| (4,), ‖d_k‖ (4,), ‖x_b‖ (B,))."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, function: str, impl: Backend) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, images: Tensor, function: str, impl: Backend, weights: Weights, per_image: bool) -> Tensor:
         tv_l1, tv_l2, norms = call(impl, "prior_fwd", images)
-        ctx.save_for_backward(images, tv_l2, norms)
+        # Few numbers: one kernel for them on a GPU, whichever backend has read the images.
+        on_gpu = why_not("prior_loss", "triton", images.device.type, norms.dtype) is None
+        few: Backend = "triton" if on_gpu and impl != "eager" else "eager"
+        loss, slopes = call(few, "prior_loss", tv_l1, tv_l2, norms, *weights, per_image)
+        ctx.save_for_backward(images, tv_l2, norms, slopes)
         ctx.function, ctx.impl = function, impl
-        return tv_l1, tv_l2, norms
+        result: Tensor = loss
+        return result
 
     @staticmethod
-    def backward(ctx: Any, dtv_l1: Tensor, dtv_l2: Tensor, dnorms: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward(ctx.function)
-        return call(ctx.impl, "prior_bwd", dtv_l1, dtv_l2, dnorms, *ctx.saved_tensors), None, None
+        images, tv_l2, norms, slopes = ctx.saved_tensors
+        by_term = (slopes * dloss).split([4, 4, len(norms)])
+        return call(ctx.impl, "prior_bwd", *by_term, images, tv_l2, norms), None, None, None, None
 
 
-def _terms(images: Tensor, function: str, backend: Backend, has_tv: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _prior(images: Tensor, function: str, backend: Backend, weights: Weights, per_image: bool) -> Tensor:
     check.tensor("images", images, 4, "(B, C, H, W)")
     check.not_empty("images", images)
-    if has_tv and min(images.shape[2:]) < 2:
+    if weights[:2] != (0, 0) and min(images.shape[2:]) < 2:
         raise ValueError(f"images need at least 2 rows and 2 columns to have a variation, got {tuple(images.shape)}")
     refuse_transforms(function)
-    return _Prior.apply(images, function, resolve(backend, "prior_fwd", images))
+    impl = resolve(backend, "prior_fwd", images)
+    loss: Tensor = _Prior.apply(images, function, impl, weights, per_image)
+    return loss
 
 
 def total_variation(images: Tensor, *, p: Literal[1, 2], backend: Backend = "auto") -> Tensor:
@@ -57,8 +68,8 @@ def total_variation(images: Tensor, *, p: Literal[1, 2], backend: Backend = "aut
     """
     if isinstance(p, bool | Tensor) or p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p!r}")
-    tv_l1, tv_l2, _ = _terms(images, "total_variation", backend, has_tv=True)
-    return (tv_l1 if p == 1 else tv_l2).sum()
+    weights = (1.0, 0.0, 0.0) if p == 1 else (0.0, 1.0, 0.0)
+    return _prior(images, "total_variation", backend, weights, per_image=True)
 
 
 def image_prior(
@@ -94,9 +105,4 @@ def image_prior(
     for name, weight in (("tv_l1", tv_l1), ("tv_l2", tv_l2), ("l2", l2)):
         check.number(name, weight, low=0)
     check.flag("l2_per_image", l2_per_image)
-    absolute, squared, norms = _terms(images, "image_prior", backend, has_tv=tv_l1 > 0 or tv_l2 > 0)
-    # vector_norm's gradient at 0 is 0, which a sqrt of a sum would not give. At subnormal norms it would be infinite.
-    least = torch.finfo(norms.dtype).tiny
-    norm = norms.mean() if l2_per_image else torch.linalg.vector_norm(norms.masked_fill(norms < least, 0).double())
-    terms = ((tv_l1, absolute.sum()), (tv_l2, squared.sum()), (l2, norm.to(norms.dtype)))
-    return torch.stack([w * term for w, term in terms if w != 0] or [0 * norms.sum()]).sum()  # infinite ones times 0
+    return _prior(images, "image_prior", backend, (float(tv_l1), float(tv_l2), float(l2)), l2_per_image)

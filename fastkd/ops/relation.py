@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd._precision import accumulator, has_fast_float64, matrix_gain
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import refuse_double_backward, refuse_transforms, scaled, wants_grad
+from fastkd.ops._autograd import distinct, refuse_double_backward, refuse_transforms, scaled, wants_grad
 from fastkd.ops._dispatch import Backend, call, resolve
 
 EPS_FLOOR = 1e-18  # of a row's norm: below, products of two inverse norms are beyond float32
@@ -56,20 +56,20 @@ class ManifoldCall(NamedTuple):
     inter: float
     random: float
     num_samples: int
-    generator: torch.Generator | None
-    indices: Sequence[Tensor] | None  # per layer (K,)
-    return_terms: ReturnTerms
-    backend: Backend
+    generator: torch.Generator | None = None
+    indices: Sequence[Tensor] | None = None  # per layer (K,)
+    return_terms: ReturnTerms = False
+    backend: Backend = "auto"
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """Return the weights of the terms by name."""
-        return {"intra": self.intra, "inter": self.inter, "random": self.random}
 
-    @property
-    def pairs(self) -> list[RelationCall]:
-        """Return the layers, each as a call of relation_loss with the options of the manifold loss."""
-        return [RelationCall(s, t, backend=self.backend) for s, t in zip(self.students, self.teachers, strict=True)]
+def term_weights(call: ManifoldCall) -> dict[str, float]:
+    """Return the weights of the terms by name. Dynamo of torch 2.10 knows no properties of named tuples."""
+    return {"intra": call.intra, "inter": call.inter, "random": call.random}
+
+
+def layer_calls(call: ManifoldCall) -> list[RelationCall]:
+    """Return the layers, each as a call of relation_loss with the options of the manifold loss."""
+    return [RelationCall(s, t, backend=call.backend) for s, t in zip(call.students, call.teachers, strict=True)]
 
 
 class _Relation(torch.autograd.Function):
@@ -104,10 +104,13 @@ class _Manifold(torch.autograd.Function):
         terms, dstudents = call(impl, "manifold_fwd", students, teachers, indices, *per_layer, with_grad)
         ctx.save_for_backward(*dstudents)
         ctx.dtypes = [s.dtype for s in students]
-        means = [mean.clone() for mean in terms.mean(0).unbind()]
-        ctx.mark_non_differentiable(*means)
+        means = terms.mean(0)
+        loss = means[0] * weights[0]
+        for mean, weight in zip(means[1:].unbind(), weights[1:], strict=True):
+            loss = torch.add(loss, mean, alpha=weight)
+        ctx.mark_non_differentiable(means)
         ctx.set_materialize_grads(False)
-        return (sum(w * mean for w, mean in zip(weights, means, strict=True)), *means)
+        return loss, means
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,7 +123,8 @@ def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device,
     """Choose the cheaper of tile and gram, in float32 multiply-adds per row; float64 counts twice.
 
     tile: n (2 Ds + Dt) / gain, matrix_gain's.  gram: 2 (Ds² + Ds Dt + Dt²) + Ds (Ds + Dt), never with rectification,
-    and never on a GPU whose float64 is crippled (all but compute capability 8.0, 9.0 and 10.0).
+    and never on a GPU whose float64 is crippled (all but compute capability 8.0, 9.0 and 10.0). Triton's kernels need
+    no float64 products: pick_of_digits has their counts.
     """
     if rectify != "none" or not has_fast_float64(device):
         return "tile"
@@ -128,10 +132,25 @@ def pick_algorithm(n: int, Ds: int, Dt: int, rectify: str, device: torch.device,
     return "gram" if gain * gram < n * (2 * Ds + Dt) else "tile"
 
 
-def cheaper(n: int, student: Tensor, teacher: Tensor, rectify: str) -> Algorithm:
-    """Return the cheaper algorithm for maps of n rows of these networks."""
+def pick_of_digits(n: int, Ds: int, Dt: int, rectify: str, terms: int) -> Algorithm:
+    """Choose the cheaper of tile and gram for Triton's kernels, in 16-bit multiply-adds per row; 8-bit ones count as
+    much.
+
+    tile: terms n (2 Ds + Dt), with terms = 1 of 16-bit rows, else 3.  gram: 13 products of digits for half of
+    (Ds + Dt)², and 3 Ds (Ds + Dt), never with rectification.
+    """
+    D = Ds + Dt
+    gram = 13 * D * D // 2 + 3 * Ds * D
+    return "gram" if rectify == "none" and gram < terms * n * (2 * Ds + Dt) else "tile"
+
+
+def cheaper(n: int, student: Tensor, teacher: Tensor, rectify: str, impl: Backend) -> Algorithm:
+    """Return the cheaper algorithm of a backend for maps of n rows of these networks."""
+    Ds, Dt = student.shape[-1], teacher.shape[-1]
+    if impl == "triton":
+        return pick_of_digits(n, Ds, Dt, rectify, 1 if student.element_size() == teacher.element_size() == 2 else 3)
     gain = matrix_gain(student.device, student, teacher)
-    return pick_algorithm(n, student.shape[-1], teacher.shape[-1], rectify, student.device, gain)
+    return pick_algorithm(n, Ds, Dt, rectify, student.device, gain)
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -170,6 +189,7 @@ def check_relation(
             raise ValueError(f"index needs scope='batch', got {scope!r}")
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
             raise TypeError(f"{names[2]} must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+        check.dense(names[2], index)
         if index.ndim != 1 or index.numel() == 0:
             raise ValueError(f"{names[2]} must have shape (K,) with K >= 1, got {tuple(index.shape)}")
     check.flag("normalize", normalize)
@@ -184,12 +204,38 @@ def _checked_index(index: Tensor, student: Tensor) -> Tensor:
     return index
 
 
-def draw_rows(student: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
-    """Draw num_samples distinct rows of the B*N tokens, or all of them if there are fewer."""
-    total = student.shape[0] * student.shape[1]
-    if generator is None:  # with one, the compiler would bind a graph to one total
-        return torch.randperm(total, device=student.device)[:num_samples]
-    return torch.randperm(total, generator=generator, device=generator.device)[:num_samples]
+def _checked_indices(indices: Sequence[Tensor], students: Sequence[Tensor]) -> list[Tensor]:
+    """Return the indices of layers of one device on that device; of layers with as many tokens they are asserted
+    together."""
+    first, totals = indices[0], [s.shape[0] * s.shape[1] for s in students]
+    if any(total != totals[0] for total in totals[1:]):
+        return [_checked_index(index, s) for index, s in zip(indices, students, strict=True)]
+    if all(index is first for index in indices[1:]):
+        return [_checked_index(first, students[0])] * len(students)
+    moved = [check.moved("index", index, s.device) for index, s in zip(indices, students, strict=True)]
+    check.rows("index", torch.cat(moved), totals[0])
+    return moved
+
+
+def draw_rows(students: Sequence[Tensor], num_samples: int, generator: torch.Generator | None) -> list[Tensor]:
+    """Draw num_samples distinct rows of the B*N tokens of each layer, or all of them if there are fewer.
+
+    Layers with as many tokens take successive pieces of one permutation, and of another when it is used up.
+    """
+    total, left = 0, torch.empty(0, dtype=torch.int64)
+    drawn = []
+    for s in students:
+        tokens = s.shape[0] * s.shape[1]
+        if tokens != total or left.device != s.device or len(left) < min(num_samples, tokens):
+            total = tokens
+            if generator is None:  # with one, the compiler would bind a graph to one total
+                left = torch.randperm(total, device=s.device)
+            else:
+                left = torch.randperm(total, generator=generator, device=generator.device)
+                left = check.moved("index", left, s.device)
+        drawn.append(left[:num_samples])
+        left = left[num_samples:]
+    return drawn
 
 
 def run_relation(call: RelationCall) -> Tensor:
@@ -199,17 +245,17 @@ def run_relation(call: RelationCall) -> Tensor:
         student, teacher = _take_rows(call.student, index), _take_rows(call.teacher, index)
         call = call._replace(student=student, teacher=teacher, scope="intra", rows=None)
     student, teacher, scope, _, _, rectify, _, algorithm, backend = call
+    impl = resolve(backend, "relation_fwd", student, teacher)
     if algorithm == "auto":
         B, N, _ = student.shape
-        algorithm = cheaper({"intra": N, "inter": B, "batch": B * N}[scope], student, teacher, rectify)
-    impl = resolve(backend, "relation_fwd", student, teacher)
-    return _Relation.apply(student, teacher, impl, call.maps(algorithm), wants_grad(student))
+        algorithm = cheaper({"intra": N, "inter": B, "batch": B * N}[scope], student, teacher, rectify, impl)
+    return _Relation.apply(*distinct(student, teacher), impl, call.maps(algorithm), wants_grad(student))
 
 
 def check_manifold(call: ManifoldCall) -> None:
     """Check the arguments of manifold_loss for one or several layers."""
     students, teachers, indices = call.students, call.teachers, call.indices
-    for name, weight in call.weights.items():
+    for name, weight in term_weights(call).items():
         check.number(name, weight, low=0)
     check.positive_int("num_samples", call.num_samples)
     check.source(call.generator)
@@ -236,36 +282,44 @@ def run_manifold(call: ManifoldCall) -> tuple[Tensor, tuple[Tensor, Tensor, Tens
     Return (loss, terms); the terms are meant to be read only if return_terms asks for them. Those to be differentiated
     have a gradient each, formed in forward: whichever of them a caller uses, nothing is computed twice.
     """
-    students, teachers, weights, return_terms = call.students, call.teachers, call.weights, call.return_terms
+    students, teachers, weights, return_terms = call.students, call.teachers, term_weights(call), call.return_terms
     indices = call.indices
     if indices is None:
-        indices = [draw_rows(s, call.num_samples, call.generator) for s in students]
+        indices = draw_rows(students, call.num_samples, call.generator)
 
     # Terms to be differentiated by themselves, Grams, and a sum that lacks a term each need calls of their own.
     separate = return_terms is True or (not return_terms and 0 in weights.values())
     for s, t in zip(students, teachers, strict=True):
         separate |= (s.dtype, s.device) != (students[0].dtype, students[0].device)
-        separate |= any(cheaper(n, s, t, "none") == "gram" for n in s.shape[:2])
+        impl = resolve(call.backend, "relation_fwd", s, t)
+        separate |= any(cheaper(n, s, t, "none", impl) == "gram" for n in s.shape[:2])
     if not separate:
-        indices = [_checked_index(index, s) for index, s in zip(indices, students, strict=True)]
+        if call.indices is not None:
+            indices = _checked_indices(call.indices, students)
         impl = resolve(call.backend, "manifold_fwd", *students, *teachers)
-        loss, *terms = _Manifold.apply(
-            impl, tuple(weights.values()), len(students), wants_grad(*students), *students, *teachers, *indices
+        loss, means = _Manifold.apply(
+            impl,
+            tuple(weights.values()),
+            len(students),
+            wants_grad(*students),
+            *distinct(*students, *teachers, *indices),
         )
-        return loss, tuple(terms)
+        return loss, tuple(means.unbind())
 
     def term(name: str, calls: list[RelationCall]) -> Tensor:
         if weights[name] == 0 and not return_terms:
             return students[0].new_zeros((), dtype=accumulator(*students, *teachers))
         return torch.stack([run_relation(each) for each in calls]).mean()
 
-    pairs = call.pairs
+    pairs = layer_calls(call)
     terms = (
         term("intra", pairs),
         term("inter", [pair._replace(scope="inter") for pair in pairs]),
         term("random", [pair._replace(scope="batch", rows=k) for pair, k in zip(pairs, indices, strict=True)]),
     )
     loss = call.intra * terms[0] + call.inter * terms[1] + call.random * terms[2]
+    if not any(weights.values()) and not return_terms:
+        loss = loss + sum(s[:0].sum() for s in students)  # differentiable, as every other loss
     if return_terms == "detached":
         terms = (terms[0].detach(), terms[1].detach(), terms[2].detach())
     return loss, terms

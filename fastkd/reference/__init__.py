@@ -3,26 +3,17 @@
 Readable and differentiable any number of times; it builds whole maps and checks nothing.
 """
 
-from fastkd.reference.attention import attention_loss, qkv_relation_loss
-from fastkd.reference.diversity import intra_divergence_loss
-from fastkd.reference.logits import competition_loss, dkd_loss, nkd_loss, soft_target_loss
-from fastkd.reference.moments import batch_moments, batch_norm_moments, bn_stat_loss
-from fastkd.reference.prior import image_prior, total_variation
-from fastkd.reference.relation import manifold_loss, relation_loss
-
-__all__ = [
-    "attention_loss",
-    "batch_moments",
-    "batch_norm_moments",
-    "bn_stat_loss",
-    "competition_loss",
-    "dkd_loss",
-    "image_prior",
-    "intra_divergence_loss",
-    "manifold_loss",
-    "nkd_loss",
-    "qkv_relation_loss",
-    "relation_loss",
-    "soft_target_loss",
-    "total_variation",
-]
+from fastkd.reference.attention import attention_loss as attention_loss
+from fastkd.reference.attention import qkv_relation_loss as qkv_relation_loss
+from fastkd.reference.diversity import intra_divergence_loss as intra_divergence_loss
+from fastkd.reference.logits import competition_loss as competition_loss
+from fastkd.reference.logits import dkd_loss as dkd_loss
+from fastkd.reference.logits import nkd_loss as nkd_loss
+from fastkd.reference.logits import soft_target_loss as soft_target_loss
+from fastkd.reference.moments import batch_moments as batch_moments
+from fastkd.reference.moments import batch_norm_moments as batch_norm_moments
+from fastkd.reference.moments import bn_stat_loss as bn_stat_loss
+from fastkd.reference.prior import image_prior as image_prior
+from fastkd.reference.prior import total_variation as total_variation
+from fastkd.reference.relation import manifold_loss as manifold_loss
+from fastkd.reference.relation import relation_loss as relation_loss

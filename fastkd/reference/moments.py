@@ -49,9 +49,10 @@ def bn_stat_loss(
     weights = layer_weights or [1.0] * len(inputs)
     for i, (x, mu, var, w) in enumerate(zip(inputs, running_means, running_vars, weights, strict=True)):
         m, v = batch_moments(x, dims="image" if distance == "image" else "batch")
+        mu, var = mu.to(m), var.to(v)
         if momentum is not None and ema is not None:
-            m = (1 - momentum) * m + momentum * ema[0][i]
-            v = (1 - momentum) * v + momentum * ema[1][i]
+            m = (1 - momentum) * m + momentum * ema[0][i].to(m)
+            v = (1 - momentum) * v + momentum * ema[1][i].to(v)
         if distance == "l2":
             total = total + w * ((var - v).norm() + (mu - m).norm())
         elif distance == "mse":
