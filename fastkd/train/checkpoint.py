@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -17,19 +18,26 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fastkd._version import __version__
+
 from . import InputError
 
 fcntl: Any = None  # Windows has none
 with suppress(ImportError):
     fcntl = importlib.import_module("fcntl")
-STATE, LOCK = "state.pt", ".lock"
+STATE, LOCK, PARTIAL = "state.pt", ".lock", ".partial"
+FORMAT = 1  # of the state; another number for each change that earlier versions cannot read
 Tensors = dict[str, Tensor]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; if the block succeeds, it is synced to disk and replaces `path`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    """Yield a temporary file to write to; if the block succeeds, it is synced to disk and replaces `path`.
+
+    The file is created here under a name that nobody can foresee: in an open folder it could be another's link.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+    partial.touch(exist_ok=False)
     try:
         yield partial
         _sync(partial)
@@ -62,6 +70,12 @@ def alone(out: Path, option: str = "--out") -> Iterator[None]:
             (out / LOCK).unlink(missing_ok=True)
 
 
+def clear(out: Path) -> None:
+    """Delete what a killed process left half-written in a folder that this process has locked."""
+    for path in out.glob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
 def _locked(path: Path) -> IO[str] | None:
     """Return the file, open and locked, or None if another process holds the lock."""
     while True:
@@ -91,12 +105,12 @@ def write(root: Path, name: str, weights: Mapping[str, Tensors], state: dict[str
             for key, tensors in weights.items():
                 (partial / f"{key}.safetensors").write_bytes(save(tensors, {"format": "pt"}))
             buffer = io.BytesIO()
-            torch.save(state, buffer)
+            torch.save(state | {"format": FORMAT}, buffer)
             (partial / STATE).write_bytes(buffer.getbuffer())
             for path in (*partial.iterdir(), partial):
                 _sync(path)
             partial.rename(root / name)
-        except OSError:
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         _sync(root)
@@ -112,9 +126,24 @@ def latest(root: Path) -> Path | None:
 
 
 def read(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Return (weights, state) of a checkpoint without executing code from it."""
-    weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-    return weights, torch.load(path / STATE, map_location="cpu", weights_only=True)
+    """Return (weights, state) of a checkpoint without executing code from it.
+
+    Raises:
+        InputError: the checkpoint is damaged, or has another format.
+    """
+    try:
+        weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        written = state.pop("format")
+    except Exception as error:  # safetensors, zip and pickle raise errors of their own
+        detail = " ".join(str(error).split())[:200]
+        raise InputError(f"--resume: the checkpoint {path} cannot be read, and was damaged: {detail}") from error
+    if written != FORMAT:
+        raise InputError(
+            f"--resume: the checkpoint {path} has format {written}, fastkd {__version__} reads {FORMAT}; resume it "
+            "with the version that began the run"
+        )
+    return weights, state
 
 
 def write_weights(

@@ -124,7 +124,7 @@ def train(given: dict[str, Any]) -> None:
 
 def describe_recipe(name: str, settings: Settings) -> str:
     """Return the text of a recipe: its file, the other settings, and the options that were given."""
-    text, plain = recipe(name).read_text(), settings_from({"recipe": name})
+    text, plain = recipe(name).read_text(encoding="utf-8"), settings_from({"recipe": name})
     told = {"data", "recipe", "task", "task_args", *read_recipe(name)}
     rest = [f"{key}: {value}" for key, value in vars(plain).items() if key not in told]
     changed = [f"{key}: {value}" for key, value in vars(settings).items() if value != getattr(plain, key)]

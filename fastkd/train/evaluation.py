@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from . import DataError, InputError
 from .checkpoint import replacing
-from .data import Data, Images, create_loaders, find_unreadable, leave_out, size_of
+from .data import Data, Images, create_loaders, find_unreadable, leave_out, size_of, worker_errors
 from .evaluate import evaluate
 from .loop import AMP_DTYPES
 from .networks import Opening, network_parser, sources, split
@@ -53,7 +53,7 @@ def parser() -> Parser:
 
 def run(given: dict[str, Any]) -> None:
     """Run `fastkd eval` with the options that were given."""
-    name, own, given = split(given, Evaluation)
+    name, own, given = split(given, Evaluation, INPUTS)
     source = sources(name, own.model)[-1]
     settings = source.settings(given)
     if source.run is None and "data" not in given:
@@ -97,6 +97,7 @@ def check_classes(name: str, network: nn.Module, data: Data) -> None:
         raise InputError(f"{name} has {network.num_classes} classes, the data {len(data.classes)}")
 
 
+@worker_errors()
 def measure(
     network: nn.Module, teacher: nn.Module | None, data: Data, settings: Settings
 ) -> tuple[dict[str, Any], Any]:

@@ -26,6 +26,9 @@ are normalised images (batch, 3, side, side) with any batch size; outputs are lo
 """
 
 
+INPUTS = {"img_size", "num_classes"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Export(Opening):
     onnx: str | None = option("ONNX file, compared in onnxruntime.", None, metavar="FILE", shown="none")
@@ -36,13 +39,13 @@ class Export(Opening):
 
 def parser() -> Parser:
     """Return the parser of `fastkd export`."""
-    return network_parser("fastkd export RUN_OR_MODEL [OPTION ...]", EXPORT, Export, {"img_size", "num_classes"})
+    return network_parser("fastkd export RUN_OR_MODEL [OPTION ...]", EXPORT, Export, INPUTS)
 
 
 @torch.no_grad()
 def run(given: dict[str, Any]) -> None:
     """Run `fastkd export` with the options that were given."""
-    name, own, given = split(given, Export)
+    name, own, given = split(given, Export, INPUTS)
     wanted = {flag: Path(value) for flag in ("onnx", "torch_export", "hf") if (value := getattr(own, flag)) is not None}
     if not wanted:
         raise InputError("--onnx, --torch-export, --hf: give one at least")

@@ -22,10 +22,10 @@ from fastkd._version import __version__
 from fastkd.info import cpu_name
 
 from . import DataError, DivergedError, InputError, checkpoint, ranks, report
+from .data import worker_errors
 from .evaluate import not_finite
 from .loop import Trainee
-from .models import pretrained_cfg
-from .prepare import Setup, choose_device, class_order_note, fingerprint, prepare
+from .prepare import Setup, choose_device, class_order_note, fingerprint, new_head, prepare
 from .report import Row
 from .settings import Settings, anchored, differences, plain, read_settings, stages, write_settings
 
@@ -42,6 +42,7 @@ FOLDERS = (CHECKPOINTS, EVENTS, "eval", "wandb")
 FILE_OF = {"teacher": "teacher", "student alone": "student_alone", "student distilled": "student"}
 
 
+@worker_errors()
 def train(settings: Settings, *, resume: bool = False) -> dict[str, Any]:
     """Distil as the settings say, write the results to the output folder and return the content of summary.json.
 
@@ -58,6 +59,8 @@ def train(settings: Settings, *, resume: bool = False) -> dict[str, Any]:
     settings = anchored(settings)
     own, _ = ranks.join(choose_device(settings), settings.workers)
     own.together(lambda: check_out(settings, resume))
+    if resume:
+        settings = own.together(lambda: same_batches(settings, own.world))
     setup = prepare(settings)
     out = own.first(lambda: choose_folder(settings))
     if not resume:
@@ -65,6 +68,7 @@ def train(settings: Settings, *, resume: bool = False) -> dict[str, Any]:
     with ExitStack() as stack:
         own.first(lambda: stack.enter_context(checkpoint.alone(out, "--resume" if resume else "--out")))
         own.together(lambda: check_out(settings, resume))  # another process may have used it until now
+        own.first(lambda: checkpoint.clear(out))
         return carry_out(setup, out, resume, began)
 
 
@@ -72,11 +76,11 @@ def carry_out(setup: Setup, out: Path, resume: bool, began: float) -> dict[str, 
     """Carry out the run in a folder that this process has locked."""
     own, config = setup.ranks, describe(setup)
     if resume:
-        own.together(lambda: check_same(config, json.loads((out / "config.json").read_text())))
+        own.together(lambda: check_same(config, json.loads((out / "config.json").read_text(encoding="utf-8"))))
     else:
         own.first(lambda: start_folder(out, config, setup.settings))
     run = Run(setup, out)
-    with full_disk(out):
+    with full_disk(out), ranks.lost(own, out):
         run.go()
     trainees = [trainee for trainee in (setup.teacher, *setup.students) if trainee is not None]
     summary = {
@@ -123,14 +127,33 @@ def check_resume(now: Settings, before: Settings) -> None:
 
 
 def check_same(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Check that the data, the layers and the number of processes are still those of the run."""
-    names = ("images", "classes", "matched", "processes")
+    """Check that the data and the layers are still those of the run."""
+    names = ("images", "classes", "matched")
     now = json.loads(json.dumps({name: now[name] for name in names}))
     changed = [
         f"{name}: {now[name]} (the run has {before.get(name)})" for name in names if now[name] != before.get(name)
     ]
     if changed:
         raise InputError(f"--resume: not as the run was started: {'; '.join(changed)}")
+
+
+def same_batches(settings: Settings, world: int) -> Settings:
+    """Return the settings with as many images in a step as the run has, on whatever number of processes it began.
+
+    Raises:
+        InputError: these processes cannot share the images of a step equally.
+    """
+    before = json.loads((Path(str(settings.out)) / "config.json").read_text(encoding="utf-8"))["processes"]
+
+    def share(batch: int | None) -> Any:
+        if batch is not None and batch * before % world:
+            raise InputError(
+                f"--resume: a step of the run has {batch * before} images, which {world} processes cannot share equally"
+            )
+        return None if batch is None else batch * before // world
+
+    own = tuple(dataclasses.replace(stage, batch_size=share(stage.batch_size)) for stage in settings.stages)
+    return dataclasses.replace(settings, batch_size=share(settings.batch_size), stages=own)
 
 
 def check_out(settings: Settings, resume: bool) -> None:
@@ -203,6 +226,7 @@ def checkpoint_bytes(setup: Setup) -> int:
 def describe(setup: Setup) -> dict[str, Any]:
     """Return the content of config.json: the settings and the values derived from them."""
     settings, nets = setup.settings, setup.nets
+    loading = {"workers": settings.workers, "processes": setup.ranks.world}  # the order of sequential data needs them
     return plain(settings) | {
         "img_size": nets.img_size,
         "device": str(setup.device),
@@ -211,8 +235,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "teacher_args": nets.teacher_args,
         "stages": [dataclasses.asdict(stage) for stage in stages(settings)],
         "matched": [getattr(task, "matched", []) for task in setup.tasks],
-        # The order of sequential data depends on the number of workers.
-        "images": fingerprint(setup.data) | ({"workers": settings.workers} if setup.data.in_order else {}),
+        "images": fingerprint(setup.data) | (loading if setup.data.in_order else {}),
         "processes": setup.ranks.world,
     }
 
@@ -386,7 +409,7 @@ class Run:
         if path is None:
             return Place()
         place = Place(*map(int, path.name.split("-")))
-        weights, state = checkpoint.read(path)
+        weights, state = self.setup.ranks.together(lambda: checkpoint.read(path))
         self.rows, self.teacher_top1 = state["rows"], state["teacher_top1"]
         teaching = place.entry < self.first_student
         for trainee in [self.setup.teacher] if teaching else self.setup.students:
@@ -406,21 +429,6 @@ def full_disk(out: Path) -> Iterator[None]:
         raise DataError(
             f"{error.filename or out} cannot be written: {error.strerror or error}; what was written before stays"
         ) from error
-
-
-def new_head(setup: Setup) -> bool:
-    """Return whether top-1 of the teacher is meaningless: it has other classes, or a new, untrained head."""
-    teacher = setup.nets.teacher
-    if setup.settings.teacher == "self":  # as the student, whose head may be new
-        return True
-    if teacher is not None and setup.nets.teacher_args["num_classes"] != len(setup.data.classes):
-        return True
-    return (
-        teacher is not None
-        and setup.settings.teacher_pretrained
-        and setup.settings.teacher_checkpoint is None
-        and pretrained_cfg(teacher)["num_classes"] != setup.nets.teacher_args["num_classes"]
-    )
 
 
 def result(trainee: Trainee, rows: list[Row], teacher_top1: float | None) -> Row:

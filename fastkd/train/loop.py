@@ -19,12 +19,13 @@ from tqdm import tqdm
 from . import DataError, DivergedError
 from .checkpoint import Tensors, load_optimizer, load_weights, optimizer_state, weights_of
 from .clock import LossClock
-from .data import Images, Loader, seed_all
+from .data import Images, Loader, listed, seed_all
+from .data.folders import printable
 from .evaluate import evaluate, not_finite
 from .ranks import ALONE, Ranks
 from .record import SHOW_EVERY, Record
 from .settings import Settings, Stage
-from .sharding import shard_beside
+from .sharding import keep_whole, shard_beside
 from .targets import mixup
 
 AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,6 +99,8 @@ class Trainee:
         if distribute and self.settings.shard:
             cast(Any, self.network).reshard()  # the task has run a blank image through its layers
             shard_beside(self._trained(), self.network)
+            features: Any = self._trained().features
+            keep_whole(self.network, features is not None and features.inside)
         if distribute and self.settings.compile:
             # Otherwise code compiled for another task, or for none, would be reused without this task's hooks.
             torch._dynamo.config.skip_nnmodule_hook_guards = False
@@ -335,12 +338,12 @@ class Trainee:
         if len(found) > self.settings.skip_images:
             error = DataError(
                 f"{len(found)} images cannot be read, more than --skip-images {self.settings.skip_images}: "
-                + ", ".join([*found][:10])
+                + listed(found, 10)
             )
             error.teller = 0
             raise error
         if self.ranks.rank == 0:
             for name in found:
                 if name not in self.told:
-                    tqdm.write(f"skipped {name}, which cannot be read")
+                    tqdm.write(f"skipped {printable(name)}, which cannot be read")
         self.told.update(found)

@@ -71,7 +71,7 @@ def create_model(
         source, place = parse_model_name(name)
         config: dict[str, Any] = {"architecture": place}
         if source == "local-dir":
-            config = json.loads((Path(place) / "config.json").read_text())
+            config = json.loads((Path(place) / "config.json").read_text(encoding="utf-8"))
         elif source is None and not timm.is_model(place.partition(".")[0]):
             near = difflib.get_close_matches(name, timm.list_models(), n=3)
             raise InputError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
@@ -160,8 +160,8 @@ def match_layers(
     img_size: Size,
     *,
     interpolate: bool = False,
-) -> tuple[list[str], list[str]]:
-    """Return the names of the layers to match, given or default, after a pass of one blank image.
+) -> tuple[list[Layer], list[Layer]]:
+    """Return the layers to match, given or default, after a pass of one blank image.
 
     The default layers are the first four and the last four (fewer if either network has fewer) of the blocks, or stages
     of a CNN, that have as many tokens as blocks of the other network. With `interpolate`, grids may differ; if no block
@@ -177,7 +177,7 @@ def match_layers(
     check_pairs(own, theirs)
     if not interpolate:
         check_grids(own, theirs, img_size)
-    return [layer.name for layer in own], [layer.name for layer in theirs]
+    return own, theirs
 
 
 def check_pairs(own: Sequence[Layer], theirs: Sequence[Layer]) -> None:

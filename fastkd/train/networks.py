@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -18,10 +18,11 @@ from .data import Data, open_data
 from .job import CONFIG, FILE_OF, saved_settings
 from .models import create_model, input_size, load_weights
 from .options import Size, near, option, read_size
-from .parser import Parser, add_options
+from .parser import Parser, add_options, read_file
 from .settings import FOLDER, Settings
 
 T = TypeVar("T", bound="Opening")
+RUN_GROUPS = (settings.Data, settings.Optimisation, settings.Hardware)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +33,30 @@ class Opening:
 
 
 def network_parser(
-    usage: str, text: str, own: type[Opening], inputs: Container[str], nargs: str | None = None
+    usage: str, text: str, own: type[Opening], inputs: Collection[str], nargs: str | None = None
 ) -> Parser:
     """Return a parser of networks, of the options of `own`, and of the run's options that are named in `inputs`."""
     parser = Parser(usage=usage, description=text)
     parser.add_argument(
         "source", metavar="RUN_OR_MODEL", nargs=nargs, help="Folder of a run, file of weights, or timm model."
     )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options by name; the command line overrides it.")
     add_options(parser, own)
     shown = lambda name: f"the run's, else {getattr(FOLDER, name)}"  # noqa: E731
-    add_options(parser, settings.Data, settings.Optimisation, settings.Hardware, shown=shown, only=inputs)
+    add_options(parser, *RUN_GROUPS, shown=shown, only=inputs)
     return parser
 
 
-def split(given: dict[str, Any], own: type[T]) -> tuple[Any, T, dict[str, Any]]:
-    """Return what to open, the command's own options, and the options of a run."""
+def split(given: dict[str, Any], own: type[T], inputs: Collection[str]) -> tuple[Any, T, dict[str, Any]]:
+    """Return what to open, the command's own options, and the options of a run, those of --config included.
+
+    Raises:
+        InputError: the file cannot be read, or has an option that the command has not.
+    """
     names = {item.name for item in dataclasses.fields(cast(Any, own))}
+    given = dict(given)
+    if (file := given.pop("config", None)) is not None:
+        given = read_file(file, own, *RUN_GROUPS, only={*names, *inputs}) | given
     rest = {key: value for key, value in given.items() if key not in names and key != "source"}
     return given["source"], own(**{key: value for key, value in given.items() if key in names}), rest
 
@@ -64,7 +73,7 @@ class Source(NamedTuple):
     @property
     def config(self) -> dict[str, Any]:
         """Return the values that its run has derived, such as classes and matched layers; {} without a run."""
-        return {} if self.run is None else json.loads((self.run / "config.json").read_text())
+        return {} if self.run is None else json.loads((self.run / "config.json").read_text(encoding="utf-8"))
 
     def settings(self, given: dict[str, Any]) -> Settings:
         """Return its run's settings, or those of a folder, updated by the given ones; data of one's own comes alone."""
@@ -152,6 +161,6 @@ def _of_run(run: Path) -> list[Source]:
         raise InputError(f"{run} holds no weights yet")
     if found[0].label != "teacher" and (options.teacher_checkpoint or options.teacher_pretrained):
         given = None if options.teacher_checkpoint is None else Path(options.teacher_checkpoint)
-        args = json.loads((run / "config.json").read_text())["teacher_args"]
+        args = json.loads((run / "config.json").read_text(encoding="utf-8"))["teacher_args"]
         found.insert(0, Source("teacher", str(options.teacher), args, given, run))
     return found

@@ -42,6 +42,11 @@ def option(
     return field(**given, metadata=rules)
 
 
+def key_values(text: str, flag: str) -> Any:
+    """Return an option whose KEY=VALUE pairs become a dictionary."""
+    return option(text, factory=dict, flag=flag, metavar="KEY=VALUE", read=mapping)
+
+
 def names(value: Any) -> tuple[str, ...] | None:
     """Return a tuple of names from a list or a text with commas."""
     if isinstance(value, str):
@@ -95,7 +100,7 @@ def literal(text: str) -> Any:
     """Return the Python value of a text, or the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 

@@ -127,14 +127,14 @@ def values_of(namespace: Namespace) -> dict[str, Any]:
     }
 
 
-def read_file(path: str, *groups: type) -> dict[str, Any]:
+def read_file(path: str, *groups: type, only: Container[str] | None = None) -> dict[str, Any]:
     """Return the options of a YAML file, by their fields' names.
 
     Raises:
         InputError: the file cannot be read, has an unknown option, or a value that an option cannot have.
     """
     parser = Parser()
-    add_options(parser, *groups)
+    add_options(parser, *groups, only=only)
     try:
         if not Path(path).is_file():
             raise InputError("is not a file")

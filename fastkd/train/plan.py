@@ -9,6 +9,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .data import size_of
+from .data.folders import printable
 from .loop import Trainee
 from .options import sides
 from .prepare import Setup, prepare
@@ -38,7 +39,7 @@ def plan(settings: Settings) -> str:
         source = "the student as it starts" if settings.teacher == "self" else source
         lines.append(f"teacher     {settings.teacher}, {_count(nets.teacher)}, {source}")
         lines.append(f"            {_normalisation(nets.teacher)}")
-    lines += [f"skipped     {fault}" for fault in setup.skipped]
+    lines += [f"skipped     {printable(fault)}" for fault in setup.skipped]
     epoch = 0
     for number, (stage, task) in enumerate(zip(stages(settings), setup.tasks, strict=True), 1):
         options = ", ".join(f"{key}={value!r}" for key, value in stage.options.items())

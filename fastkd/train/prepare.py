@@ -143,11 +143,12 @@ def check_settings(settings: Settings) -> None:
     if settings.shard and (settings.ema is not None or settings.compile):
         raise InputError("--shard: works neither with --ema nor with --compile")
     own_images = any(stage.augment_args is not None for stage in settings.stages)
-    changing = settings.mixup or settings.cutmix or settings.erase or own_images or settings.aug_repeats > 1
+    repeated = settings.aug_repeats > 1 or (settings.epoch_repeats > 1 and settings.augment)
+    changing = settings.mixup or settings.cutmix or settings.erase or own_images or repeated
     if settings.teacher_cache is not None and changing:
         raise InputError(
             "--teacher-cache: needs images that depend on epoch and index alone, without --mixup, --cutmix, --erase, "
-            "--aug-repeats and a stage's own augment_args"
+            "--aug-repeats, --epoch-repeats and a stage's own augment_args"
         )
 
 
@@ -297,7 +298,7 @@ def create_trainees(
     """Return the trainee of the teacher and those of one or two copies of the student."""
     loading: dict[str, Any] = {
         "img_size": nets.img_size, "augment": settings.augment, "workers": settings.workers, "device": device,
-        "ranks": own, "seed": settings.seed, "upright": settings.exif,
+        "ranks": own, "seed": settings.seed, "upright": settings.exif, "passes": settings.epoch_repeats,
     }  # fmt: skip
     loss = criterion(settings.mixup > 0 or settings.cutmix > 0, settings.smoothing)
 
@@ -403,6 +404,21 @@ def class_order_note(setup: Setup, top1: float) -> str | None:
     return (
         f"--teacher: top-1 is {top1:.1f}%, near chance ({chance:.1f}%): its classes are probably in another order than "
         f"the data's, which is {listed(classes, 12)}; give the teacher's with --class-map"
+    )
+
+
+def new_head(setup: Setup) -> bool:
+    """Return whether top-1 of the teacher is meaningless: it has other classes, or a new, untrained head."""
+    teacher = setup.nets.teacher
+    if setup.settings.teacher == "self":  # as the student, whose head may be new
+        return True
+    if teacher is not None and setup.nets.teacher_args["num_classes"] != len(setup.data.classes):
+        return True
+    return (
+        teacher is not None
+        and setup.settings.teacher_pretrained
+        and setup.settings.teacher_checkpoint is None
+        and pretrained_cfg(teacher)["num_classes"] != setup.nets.teacher_args["num_classes"]
     )
 
 

@@ -3,7 +3,8 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastkd import distributed
 
-from . import InterruptedRun, RunError
+from . import DataError, InterruptedRun, RunError
 
 T = TypeVar("T")
 
@@ -169,6 +170,22 @@ class Stop:
         if number == signal.SIGINT and self.signal == signal.SIGINT and self.ranks.world == 1:
             raise KeyboardInterrupt
         self.signal = number
+
+
+@contextmanager
+def lost(own: Ranks, out: Path) -> Iterator[None]:
+    """Turn the error of a message to a process that has ended into an error of one line."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises no class of its own
+        text = " ".join(str(error).split())
+        known = isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "Connection", "NCCL"))
+        if own.world == 1 or isinstance(error, RunError) or not known:
+            raise
+        raise DataError(
+            f"another process of this run has ended, or cannot be reached ({text[:120]}); "
+            f"go on from the last checkpoint with: fastkd train --resume {out}"
+        ) from error
 
 
 def leave(together: bool = False) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from . import InputError
-from .options import BadValueError, Size, as_yaml, kind_of, mapping, names, near, option, read_size, tuples
+from .options import BadValueError, Size, as_yaml, key_values, kind_of, mapping, names, near, option, read_size, tuples
 from .recipes import RECIPES, recipe
 
 
@@ -101,10 +101,7 @@ class Teacher:
         None,
         metavar="MODEL",
     )
-    teacher_args: dict[str, Any] = option(
-        "Argument of the teacher's model; repeatable.", factory=dict, flag="teacher-arg", metavar="KEY=VALUE",
-        read=mapping,
-    )  # fmt: skip
+    teacher_args: dict[str, Any] = key_values("Argument of the teacher's model; repeatable.", "teacher-arg")
     teacher_checkpoint: str | None = option("Checkpoint of the teacher.", None, metavar="FILE", shown="none")
     teacher_pretrained: bool = option("Use timm's pretrained weights for the teacher.", False)
     teacher_epochs: int = option("Number of epochs to train a teacher without weights.", 0, least=0)
@@ -125,10 +122,7 @@ class Student:
     student: str = option(
         "timm model, hf-hub:OWNER/NAME or local-dir:FOLDER of the student.", "deit_tiny_patch16_224", metavar="MODEL"
     )
-    student_args: dict[str, Any] = option(
-        "Argument of the student's model; repeatable.", factory=dict, flag="student-arg", metavar="KEY=VALUE",
-        read=mapping,
-    )  # fmt: skip
+    student_args: dict[str, Any] = key_values("Argument of the student's model; repeatable.", "student-arg")
     student_checkpoint: str | None = option("Checkpoint of the student to start from.", None, metavar="FILE")
     student_pretrained: bool = option("Start from timm's pretrained weights.", False)
     student_layers: tuple[str, ...] | None = option(
@@ -148,9 +142,7 @@ class Method:
         "manifold",
         metavar="TASK",
     )
-    task_args: dict[str, Any] = option(
-        "Option of the method; repeatable.", factory=dict, flag="task-arg", metavar="KEY=VALUE", read=mapping
-    )
+    task_args: dict[str, Any] = key_values("Option of the method; repeatable.", "task-arg")
     stages: tuple[Stage, ...] = option(
         "Stage of the run, in place of --task; repeat for later stages.", (), flag="stage",
         metavar="TASK:EPOCHS[:KEY=VALUE,...]", read=read_stages, shown="one stage of --task",
@@ -160,12 +152,11 @@ class Method:
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
     epochs: int = option("Number of epochs to train the student.", 300, least=1)
+    epoch_repeats: int = option("Passes over the training images in an epoch; more for few images.", 1, least=1)
     batch_size: int = option("Images per forward pass and process.", 64, least=1, metavar="IMAGES")
     accumulate: int = option("Forward passes per step.", 1, least=1)
     opt: str = option("timm optimiser.", "adamw")
-    opt_args: dict[str, Any] = option(
-        "Argument of the optimiser; repeatable.", factory=dict, flag="opt-arg", metavar="KEY=VALUE", read=mapping
-    )
+    opt_args: dict[str, Any] = key_values("Argument of the optimiser; repeatable.", "opt-arg")
     sched: str = option("timm schedule.", "cosine")
     lr: float = option("Learning rate.", 5e-4, least=0)
     warmup_epochs: int = option("Number of warmup epochs.", 5, least=0)
@@ -187,10 +178,7 @@ class Optimisation:
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     augment: bool = option("Augment images by timm's crops, flips and colours (digits: crops only).", True)
-    augment_args: dict[str, Any] = option(
-        "Argument of timm's create_transform; repeatable.", factory=dict, flag="augment-arg", metavar="KEY=VALUE",
-        read=mapping,
-    )  # fmt: skip
+    augment_args: dict[str, Any] = key_values("Argument of timm's create_transform; repeatable.", "augment-arg")
     aug_repeats: int = option("Differently cropped copies of each image in an epoch.", 1, least=1)
     erase: float = option("Probability of random erasing.", 0.0, least=0, most=1)
     mixup: float = option("Mixup's alpha.", 0.0, least=0)
@@ -380,11 +368,11 @@ def read_settings(path: Path) -> Settings:
 def _read(path: Path) -> dict[str, Any]:
     import yaml
 
-    return from_plain(yaml.safe_load(path.read_text()))
+    return from_plain(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def write_settings(path: Path, settings: Settings) -> None:
     """Write all settings but the output folder as a YAML file, which starts the same run again."""
     values = plain(settings)
     del values["out"], values["overwrite"]
-    path.write_text(as_yaml(values))
+    path.write_text(as_yaml(values), encoding="utf-8")

@@ -35,9 +35,9 @@ def load_weights(role: str, model: nn.Module, name: str, path: str, *, new_head:
         raise InputError(f"{option}: {path} is not a file")
     try:
         if Path(path).suffix in (".npz", ".npy"):
-            load_checkpoint(model, path)
+            load_checkpoint(model, path, weights_only=True)
         else:
-            _load(option, model, load_state_dict(path), new_head)
+            _load(option, model, load_state_dict(path, weights_only=True), new_head)
     except InputError:
         raise
     except Exception as error:  # safetensors, pickle and load_state_dict each have their own
@@ -132,7 +132,7 @@ class TransformersTeacher(nn.Module):
         accepted = inspect.signature(self.network.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
         file = Path(folder) / "preprocessor_config.json"
-        images = json.loads(file.read_text()) if file.is_file() else {}
+        images = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         size = getattr(config, "vision_config", config).image_size
         self.pretrained_cfg = {
             "input_size": (3, size, size),

@@ -12,6 +12,7 @@ from .images import as_rgb as as_rgb
 from .images import seed_all as seed_all
 from .loader import Loader as Loader
 from .loader import create_loaders as create_loaders
+from .loader import worker_errors as worker_errors
 from .open import open_data as open_data
 from .sampler import Batches as Batches
 from .streams import Stream as Stream

@@ -91,6 +91,8 @@ class ClassFolders(ReaderImageFolder):
             else:
                 self.outside.append(path)
         names = sorted({name for _, name in inside}, key=natural_key)
+        if unfit := [name for name in names if printable(name) != name or "\n" in name]:
+            raise InputError(f"--data: the name of a class must be one line of UTF-8, got {printable(unfit[0])!r}")
         self.class_to_idx = {name: number for number, name in enumerate(names)}
         self.samples = [(path, self.class_to_idx[name]) for path, name in inside]
 
@@ -103,6 +105,8 @@ def renumber(reader: ClassFolders, path: str) -> None:
     """
     names = list(reader.class_to_idx)
     try:
+        if not path.endswith(".txt"):  # timm would also unpickle
+            raise ValueError("needs a file .txt")
         order = load_class_map(path)
     except Exception as error:  # timm asserts that there is such a file
         raise InputError(f"--class-map: {path} cannot be read: {error}") from error
@@ -115,7 +119,13 @@ def renumber(reader: ClassFolders, path: str) -> None:
 
 def _files(root: str) -> Iterator[str]:
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        place = os.path.realpath(folder)
+        # A link to a folder above would repeat its images without end, in this class.
+        above = {place, *map(str, Path(place).parents)}
+        folders[:] = [
+            name for name in folders
+            if not is_hidden(name) and os.path.realpath(os.path.join(folder, name)) not in above
+        ]  # fmt: skip
         yield from (os.path.join(folder, name) for name in files if not is_hidden(name))
 
 
@@ -124,9 +134,14 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+def printable(name: str) -> str:
+    """Return the name of a file with escapes in place of bytes that are no UTF-8, which no stream would take."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def listed(names: Iterable[str], most: int = 3) -> str:
     """Return the first names, and the number of the others."""
-    names = list(names)
+    names = list(map(printable, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -145,7 +160,7 @@ def find_unreadable(data: Data) -> list[str]:
             with Image.open(path) as image:
                 as_rgb(image)
         except Exception as error:  # Pillow passes on any error of its decoders
-            return f"{path} cannot be read as an image ({error})"
+            return f"{path} cannot be read as an image ({printable(str(error))})"
         return None
 
     with ThreadPoolExecutor() as pool:
@@ -161,7 +176,7 @@ def leave_out(data: Data, faults: list[str], limit: int) -> None:
     """
     if len(faults) > limit:
         more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise InputError(f"--data: {faults[0]}{more}; --skip-images {len(faults)} leaves out as many")
+        raise InputError(f"--data: {printable(faults[0])}{more}; --skip-images {len(faults)} leaves out as many")
     for part in (data.train, data.val) if faults else ():
         if isinstance(part, ImageDataset):
             names = list(part.reader.class_to_idx)

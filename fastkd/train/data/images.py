@@ -39,6 +39,8 @@ def as_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"its pixels are 32-bit numbers, mode {image.mode}; it needs 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:  # Pillow would warn
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 

@@ -1,6 +1,7 @@
 """Loaders of training and validation batches."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -37,23 +38,16 @@ class Loader:
         seed: int,
         shuffle: bool,
         repeats: int = 1,
+        passes: int = 1,
         upright: bool = True,
     ) -> None:
         self.batches: Batches | None = None
         self.images: Images | Stream
         self.device = device
         self._again = partial(
-            Loader,
-            source,
-            transform,
-            config,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            ranks=ranks,
-            seed=seed,
-            upright=upright,
-        )
+            Loader, source, transform, config, batch_size=batch_size, workers=workers, device=device, ranks=ranks,
+            seed=seed, upright=upright,
+        )  # fmt: skip
         # No persistent workers, since the workers of three networks would stay alive.
         common: dict[str, Any] = {
             "num_workers": workers,
@@ -61,8 +55,9 @@ class Loader:
             "collate_fn": fast_collate,
         }
         if isinstance(source, IterableDataset):
-            if repeats > 1:
-                raise InputError("--aug-repeats: needs data with random access, such as a folder or hfds/")
+            for option, value in (("--aug-repeats", repeats), ("--epoch-repeats", passes)):
+                if value > 1:
+                    raise InputError(f"{option}: needs data with random access, such as a folder or hfds/")
             if workers < 1:
                 raise InputError("--workers: data that is read in order needs 1 at least; without, its order goes on")
             self.images = Stream(source, transform, seed, ranks, workers, batch_size, upright)
@@ -71,7 +66,7 @@ class Loader:
             loader = DataLoader(self.images, batch_size=batch_size, drop_last=shuffle, **common)
         else:
             self.images = Images(source, transform, seed, upright)
-            self.batches = Batches(len(source), batch_size, ranks, seed if shuffle else None, repeats)
+            self.batches = Batches(len(source), batch_size, ranks, seed if shuffle else None, repeats, passes)
             loader = DataLoader(self.images, batch_sampler=self.batches, **common)
         self.seed, self.rank = seed, ranks.rank
         self._loader = PrefetchLoader(loader, mean=config["mean"], std=config["std"], device=device)
@@ -93,7 +88,8 @@ class Loader:
         if isinstance(self.images, Stream):
             seed_all(self.seed, self.images.epoch, self.rank)  # the workers start now and draw their seeds
         try:
-            yield from islice(self._loader, start, None)
+            with worker_errors():
+                yield from islice(self._loader, start, None)
         except DataError as error:  # the message of a worker's error includes its traceback
             raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
 
@@ -103,6 +99,24 @@ class Loader:
     def in_order(self) -> "Loader":
         """Return a loader of the same images, each once, in their order."""
         return self._again(shuffle=False)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn the death of a loader's process into an error of one line.
+
+    PyTorch raises it in a handler of SIGCHLD, so at any line that runs while a loader is open: whatever reads from one
+    runs in this context as a whole.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"a process that loads images has ended ({' '.join(str(error).split())}), perhaps for lack of memory; "
+            "fewer --workers need less"
+        ) from error
 
 
 def create_loaders(
@@ -119,6 +133,7 @@ def create_loaders(
     val_ranks: Ranks | None = None,
     seed: int = 0,
     repeats: int = 1,
+    passes: int = 1,
     upright: bool = True,
 ) -> tuple[Loader, Loader]:
     """Return loaders for training and validation with the normalisation of the model's pretrained_cfg.
@@ -126,7 +141,7 @@ def create_loaders(
     `val_ranks` share the validation images.
     """
     size = size_of(data.train)
-    if size < batch_size * ranks.world:
+    if size * passes < batch_size * ranks.world:
         each = "" if ranks.world == 1 else f" on {ranks.world} processes"
         raise InputError(f"--batch-size: {batch_size}{each} exceeds the {size} training images")
     config = resolve_model_data_config(model)
@@ -143,7 +158,7 @@ def create_loaders(
     common: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": device, "seed": seed}
     common["upright"] = upright
     return (
-        Loader(data.train, training, config, ranks=ranks, shuffle=True, repeats=repeats, **common),
+        Loader(data.train, training, config, ranks=ranks, shuffle=True, repeats=repeats, passes=passes, **common),
         Loader(
             data.val,
             create_transform(crop_pct=crop_pct, **options),

@@ -1,5 +1,6 @@
 """Open what --data names: digits, a folder, or a timm dataset."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def _timm_data(
         val = create_dataset(name, split=splits[1], **common)
     except (Exception, SystemExit) as error:  # readers raise different errors, for example for a missing package
         raise InputError(f"--data: timm cannot open {name}: {' '.join(str(error).split())[:300]}") from error
-    for part in (train, val):  # timm would continue without them
+    for part, split in ((train, splits[0]), (val, splits[1])):  # timm would continue without them
+        if "tar" not in split and ".." not in split:  # else the user names the shards, and not a file of the data set
+            _check_inside(name, getattr(getattr(part, "reader", None), "root", ""), shards(part))
         local = [path for path in shards(part) if "://" not in path and "pipe:" not in path]
         if missing := [path for path in local if not Path(path).is_file()]:
             raise InputError(f"--data: {name} lacks {len(missing)} of its {len(shards(part))} shards: {missing[0]}")
@@ -92,3 +95,13 @@ def _timm_data(
     if known:
         folders.check_classes(name, len(known), classes)
     return Data(list(map(str, known)) or [str(i) for i in range(classes)], train, val, {})
+
+
+def _check_inside(name: str, root: str, paths: list[str]) -> None:
+    """Raises:
+    InputError: a data set's own list of shards has a command for a shell, an address, or a path out of its folder.
+    """
+    for path in paths:
+        shard = os.path.relpath(path, root)
+        if ":" in path.removeprefix(root) or shard.startswith(os.pardir) or not path.startswith(root):
+            raise InputError(f"--data: the _info.json of {name} names a shard outside the folder {root}: {shard}")

@@ -170,7 +170,7 @@ def write_settings(settings: Inversion, out: Path) -> None:
     for name in ("out", "resume"):
         del values[name]
     with replacing(out / CONFIG) as partial:
-        partial.write_text(as_yaml(values))
+        partial.write_text(as_yaml(values), encoding="utf-8")
 
 
 def make_batches(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .. import InputError
-from ..options import BadValueError, Size, mapping, near, option, read_size
+from ..options import BadValueError, Size, key_values, near, option, read_size
 from .presets import PRESETS, Loss, Preset, Schedule
 
 
@@ -28,10 +28,7 @@ class Teacher:
     teacher: str | None = option(
         "timm model to invert.", None, metavar="MODEL", shown="the model named in the checkpoint"
     )
-    teacher_args: dict[str, Any] = option(
-        "Argument of the teacher's model; repeatable.", factory=dict, flag="teacher-arg", metavar="KEY=VALUE",
-        read=mapping,
-    )  # fmt: skip
+    teacher_args: dict[str, Any] = key_values("Argument of the teacher's model; repeatable.", "teacher-arg")
     teacher_checkpoint: str | None = option("Checkpoint of the teacher.", None, metavar="FILE")
     teacher_pretrained: bool = option("Use timm's pretrained weights for the teacher.", False)
     num_classes: int | None = option("Number of classes of the teacher.", None, least=1, shown="that of its weights")
@@ -58,10 +55,7 @@ class Student:
         "timm model of the competing student, trained on the images made so far.", None, metavar="MODEL",
         shown="no competition",
     )  # fmt: skip
-    student_args: dict[str, Any] = option(
-        "Argument of the student's model; repeatable.", factory=dict, flag="student-arg", metavar="KEY=VALUE",
-        read=mapping,
-    )  # fmt: skip
+    student_args: dict[str, Any] = key_values("Argument of the student's model; repeatable.", "student-arg")
     student_checkpoint: str | None = option("Initial weights of the student.", None, metavar="FILE", shown="random")
     student_steps: int = option("Training steps of the student after each batch.", 100, least=0, metavar="STEPS")
     student_lr: float = option("Learning rate of the student.", 1e-3, least=0)

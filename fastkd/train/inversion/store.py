@@ -114,7 +114,7 @@ class Store:
                     file.write(_line(self._pending))
                     file.flush()
                     os.fsync(file.fileno())
-            except OSError:
+            except BaseException:
                 os.truncate(manifest, size)
                 raise
         before = self.student

@@ -58,21 +58,12 @@ TASKS: dict[str, type[DistillationTask]] = {
     "dkd": DKDTask,
     "nkd": NKDTask,
 }
-_OWN = {
-    "self",
-    "student",
-    "teacher",
-    "features",
-    "common",
-    "device",
-    "dtype",
-    "verbose",
-    "process_group",
-    "clock",
-    "img_size",
-}
-_OWN |= {"criterion", "student_layers", "teacher_layers"}
 _COMMON = dict(inspect.signature(DistillationTask.__init__).parameters)
+# The remaining arguments are a task's options.
+_SETUP = {
+    *("self", "student", "teacher", "features", "common", "criterion", "clock"),
+    *("process_group", "device", "dtype", "verbose"),
+}
 ALIASES = {"logits": "soft, hard, dkd or nkd", "kd": "soft", "kl": "soft", "hinton": "soft", "deit": "hard"}
 
 
@@ -162,8 +153,8 @@ def task_options(name: str) -> dict[str, Any]:
     for method in methods(name):
         task, before = TASKS[method], options
         parameters = _COMMON | inspect.signature(task.__init__).parameters
-        options = before | {key: parameter.default for key, parameter in parameters.items() if key not in _OWN}
-        options |= task.defaults if issubclass(task, PlainTask) else {}
+        options = before | {key: parameter.default for key, parameter in parameters.items() if key not in _SETUP}
+        options |= task.defaults
         if before:
             options["task_weight"] = max(before["task_weight"], options["task_weight"])
             options |= {key: before[key] for key in ("logits", "logit_weight") if options["logits"] is None}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain, islice
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,11 @@ class FeatureLoss(nn.Module):
     """A loss between layers of the two networks. Its parameters are trained and checkpointed, not exported.
 
     name: the name of the loss among the parts of the step.
+    inside: whether it compares values from inside of blocks.
     """
 
     name: str
+    inside = False
 
     def __init__(self, student_layers: Sequence[str], teacher_layers: Sequence[str]) -> None:
         super().__init__()
@@ -55,6 +57,7 @@ class Several(FeatureLoss):
         losses = [loss for loss, _ in parts]
         super().__init__(*([x for loss in losses for x in getattr(loss, f"{role}_layers")] for role in ROLES))
         self.losses, self.weights = nn.ModuleList(losses), [weight for _, weight in parts]
+        self.inside = any(loss.inside for loss in losses)
 
     @contextmanager
     def watch(self, model: nn.Module, layers: Layers) -> Iterator[Iterable[Any]]:
@@ -177,6 +180,8 @@ class DistillationTask(TrainingTask):
     Raises:
         InputError: arguments that cannot work with these networks.
     """
+
+    defaults: ClassVar[dict[str, Any]] = {}  # of arguments for which a method has a value of its own
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """CIKD's first stage: the student's attention maps imitate the teacher's, of q with k and of v with v."""
 
 import math
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,10 @@ from fastkd import capture
 from fastkd import functional as F
 from fastkd.capture import QKV
 from fastkd.train import InputError
-from fastkd.train.models import input_size, probe
-from fastkd.train.options import Size
+from fastkd.train.models import probe
 
-from .base import DistillationTask, FeatureLoss, Layers, Parts
+from .base import FeatureLoss, Layers, Parts
+from .layers import LayersTask, Networks
 
 # (width, depth) of the teacher -> its block, counted from 1, that the student's last block imitates in the code.
 _LAST = {(384, 12): 11, (768, 12): 8, (1024, 24): 18}
@@ -21,6 +22,7 @@ _LAST = {(384, 12): 11, (768, 12): 8, (1024, 24): 18}
 
 class _CIKDFeatures(FeatureLoss):
     name = "cikd"
+    inside = True
 
     def __init__(self, student_layers: list[str], teacher_layers: list[str], heads: list[int]) -> None:
         super().__init__(student_layers, teacher_layers)
@@ -50,7 +52,7 @@ class _CIKDFeatures(FeatureLoss):
         return parts["qk"] + parts["vv"], parts
 
 
-class CIKDTask(DistillationTask):
+class CIKDTask(LayersTask):
     """First stage of CIKD, attention locality imitation; the second is the task "dkd".
 
         L = Σ_l mean KL( softmax(Q Kᵀ d^-1/2)_teacher ‖ student ) + the same of V Vᵀ,  over images, heads and queries
@@ -70,38 +72,34 @@ class CIKDTask(DistillationTask):
         common: as DistillationTask; by default task_weight=0.
     """
 
+    defaults: ClassVar[dict[str, Any]] = {"task_weight": 0.0}
+
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        *,
-        student_layers: Layers | None = None,
-        teacher_layers: Layers | None = None,
-        relation_heads: int | None = None,
-        img_size: Size | None = None,
-        task_weight: float = 0.0,
-        **common: Any,
+        self, student: nn.Module, teacher: nn.Module, *, relation_heads: int | None = None, **common: Any
     ) -> None:
-        size = input_size(student) if img_size is None else img_size
-        student_layers = [0, -1] if student_layers is None else student_layers
-        teacher_layers = _patient(teacher) if teacher_layers is None else teacher_layers
-        own = probe("student", student, student_layers, size, capture.qkv)
-        theirs = probe("teacher", teacher, teacher_layers, size, capture.qkv)
-        if len(own) != len(theirs):
-            raise InputError(f"--student-layers and --teacher-layers must pair up, got {len(own)} and {len(theirs)}")
-        heads = []
-        for (s_name, s), (t_name, t) in zip(own, theirs, strict=True):
-            heads.append(_relation_heads(s, t) if relation_heads is None else relation_heads)
-            _check_heads("student", s_name, s, heads[-1])
-            _check_heads("teacher", t_name, t, heads[-1])
-            if (s.q.shape[0], s.q.shape[2]) != (t.q.shape[0], t.q.shape[2]):
-                raise InputError(
-                    "--teacher-layers: attention maps of student and teacher must agree in windows and tokens, class "
-                    f"tokens included, got {_described(s_name, s)} in the student, {_described(t_name, t)} in the "
-                    "teacher; maps are not interpolated, name layers that agree"
-                )
-        features = _CIKDFeatures([name for name, _ in own], [name for name, _ in theirs], heads)
-        super().__init__(student, teacher, features, task_weight=task_weight, **common)
+        super().__init__(student, teacher, partial(_matched_heads, relation_heads=relation_heads), **common)
+
+
+def _matched_heads(nets: Networks, relation_heads: int | None) -> _CIKDFeatures:
+    student, teacher, student_layers, teacher_layers, size = nets
+    student_layers = [0, -1] if student_layers is None else student_layers
+    teacher_layers = _patient(teacher) if teacher_layers is None else teacher_layers
+    own = probe("student", student, student_layers, size, capture.qkv)
+    theirs = probe("teacher", teacher, teacher_layers, size, capture.qkv)
+    if len(own) != len(theirs):
+        raise InputError(f"--student-layers and --teacher-layers must pair up, got {len(own)} and {len(theirs)}")
+    heads = []
+    for (s_name, s), (t_name, t) in zip(own, theirs, strict=True):
+        heads.append(_relation_heads(s, t) if relation_heads is None else relation_heads)
+        _check_heads("student", s_name, s, heads[-1])
+        _check_heads("teacher", t_name, t, heads[-1])
+        if (s.q.shape[0], s.q.shape[2]) != (t.q.shape[0], t.q.shape[2]):
+            raise InputError(
+                "--teacher-layers: attention maps of student and teacher must agree in windows and tokens, class "
+                f"tokens included, got {_described(s_name, s)} in the student, {_described(t_name, t)} in the "
+                "teacher; maps are not interpolated, name layers that agree"
+            )
+    return _CIKDFeatures([name for name, _ in own], [name for name, _ in theirs], heads)
 
 
 def _patient(teacher: Any) -> list[int]:

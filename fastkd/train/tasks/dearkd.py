@@ -1,37 +1,26 @@
 """DearKD's first stage: early transformer blocks imitate early CNN maps; the CNN's decisions teach the logits."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fastkd import capture
 from fastkd.losses import EarlyDistillationLoss
-from fastkd.train.models import check_pairs, input_size, layers_of
-from fastkd.train.options import Size
+from fastkd.train.models import check_pairs, layers_of
 
-from .base import DistillationTask, FeatureLoss, Layers, Parts
-from .grids import Grid, as_map, grids_of
+from .base import Parts
+from .layers import GridLoss, LayersTask, Networks, as_map
 
 
-class _DearKDFeatures(FeatureLoss):
+class _DearKDFeatures(GridLoss):
     name = "dearkd"
-
-    def __init__(
-        self,
-        student_layers: list[str],
-        teacher_layers: list[str],
-        loss: EarlyDistillationLoss,
-        grids: list[tuple[Grid, Grid]],
-    ) -> None:
-        super().__init__(student_layers, teacher_layers)
-        self.loss, self.grids = loss, grids
 
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[Tensor, Parts]:
         maps = [as_map(t, grid) for t, (_, grid) in zip(teachers, self.grids, strict=True)]
         return self.loss(students, maps, grid=[grid for grid, _ in self.grids]), {}
 
 
-class DearKDTask(DistillationTask):
+class DearKDTask(LayersTask):
     """First stage of Chen et al. 2022 (arXiv:2204.12997); the second is plain training, the task "none".
 
         L = 0.5 criterion(class logits, target) + 0.5 CE(distillation logits, argmax teacher) + weight * early
@@ -46,33 +35,23 @@ class DearKDTask(DistillationTask):
         common: as DistillationTask; by default logits="hard", task_weight=0.5, logit_weight=0.5.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        *,
-        student_layers: Layers | None = None,
-        teacher_layers: Layers | None = None,
-        img_size: Size | None = None,
-        logits: str | None = "hard",
-        task_weight: float = 0.5,
-        logit_weight: float = 0.5,
-        **common: Any,
-    ) -> None:
-        size = input_size(student) if img_size is None else img_size
-        if teacher_layers is None:
-            teacher_layers = _early(teacher)[: 2 if student_layers is None else len(student_layers)]
-        if student_layers is None:
-            student_layers = capture.block_names(student)[: len(teacher_layers)]
-        own = layers_of("student", student, student_layers, size)
-        theirs = layers_of("teacher", teacher, teacher_layers, size)
-        check_pairs(own, theirs)
-        grids = list(zip(grids_of(student, own, size), grids_of(teacher, theirs, size), strict=True))
-        loss = EarlyDistillationLoss([layer.width for layer in own], [layer.width for layer in theirs])
-        features = _DearKDFeatures([layer.name for layer in own], [layer.name for layer in theirs], loss, grids)
-        super().__init__(
-            student, teacher, features, logits=logits, task_weight=task_weight, logit_weight=logit_weight, **common
-        )
+    defaults: ClassVar[dict[str, Any]] = {"logits": "hard", "task_weight": 0.5, "logit_weight": 0.5}
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, **common: Any) -> None:
+        super().__init__(student, teacher, _early_pairs, **common)
+
+
+def _early_pairs(nets: Networks) -> _DearKDFeatures:
+    student, teacher, student_layers, teacher_layers, size = nets
+    if teacher_layers is None:
+        teacher_layers = _early(teacher)[: 2 if student_layers is None else len(student_layers)]
+    if student_layers is None:
+        student_layers = capture.block_names(student)[: len(teacher_layers)]
+    own = layers_of("student", student, student_layers, size)
+    theirs = layers_of("teacher", teacher, teacher_layers, size)
+    check_pairs(own, theirs)
+    loss = EarlyDistillationLoss([layer.width for layer in own], [layer.width for layer in theirs])
+    return _DearKDFeatures(own, theirs, loss, nets.grids(own, theirs))
 
 
 def _early(model: Any) -> list[str]:

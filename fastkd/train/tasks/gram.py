@@ -1,17 +1,17 @@
 """Gram anchoring: patch relations of a network in training stay near those of a frozen earlier copy of itself."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastkd import functional as F
 from fastkd.train import InputError
-from fastkd.train.models import check_pairs, copy_at, input_size, layers_of
+from fastkd.train.models import Layer, check_pairs, copy_at, layers_of
 from fastkd.train.options import Size, sides
 
-from .base import DistillationTask, FeatureLoss, Layers, Parts
-from .grids import Grid, grids_of, resized
+from .base import FeatureLoss, Layers, Parts
+from .layers import Grid, LayersTask, Networks, resized
 
 
 class _GramFeatures(FeatureLoss):
@@ -19,9 +19,9 @@ class _GramFeatures(FeatureLoss):
     anchored: Tensor  # epoch of the student that the teacher is a copy of
 
     def __init__(
-        self, student_layers: list[str], teacher_layers: list[str], grids: list[tuple[Grid, Grid]], anchor: nn.Module
+        self, own: list[Layer], theirs: list[Layer], grids: list[tuple[Grid, Grid]], anchor: nn.Module
     ) -> None:
-        super().__init__(student_layers, teacher_layers)
+        super().__init__([layer.name for layer in own], [layer.name for layer in theirs])
         self.grids, self.anchor = grids, anchor
         self.register_buffer("anchored", torch.zeros((), dtype=torch.int64))
 
@@ -30,7 +30,7 @@ class _GramFeatures(FeatureLoss):
         return torch.stack([F.relation_loss(s, t) for s, t in zip(students, teachers, strict=True)]).sum(), {}
 
 
-class GramTask(DistillationTask):
+class GramTask(LayersTask):
     """Gram anchoring of DINOv3 (Siméoni et al. 2025, arXiv:2508.10104, section 4), for fine-tuning.
 
         L = criterion + weight * Σ_l mean( (cos(s_i, s_j) - cos(t_i, t_j))² ),  over the patches i, j of an image
@@ -45,34 +45,32 @@ class GramTask(DistillationTask):
         common: as DistillationTask; by default weight=100, at which fine-tuning by labels keeps the relations.
     """
 
+    defaults: ClassVar[dict[str, Any]] = {"weight": 100.0}
+
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module,
         *,
-        student_layers: Layers | None = None,
-        teacher_layers: Layers | None = None,
         teacher_size: Size | None = None,
         refresh: int = 0,
-        img_size: Size | None = None,
-        weight: float = 100.0,
         **common: Any,
     ) -> None:
-        size = input_size(student) if img_size is None else img_size
         if teacher is None:
             raise InputError("--teacher: gram needs one to stay near, such as self")
         if refresh and teacher.state_dict().keys() != student.state_dict().keys():
             raise InputError("refresh: needs a teacher of the student's architecture, such as --teacher self")
         self.teacher_size, self.refresh = teacher_size, refresh
         teacher = teacher if teacher_size is None else copy_at(teacher, teacher_size)
-        own = layers_of("student", student, student_layers or _last(student), size)
-        theirs = layers_of("teacher", teacher, teacher_layers or _last(teacher), teacher_size or size)
-        check_pairs(own, theirs)
-        grids = list(zip(grids_of(student, own, size), grids_of(teacher, theirs, teacher_size or size), strict=True))
-        names = [layer.name for layer in own], [layer.name for layer in theirs]
-        # A teacher that changes is a part of the checkpoints.
-        features = _GramFeatures(*names, grids, teacher if refresh else nn.Identity())
-        super().__init__(student, teacher, features, weight=weight, **common)
+        anchor = teacher if refresh else nn.Identity()  # a teacher that changes is a part of the checkpoints
+
+        def match(nets: Networks) -> _GramFeatures:
+            own = layers_of("student", student, nets.student_layers or _last(student), nets.size)
+            theirs = layers_of("teacher", teacher, nets.teacher_layers or _last(teacher), teacher_size or nets.size)
+            check_pairs(own, theirs)
+            return _GramFeatures(own, theirs, nets.grids(own, theirs, teacher_size), anchor)
+
+        super().__init__(student, teacher, match, **common)
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)

@@ -5,21 +5,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkd.losses import ManifoldLoss
-from fastkd.train.models import input_size, layers_of, match_layers
-from fastkd.train.options import Size
+from fastkd.train.models import match_layers
 
-from .base import DistillationTask, FeatureLoss, Layers, Parts
-from .grids import Grid, grids_of, resized
+from .base import Parts
+from .layers import GridLoss, LayersTask, Networks, resized
 
 
-class _ManifoldFeatures(FeatureLoss):
+class _ManifoldFeatures(GridLoss):
     name = "manifold"
-
-    def __init__(
-        self, student_layers: list[str], teacher_layers: list[str], loss: ManifoldLoss, grids: list[tuple[Grid, Grid]]
-    ) -> None:
-        super().__init__(student_layers, teacher_layers)
-        self.loss, self.grids = loss, grids
 
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[Tensor, Parts]:
         if self.grids:
@@ -28,7 +21,7 @@ class _ManifoldFeatures(FeatureLoss):
         return loss, dict(zip(("intra", "inter", "random"), terms, strict=True))
 
 
-class ManifoldTask(DistillationTask):
+class ManifoldTask(LayersTask):
     """Hao et al. 2022 (arXiv:2107.01378): similarities between patches of an image, between images at a patch, and
     between random tokens, of the first four and the last four blocks.
 
@@ -45,22 +38,18 @@ class ManifoldTask(DistillationTask):
         student: nn.Module,
         teacher: nn.Module,
         *,
-        student_layers: Layers | None = None,
-        teacher_layers: Layers | None = None,
         intra: float = 4.0,
         inter: float = 0.1,
         random: float = 0.2,
         num_samples: int = 192,
         interpolate: bool = False,
-        img_size: Size | None = None,
         **common: Any,
     ) -> None:
-        size = input_size(student) if img_size is None else img_size
-        layers = match_layers(student, teacher, student_layers, teacher_layers, size, interpolate=interpolate)
         group = common.get("process_group")
         loss = ManifoldLoss(intra=intra, inter=inter, random=random, num_samples=num_samples, process_group=group)
-        grids: list[tuple[Grid, Grid]] = []
-        if interpolate:
-            own, theirs = layers_of("student", student, layers[0], size), layers_of("teacher", teacher, layers[1], size)
-            grids = list(zip(grids_of(student, own, size), grids_of(teacher, theirs, size), strict=True))
-        super().__init__(student, teacher, _ManifoldFeatures(*layers, loss, grids), **common)
+
+        def match(nets: Networks) -> _ManifoldFeatures:
+            own, theirs = match_layers(*nets, interpolate=interpolate)
+            return _ManifoldFeatures(own, theirs, loss, nets.grids(own, theirs) if interpolate else [])
+
+        super().__init__(student, teacher, match, **common)

@@ -10,8 +10,6 @@ from .base import DistillationTask
 class PlainTask(DistillationTask):
     """Classification by labels, and by a teacher's logits if `logits` names a loss between them."""
 
-    defaults: ClassVar[dict[str, Any]] = {}
-
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None, **common: Any) -> None:
         super().__init__(student, teacher, **(self.defaults | common))
 

@@ -8,21 +8,15 @@ from torch import Tensor, nn
 
 from fastkd.losses import ViTKDLoss
 from fastkd.train import InputError
-from fastkd.train.models import Layer, alike, check_grids, input_size, layers_of
+from fastkd.train.models import Layer, alike, check_grids, layers_of
 from fastkd.train.options import Size
 
-from .base import DistillationTask, FeatureLoss, Layers, Parts
-from .grids import Grid, grids_of, resized
+from .base import Parts
+from .layers import GridLoss, LayersTask, Networks, resized
 
 
-class _ViTKDFeatures(FeatureLoss):
+class _ViTKDFeatures(GridLoss):
     name = "vitkd"
-
-    def __init__(
-        self, student_layers: list[str], teacher_layers: list[str], loss: ViTKDLoss, grids: list[tuple[Grid, Grid]]
-    ) -> None:
-        super().__init__(student_layers, teacher_layers)
-        self.loss, self.grids = loss, grids
 
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[Tensor, Parts]:
         teachers = resized(teachers, self.grids)
@@ -31,7 +25,7 @@ class _ViTKDFeatures(FeatureLoss):
         return loss, dict(zip(("mimicking", "generation"), terms, strict=True))
 
 
-class ViTKDTask(DistillationTask):
+class ViTKDTask(LayersTask):
     """Yang et al. 2022 (arXiv:2209.02432): the first two blocks and the last one after the final norm.
 
     The projectors, mask token and generator are trained with the student and not exported. In a network with stages
@@ -41,7 +35,7 @@ class ViTKDTask(DistillationTask):
     Args:
         student_layers, teacher_layers: two low layers and a high one, of one grid and width in each network.
         alpha, beta, mask_ratio: as fastkd.losses.ViTKDLoss.
-        interpolate: resize the teacher's token grid to the student's where they differ, which is else an error.
+        interpolate: as ManifoldTask.
         common: as DistillationTask.
     """
 
@@ -50,30 +44,33 @@ class ViTKDTask(DistillationTask):
         student: nn.Module,
         teacher: nn.Module,
         *,
-        student_layers: Layers | None = None,
-        teacher_layers: Layers | None = None,
         alpha: float = 3e-5,
         beta: float = 3e-6,
         mask_ratio: float = 0.5,
         interpolate: bool = False,
-        img_size: Size | None = None,
         **common: Any,
     ) -> None:
-        size = input_size(student) if img_size is None else img_size
-        own = layers_of("student", student, student_layers, size)
-        theirs = layers_of("teacher", teacher, teacher_layers, size)
-        if student_layers is None or teacher_layers is None:
-            own_alike, theirs_alike = alike(own, theirs, interpolate)
-            own = _default("student", student, own, own_alike, size) if student_layers is None else own
-            theirs = _default("teacher", teacher, theirs, theirs_alike, size) if teacher_layers is None else theirs
-        _check_three("student", own)
-        _check_three("teacher", theirs)
-        if not interpolate:
-            check_grids(own, theirs, size)
-        loss = ViTKDLoss(own[0].width, theirs[0].width, alpha=alpha, beta=beta, mask_ratio=mask_ratio)
-        names = [layer.name for layer in own], [layer.name for layer in theirs]
-        grids = list(zip(grids_of(student, own, size), grids_of(teacher, theirs, size), strict=True))
-        super().__init__(student, teacher, _ViTKDFeatures(*names, loss, grids), **common)
+        def match(nets: Networks) -> _ViTKDFeatures:
+            own, theirs = _three_each(nets, interpolate)
+            loss = ViTKDLoss(own[0].width, theirs[0].width, alpha=alpha, beta=beta, mask_ratio=mask_ratio)
+            return _ViTKDFeatures(own, theirs, loss, nets.grids(own, theirs))
+
+        super().__init__(student, teacher, match, **common)
+
+
+def _three_each(nets: Networks, interpolate: bool) -> tuple[list[Layer], list[Layer]]:
+    student, teacher, student_layers, teacher_layers, size = nets
+    own = layers_of("student", student, student_layers, size)
+    theirs = layers_of("teacher", teacher, teacher_layers, size)
+    if student_layers is None or teacher_layers is None:
+        own_alike, theirs_alike = alike(own, theirs, interpolate)
+        own = _default("student", student, own, own_alike, size) if student_layers is None else own
+        theirs = _default("teacher", teacher, theirs, theirs_alike, size) if teacher_layers is None else theirs
+    _check_three("student", own)
+    _check_three("teacher", theirs)
+    if not interpolate:
+        check_grids(own, theirs, size)
+    return own, theirs
 
 
 def _default(role: str, model: nn.Module, blocks: list[Layer], alike: list[Layer], size: Size) -> list[Layer]:
