@@ -1,4 +1,4 @@
-"""Compiler report on every GPU kernel, and lower bounds on the times of the cases: python -m benchmarks aot.
+"""Compiler report on every GPU kernel, and the work that the cases make a GPU do: python -m benchmarks aot.
 
 No GPU is needed: Triton's configurations are compiled for each architecture, CUDA kernels are read from a built
 extension. A kernel fails if it spills, needs more shared memory than a block can have, or multiplies 16-bit matrices
@@ -80,7 +80,16 @@ UNITS = {
 
 THREADS = 256  # kThreads of every file in csrc/cuda
 
-MATRIX = {"HGMMA": "wgmma", "HMMA": "mma", "UTCHMMA": "tcgen05", "DMMA": "mma float64", "v_mfma": "mfma"}
+MATRIX = {
+    "HGMMA": "wgmma",
+    "IGMMA": "wgmma",
+    "HMMA": "mma",
+    "IMMA": "mma",
+    "UTCHMMA": "tcgen05",
+    "UTCIMMA": "tcgen05",
+    "DMMA": "mma float64",
+    "v_mfma": "mfma",
+}
 """Matrix instructions by the name they have in machine code."""
 
 
@@ -93,8 +102,8 @@ class Kernel:
     occupancy: share of the warps that a multiprocessor can hold. matrix: the matrix instruction; products: its number.
     loads: instructions that read global memory; wide: those that read 16 bytes per lane, or a tile.
     copies: those that write to shared memory while the warps go on. barriers: instructions that wait for all warps.
-    multiplies16: the source has a product of 16-bit matrices. shapes: of matrix instructions, or of products in tensor
-    memory, of which tensor_memory columns are used. duplicated, converted, plain: as Products has them.
+    multiplies16: the source has a product of 16-bit or 8-bit matrices. shapes: of matrix instructions, or of products
+    in tensor memory, of which tensor_memory columns are used. duplicated, converted, plain: as Products has them.
     """
 
     stem: str
@@ -132,7 +141,7 @@ class Kernel:
         if self.shared > most:
             found.append(f"{self.shared} bytes of shared memory, a block can have {most}")
         if (self.multiplies16 and not self.matrix and not self.shapes) or self.plain:
-            found.append(f"16-bit matrices multiplied without a matrix instruction {' '.join(self.plain)}".strip())
+            found.append(f"narrow matrices multiplied without a matrix instruction {' '.join(self.plain)}".strip())
         if self.tensor_memory > TENSOR_MEMORY:
             found.append(f"{self.tensor_memory} columns of tensor memory, a block can have {TENSOR_MEMORY}")
         found += [f"product duplicated: {product}" for product in self.duplicated]
@@ -143,14 +152,20 @@ class Kernel:
         return f"{self.target} {self.kernel} {self.types} {self.options}".strip()
 
 
-def occupancy(target: str, registers: int, shared: int, threads: int) -> float:
-    """Return the share of a multiprocessor's warps that can be resident at once."""
+def blocks(target: str, registers: int, shared: int, threads: int) -> int:
+    """Return the number of blocks that a multiprocessor holds at once."""
     unit = UNITS[target]
     warps = -(-threads // unit.lanes)
     of_warp = -(-max(registers, 1) * unit.lanes // unit.granularity) * unit.granularity
     by_registers = unit.registers // of_warp // warps
     by_shared = unit.shared // (shared + unit.reserved) if shared + unit.reserved else unit.blocks
-    return min(by_registers, by_shared, unit.warps // warps, unit.blocks) * warps / unit.warps
+    return min(by_registers, by_shared, unit.warps // warps, unit.blocks)
+
+
+def occupancy(target: str, registers: int, shared: int, threads: int) -> float:
+    """Return the share of a multiprocessor's warps that can be resident at once."""
+    unit = UNITS[target]
+    return blocks(target, registers, shared, threads) * -(-threads // unit.lanes) / unit.warps
 
 
 @cache
@@ -240,7 +255,7 @@ def inspect(kernel: "Specialisation", is_brief: bool = False) -> Kernel:
         found = _amd(asm["amdgcn"])
     threads = meta.num_warps * UNITS[target].lanes
     # Only the tensors of the formula have names of one letter; all others are float32 intermediates.
-    types = kernel.types(r"[a-z](_[st])?_ptr")
+    types = kernel.types(r"[a-z](_[st])?_ptrs?|student|teacher|network")
     shown = {p.name: kernel.constexprs[p.name] for p in kernel.function.params if p.is_constexpr}
     shown |= {"num_warps": meta.num_warps, "num_stages": meta.num_stages}
     matrices = products(asm["ttgir"])
@@ -254,7 +269,7 @@ def inspect(kernel: "Specialisation", is_brief: bool = False) -> Kernel:
         shared=shared,
         occupancy=occupancy(target, found["registers"], shared, threads),
         tensor_memory=getattr(meta, "tmem_size", 0) or 0,
-        multiplies16=bool(re.search(r"tt\.dot\w* .*: tensor<\w+x(bf16|f16)>", asm["ttir"])),
+        multiplies16=bool(re.search(r"tt\.dot\w* .*: tensor<\w+x(bf16|f16|i8)>", asm["ttir"])),
         shapes=" ".join(sorted(matrices.instructions)),
         duplicated=matrices.duplicated,
         converted=matrices.converted,
@@ -358,6 +373,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--all", action="store_true", help="every recorded kernel, not the part that make test compiles"
     )
+    parser.add_argument("--only-work", action="store_true", help="only the counts of the cases' work")
+    parser.add_argument("--work", type=Path, metavar="PATH", help="file for the counts; the docs show work.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of parallel compilations")
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="file for the results; the docs show benchmarks/results/aot.json"
@@ -365,6 +382,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if find_spec("triton") is None:
         parser.error("triton is not installed: it compiles the kernels")
+    if not args.no_triton:
+        counted = list(importlib.import_module("benchmarks.counts").rows(args.jobs))
+        if args.work:
+            print(f"written to {report.write(args.work, report.header('cpu'), {'work': counted})}")
+        if args.only_work:
+            return 0
     kernels: list[Kernel] = []
     for kernel in () if args.no_triton else triton_kernels(args.jobs, args.all):
         kernels.append(kernel)

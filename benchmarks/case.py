@@ -47,6 +47,12 @@ class Provider:
     gated: bool = True
 
 
+def in_pytorch(eager: Callable[..., Result], *, tuned: bool = True) -> dict[str, Provider]:
+    """Return the rivals that a plain form of a loss makes: plain, compiled, and compiled with several kernels tried."""
+    providers = {"eager": Provider(eager), "compile": Provider(eager, compiled=True)}
+    return providers | ({"compile tuned": Provider(eager, compiled=TUNED, thorough=True)} if tuned else {})
+
+
 class Bar(NamedTuple):
     """A goal of fastkd: the ratio of a rival's figure to fastkd's must be `at_least` this number.
 

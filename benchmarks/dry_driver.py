@@ -13,18 +13,25 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
+from math import prod
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 import fastkd_kernels
@@ -39,6 +46,7 @@ TARGETS = {
 }
 # The row of the kernels' configuration tables that a target reads.
 ARCHITECTURES = {"sm_80": "8.x", "sm_90": "9.0", "sm_100": "10.x", "gfx942": "cdna"}
+_RUN = JITFunction.run
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 
@@ -73,6 +81,12 @@ class Specialisation:
         names = self.function.arg_names
         return {names[path[0]]: value for path, value in self.constants.items() if len(path) == 1}
 
+    @property
+    def arguments(self) -> list[str]:
+        """The names of the arguments that the machine code takes, in its order; a tuple's parts are numbered."""
+        parts = (part for name, types in self.signature.items() for part in _flat(name, types))
+        return [name for name, type_ in parts if type_ != "constexpr"]
+
     def types(self, pattern: str = ".*") -> list[str]:
         """Return the element types of the pointers among the arguments whose names match."""
         found: set[str] = set()
@@ -84,17 +98,114 @@ class Specialisation:
     def __str__(self) -> str:
         return "-".join([self.target, self.name, *self.types(), *(f"{k}={v}" for k, v in self.constexprs.items())])
 
+    @property
+    def source(self) -> ASTSource:
+        return ASTSource(self.function, self.signature, self.constants, self.attrs)
+
+    def lowered(self) -> tuple[str, str]:
+        """Return the kernel in Triton's two forms before LLVM, TTIR and TTGIR: a small part of a compilation."""
+        target = TARGETS[self.target]
+        backend = make_backend(target)
+        options = backend.parse_options(dict(self.options.__dict__))
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        functions = backend.get_codegen_implementation(options)
+        module = self.source.make_ir(target, options, functions, backend.get_module_map(), context)
+        stages: dict[str, Any] = {}
+        backend.add_stages(stages, options, self.source.language)
+        about: dict[str, Any] = {"hash": "", "target": target, **options.__dict__}
+        ttir = str(module := stages["ttir"](module, about))
+        return ttir, str(stages["ttgir"](module, about))
+
     def compile(self) -> CompiledKernel:
-        source = ASTSource(self.function, self.signature, self.constants, self.attrs)
-        return triton.compile(source, target=TARGETS[self.target], options=self.options.__dict__)
+        return triton.compile(self.source, target=TARGETS[self.target], options=self.options.__dict__)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A tensor without elements."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of the function in kernels/ that launches an operator's kernels. Its tensors are shapes."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def again(self) -> Callable[[], Any]:
+        """Return the call as a function without arguments, on tensors that nothing has written."""
+        arguments = tree_map_only(_Shape, _Shape.tensor, self.arguments)
+        return lambda: self.function(*arguments)
+
+
+_CALLS: list[Call] = []  # that are under way, one in another
+
+
+def noted(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of kernels/, to which the launches that it makes belong."""
+    _CALLS.append(Call(function, tree_map_only(Tensor, lambda x: _Shape(x.shape, x.stride(), x.dtype), args)))
+    try:
+        return function(*args)
+    finally:
+        _CALLS.pop()
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel that a call would launch on so many blocks."""
+    """A kernel that a call would launch on so many blocks.
+
+    arguments: numbers by the names that the compiled kernel gives them; of a tensor, its bytes.
+    """
 
     kernel: Specialisation
     grid: tuple[int, ...]
+    arguments: dict[str, Any] = field(default_factory=dict, compare=False)
+    call: Call | None = field(default=None, compare=False)
+
+
+class _Pointer:
+    """The part of a tensor that binding reads; a fake tensor has no address to be asked for."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.dtype = x.dtype
+        self._at = int(x.storage_offset()) * x.itemsize if isinstance(x, FakeTensor) else x.data_ptr()
+
+    def data_ptr(self) -> int:
+        return self._at
+
+
+def _like(argument: tuple[Any, ...], parts: Iterable[Any]) -> tuple[Any, ...]:
+    """Return parts as a tuple of the argument's type, whose fields a kernel may name."""
+    return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
+
+
+def _pointers(argument: Any) -> Any:
+    """Return an argument without tensors, so that a launch holds no memory."""
+    if isinstance(argument, tuple):
+        return _like(argument, map(_pointers, argument))
+    return _Pointer(argument) if isinstance(argument, Tensor) else argument
+
+
+def extent(x: Tensor) -> int:
+    """Return the bytes of a tensor's elements, each once where strides of 0 repeat it."""
+    return int(x.itemsize * prod(int(n) for n, stride in zip(x.shape, x.stride(), strict=True) if stride))
+
+
+def _flat(name: str, argument: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(argument, tuple):
+        for i, part in enumerate(argument):
+            yield from _flat(f"{name}.{i}", part)
+    else:
+        yield name, extent(argument) if isinstance(argument, Tensor) else argument
 
 
 class _Driver:
@@ -113,11 +224,11 @@ class _Driver:
         return 0
 
 
-def _launcher(op: str) -> Callable[..., Any]:
-    """Return an operator's function in kernels/, with its arguments in the order of the schema."""
-    launcher = getattr(importlib.import_module(f"fastkd_kernels.{_schemas.STEMS[op]}"), op)
+def launcher(op: str, package: str = "fastkd_kernels") -> Callable[..., Any]:
+    """Return an operator's function in kernels/ or eager/, with its arguments in the order of the schema."""
+    function = getattr(importlib.import_module(f"{package}.{_schemas.STEMS[op]}"), op)
     names = [argument.name for argument in getattr(torch.ops.fastkd, op).default._schema.arguments]
-    return lambda *args: launcher(**dict(zip(names, args, strict=True)))
+    return lambda *args: function(**dict(zip(names, args, strict=True)))
 
 
 def _gain(of: Callable[..., int], _: torch.device, *tensors: Tensor) -> int:
@@ -138,6 +249,8 @@ def _patches(target: str, multiprocessors: int) -> Iterator[Any]:
     for user in (attention, relation):  # they ask whether the tensors are on a GPU
         yield mock.patch.object(user, "matrix_gain", partial(_gain, matrix_gain))
     yield mock.patch.object(_dispatch, "INTERPRETED", True)  # "triton" takes CPU tensors
+    capability = divmod(int(target[3:]), 10) if target.startswith("sm") else (9, 4)
+    yield mock.patch.object(torch.cuda, "get_device_capability", return_value=capability)
     yield mock.patch.object(torch.version, "hip", "6.4" if target.startswith("gfx") else None)
 
 
@@ -150,10 +263,9 @@ def recorded(target: str, multiprocessors: int | None = None) -> Iterator[list[L
         multiprocessors: number of the card's multiprocessors; that of the largest card by default.
     """
     launches: list[Launch] = []
-    bind = JITFunction.run
     operators = torch.library.Library("fastkd", "IMPL")
     for op in _schemas.STEMS:
-        operators.impl(f"{op}_triton", _launcher(op), "CPU")
+        operators.impl(f"{op}_triton", partial(noted, launcher(op)), "CPU")
 
     def specialise(
         function: JITFunction,
@@ -170,8 +282,11 @@ def recorded(target: str, multiprocessors: int | None = None) -> Iterator[list[L
         return kernel
 
     def run(function: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Specialisation:
-        kernel = bind(function, *args, grid=grid, warmup=True, **kwargs)
-        launches.append(Launch(kernel, tuple(grid)))
+        named = dict(zip(function.arg_names, args, strict=False)) | kwargs
+        args, kwargs = tuple(map(_pointers, args)), {key: _pointers(value) for key, value in kwargs.items()}
+        kernel = _RUN(function, *args, grid=grid, warmup=True, **kwargs)
+        flat = dict(x for item in named.items() for x in _flat(*item))
+        launches.append(Launch(kernel, tuple(grid), flat, _CALLS[-1] if _CALLS else None))
         return kernel
 
     with ExitStack() as patches:
@@ -182,3 +297,34 @@ def recorded(target: str, multiprocessors: int | None = None) -> Iterator[list[L
         patches.enter_context(mock.patch.object(JITFunction, "_do_compile", specialise))
         patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(target)))
         yield launches
+
+
+@contextmanager
+def bound(target: str, after: Callable[[], None]) -> Iterator[None]:
+    """Let launches inside the block bind their arguments and do nothing else; after: called when that is done."""
+
+    def run(function: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        _RUN(function, *args, grid=grid, warmup=True, **kwargs)
+        after()
+
+    with recorded(target), mock.patch.object(JITFunction, "run", run):
+        yield
+
+
+def host_seconds(launches: Sequence[Launch], rounds: int = 50) -> list[float]:
+    """Return, of each launch of some calls, the time on this CPU since the one before it, or since its call began: to
+    derive and to bind its arguments, and for PyTorch to provide tensors. The least of several rounds."""
+    least: dict[Call, list[float]] = {}
+    marks: list[float] = []
+    for launch in launches:
+        if launch.call is None or launch.call in least:
+            continue
+        call = launch.call.again()
+        with bound(launch.kernel.target, lambda: marks.append(time.perf_counter())):
+            for _ in range(rounds):
+                marks[:] = [time.perf_counter()]
+                call()
+                steps = [b - a for a, b in pairwise(marks)]
+                least[launch.call] = [min(pair) for pair in zip(least.get(launch.call, steps), steps, strict=True)]
+    each = {call: iter(seconds) for call, seconds in least.items()}
+    return [next(each[launch.call]) for launch in launches if launch.call is not None]

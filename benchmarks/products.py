@@ -34,13 +34,15 @@ class Products:
     """The matrix products of a kernel.
 
     instructions: shapes of the matrix instructions. duplicated: products that several warps compute, each all of it.
-    converted: sums of products that go through shared memory in a loop. plain: 16-bit products by scalar instructions.
+    converted: sums of products that go through shared memory in a loop. plain: products of 8 and 16 bits by scalar
+    instructions. repeats: how often a product is computed, by its shape, where that is more than once.
     """
 
     instructions: set[str] = field(default_factory=set)
     duplicated: list[str] = field(default_factory=list)
     converted: list[str] = field(default_factory=list)
     plain: list[str] = field(default_factory=list)
+    repeats: dict[str, int] = field(default_factory=dict)
 
 
 def _layouts(code: str) -> Iterator[tuple[str, Layout]]:
@@ -70,20 +72,21 @@ def products(code: str) -> Products:
         if match := _PRODUCT.match(line):
             _, accumulator, types = match.groups()
             operands, _, result = types.rpartition(" -> ")
-            shape_text, layout_name = re.findall(r"tensor<([\dx]+)xf\w+, (#\w+)>", result)[0]
+            shape_text, layout_name = re.findall(r"tensor<([\dx]+)x[fi]\w+, (#\w+)>", result)[0]
             shape = tuple(int(n) for n in shape_text.split("x"))
             layout = layouts[layout_name]
             added_to.add(accumulator)
             if layout.is_matrix:
                 found.instructions.add("x".join(map(str, layout.instruction)))
-            elif re.search(r"x(bf16|f16)\b", operands):
+            elif re.search(r"x(bf16|f16|i8)\b", operands):
                 found.plain.append(shape_text)
             if prod(shape) < prod(layout.held) or any(h > n for h, n in zip(layout.held, shape, strict=True)):
                 found.duplicated.append(f"{shape_text} by {'x'.join(map(str, layout.warps))} warps")
+                found.repeats[shape_text] = prod(-(-h // n) for h, n in zip(layout.held, shape, strict=True))
         elif match := _TENSOR_MEMORY.search(line):
-            shape_text = re.findall(r"memdesc<([\dx]+)xf32", match[1])
+            shape_text = re.findall(r"memdesc<([\dx]+)x[fi]32", match[1])
             found.instructions |= set(shape_text)
-        elif (match := _CONVERSION.search(line)) and "f32" in match[2]:
+        elif (match := _CONVERSION.search(line)) and re.search("[fi]32", match[2]):
             name, shape_text, before, after = match.groups()
             a, b = (layouts.get(x) for x in (before, after))
             moves = a is not None and b is not None and (a.kind, a.warps) != (b.kind, b.warps)

@@ -90,6 +90,17 @@ def layers_case(name: str, shapes: list[Shape], *bars: Bar, **options: Any) -> C
     )
 
 
+def normalised(shape: Shape, device: str, dtype: torch.dtype) -> Inputs:
+    g = torch.Generator(device).manual_seed(0)
+    mean, weight, bias = (torch.randn(shape[1], generator=g, device=device) for _ in range(3))
+    variance = torch.rand(shape[1], generator=g, device=device) + 0.5
+    return Inputs((torch.randn(shape, generator=g, device=device).to(dtype),), (mean, variance, weight, bias))
+
+
+def normalised_oracle(*tensors: Tensor) -> Iterable[Result]:
+    yield reference.batch_norm_moments(*tensors)
+
+
 def images(shape: Shape, classes: int, device: str, dtype: torch.dtype) -> Inputs:
     g = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=g, device=device).to(dtype)
@@ -153,3 +164,19 @@ CASES = (
         for tag, o in (("", {}), ("-bf16", BF16))
     ),
 )
+
+LAYER = (128, 256, 14, 14)  # of ResNet-50, the most frequent one
+COUNTED = (
+    Case(
+        name="moments/batch_norm-resnet50_layer3-b128",
+        inputs=partial(normalised, LAYER),
+        providers=providers.batch_norm(),
+        oracle=normalised_oracle,
+        reduced=128 * 14 * 14,
+        flops=10 * 128 * 256 * 14 * 14,
+        reads=4,  # x twice; y is written and its gradient read, which are as large
+        dtype=torch.bfloat16,
+    ),
+    next(case for case in CASES if case.name == "prior/tv-imagenet-b32"),
+)
+"""Cases whose work on a GPU is counted and whose time there is not measured."""

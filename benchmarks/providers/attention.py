@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from benchmarks.case import TUNED, Provider
+from benchmarks.case import Provider, in_pytorch
 
 
 def _kl_sum(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
@@ -59,9 +59,7 @@ def stock_attention(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tenso
 
 def attention() -> dict[str, Provider]:
     return {
-        "eager": Provider(maps),
-        "compile": Provider(maps, compiled=True),
-        "compile tuned": Provider(maps, compiled=TUNED, thorough=True),
+        **in_pytorch(maps),
         "chunks": Provider(chunks),
         "chunks compile": Provider(chunks, compiled=True, thorough=True),
         "two SDPA calls": Provider(stock_attention),
@@ -82,10 +80,4 @@ def _relations_fastkd(heads: int, q: Tensor, k: Tensor, v: Tensor, *teacher: Ten
 
 
 def relations(heads: int) -> dict[str, Provider]:
-    eager = partial(_relations, heads)
-    return {
-        "eager": Provider(eager),
-        "compile": Provider(eager, compiled=True),
-        "compile tuned": Provider(eager, compiled=TUNED, thorough=True),
-        "fastkd": Provider(partial(_relations_fastkd, heads)),
-    }
+    return {**in_pytorch(partial(_relations, heads)), "fastkd": Provider(partial(_relations_fastkd, heads))}

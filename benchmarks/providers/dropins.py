@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
-from benchmarks.case import Provider, Result
+from benchmarks.case import Provider, Result, in_pytorch
 from fastkd import compat
 
 K, WEIGHTS = 192, (4.0, 0.1, 0.2)  # of the manifold terms: intra, inter, random
@@ -17,12 +17,7 @@ RELATIONS = {(1, 1): 1 / 3, (2, 2): 1 / 3, (3, 3): 1 / 3}
 
 
 def providers(official: Callable[..., Result], ours: Callable[..., Result], **others: Provider) -> dict[str, Provider]:
-    return {
-        "eager": Provider(official),
-        "compile": Provider(official, compiled=True),
-        **others,
-        "fastkd": Provider(ours),
-    }
+    return {**in_pytorch(official, tuned=False), **others, "fastkd": Provider(ours)}
 
 
 def _float(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from benchmarks.case import TUNED, Provider
+from benchmarks.case import Provider, in_pytorch
 
 T = 4.0  # temperature
 
@@ -73,13 +73,7 @@ def nkd(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
 
 
 def _with(eager: Callable[..., Tensor], ours: Callable[..., Tensor], **others: Provider) -> dict[str, Provider]:
-    return {
-        "eager": Provider(eager),
-        "compile": Provider(eager, compiled=True),
-        "compile tuned": Provider(eager, compiled=TUNED, thorough=True),
-        **others,
-        "fastkd": Provider(ours),
-    }
+    return {**in_pytorch(eager), **others, "fastkd": Provider(ours)}
 
 
 LOSSES: dict[str, dict[str, Any]] = {

@@ -74,6 +74,15 @@ def layers() -> dict[str, Provider]:
     }
 
 
+def batch_norm_and_moments(x: Tensor, M: Tensor, V: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Return an evaluating batch norm and, as DeepInversion's hook computes them, the moments of its input."""
+    return F.batch_norm(x, M, V, weight, bias), *hook_moments(x)
+
+
+def batch_norm() -> dict[str, Provider]:
+    return {"eager": Provider(batch_norm_and_moments), "fastkd": Provider(fastkd.batch_norm_moments)}
+
+
 @cache
 def resnet50(dtype: torch.dtype) -> nn.Module:
     """Return a teacher in eval mode with running statistics that are not the initial ones."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from benchmarks.case import TUNED, Provider
+from benchmarks.case import Provider, in_pytorch
 from fastkd.losses import ManifoldLoss
 from fastkd.ops.relation import Scope
 
@@ -43,9 +43,7 @@ def _scoped(loss: Callable[[Tensor, Tensor], Tensor], scope: Scope, student: Ten
 def relation(scope: Scope) -> dict[str, Provider]:
     eager, grams = (partial(_scoped, loss, scope) for loss in (difference_of_maps, difference_by_grams))
     return {
-        "eager": Provider(eager),
-        "compile": Provider(eager, compiled=True),
-        "compile tuned": Provider(eager, compiled=TUNED, thorough=True),
+        **in_pytorch(eager),
         "gram identity": Provider(grams),
         "gram compile": Provider(grams, compiled=True, thorough=True),
         "fastkd eager": Provider(partial(fastkd.relation_loss, scope=scope, backend="eager"), thorough=True),
@@ -84,8 +82,6 @@ def _manifold_fastkd(*tensors: Tensor) -> Tensor:
 def manifold() -> dict[str, Provider]:
     eager = partial(_manifold, difference_of_maps)
     return {
-        "eager": Provider(eager),
-        "compile": Provider(eager, compiled=True),
-        "compile tuned": Provider(eager, compiled=TUNED, thorough=True),
+        **in_pytorch(eager),
         "fastkd": Provider(_manifold_fastkd),
     }
