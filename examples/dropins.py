@@ -6,6 +6,7 @@ python examples/dropins.py
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import gain
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -117,6 +118,7 @@ def main() -> None:
     statistics()
     attention()
     logits()
+    gain.report("GramLoss of DeiT-Ti and DeiT-S", compat.GramLoss(), gain.gram_maps, gain.tokens)
 
 
 if __name__ == "__main__":

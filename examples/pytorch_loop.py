@@ -4,6 +4,7 @@ python examples/pytorch_loop.py
 """
 
 import digits
+import gain
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,11 +24,11 @@ def forward(student: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[Ten
         return logits, ManifoldLoss()(list(s), list(t)), SoftTargetLoss(temperature=3.0)(logits, targets)
 
 
-def main(epochs: int = 6, weight: float = 1.0) -> tuple[float, float]:
+def main(epochs: int = 3, weight: float = 1.0) -> tuple[float, float]:
     """Distil with the manifold loss times `weight`. Return its held-out values before and after."""
     torch.manual_seed(0)
     train, held_out = digits.load()
-    teacher = digits.fit(digits.vit(embed_dim=64, depth=3, num_heads=4), train, epochs=6)
+    teacher = digits.teacher()
     student = digits.vit(embed_dim=32, depth=2, num_heads=2)
 
     def relations() -> float:
@@ -35,7 +36,7 @@ def main(epochs: int = 6, weight: float = 1.0) -> tuple[float, float]:
             return forward(student.eval(), teacher, held_out.tensors[0])[1].item()
 
     before = relations()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
     for _ in range(epochs):
         student.train()
         for images, labels in DataLoader(train, batch_size=32, shuffle=True):
@@ -44,9 +45,8 @@ def main(epochs: int = 6, weight: float = 1.0) -> tuple[float, float]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    after = relations()
-    print(f"held-out manifold loss {before:.5f} -> {after:.5f}, top-1 {digits.accuracy(student, held_out):.1%}")
-    return before, after
+    gain.manifold()
+    return digits.summary("manifold loss", before, relations(), student, held_out)
 
 
 if __name__ == "__main__":

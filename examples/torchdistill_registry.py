@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import digits
+import gain
 import torch
 from torch import Tensor, nn
 from torchdistill.common.yaml_util import load_yaml_file
@@ -49,7 +50,7 @@ def main(epochs: int | None = None) -> tuple[float, float]:
     """Distil as configured. Return the held-out manifold loss before and after."""
     torch.manual_seed(0)
     train, held_out = digits.load()
-    teacher = digits.fit(digits.vit(embed_dim=64, depth=3, num_heads=4), train, epochs=6)
+    teacher = digits.teacher()
     student = digits.vit(embed_dim=32, depth=2, num_heads=2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_yaml_file(str(CONFIG))["train"]
@@ -67,9 +68,8 @@ def main(epochs: int | None = None) -> tuple[float, float]:
         for images, labels, _ in box.train_data_loader:
             box.post_forward_process(loss=box.forward_process(images.to(device), labels.to(device)))
         box.post_epoch_process()
-    after = distance()
-    print(f"held-out manifold loss {before:.5f} -> {after:.5f}, top-1 {digits.accuracy(student.cpu(), held_out):.1%}")
-    return before, after
+    gain.manifold()
+    return digits.summary("manifold loss", before, distance(), student.cpu(), held_out)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from fastkd.train.checkpoint import write_weights
 from fastkd.train.data import Digits
 from fastkd.train.settings import DIGITS, Settings
 
-SIZE, PATCH, STEPS, SEEDS = 32, 4, 600, 1
+SIZE, PATCH, STEPS, SEEDS = 32, 4, 600, 3
 NAME, ARGS = "vit_tiny_patch16_224", {"patch_size": PATCH, "embed_dim": 64, "depth": 4, "num_heads": 2}
 
 
@@ -88,6 +88,21 @@ def measure(seed: int, folder: Path) -> dict[str, dict[str, float | None]]:
         drift = float(relation_loss(features(model, images(False)), before))
         rows[label] = {"drift": drift, "explained": explained(model), "top1": summary["results"][-1]["top1"]}
     return rows | {"versions": summary["versions"], "machine": summary["machine"]}
+
+
+def draw(figure: Any, rows: dict[str, list[dict[str, float | None]]]) -> None:
+    """Draw, for each network, the mean of each value as a bar and the seeds as points."""
+    titles = {
+        "drift": "difference of patch relations", "explained": "variance of ink explained", "top1": "top-1 (%)",
+    }  # fmt: skip
+    for axes, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+        for place, (label, runs) in enumerate(rows.items()):
+            values = [value for run in runs if (value := run[name]) is not None]
+            if values:
+                axes.bar(place, sum(values) / len(values), 0.6, color=f"C{place}", alpha=0.5, label=label)
+                axes.plot([place] * len(values), values, "o", color=f"C{place}", markersize=4)
+        axes.set_xticks(range(len(rows)), [label.replace(" with ", "\nwith ") for label in rows], fontsize="small")
+        axes.set_title(title, fontsize="medium")
 
 
 def main() -> None:
