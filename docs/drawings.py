@@ -64,6 +64,26 @@ def flow(rows: Rows) -> str:
     )
 
 
+def badges(pairs: list[tuple[str, str]]) -> str:
+    """Return an SVG strip of labels and values, in the colours of the usual badges."""
+    parts, x = [], 0
+    for label, value in pairs:
+        fills = ("#555", "#a05a00" if value.startswith("not ") else "#2b6a3c")
+        for text, fill in zip((label, value), fills, strict=True):
+            width = 7 * len(text) + 12
+            parts.append(f'<rect x="{x}" width="{width}" height="20" fill="{fill}"/>')
+            parts.append(f'<text x="{x + width / 2:g}" y="14" textLength="{7 * len(text)}">{escape(text)}</text>')
+            x += width
+        x += 6
+    body = "\n".join(parts)
+    label = escape("; ".join(f"{label}: {value}" for label, value in pairs), quote=True)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {x - 6} 20" width="{x - 6}" height="20" role="img" '
+        f'aria-label="{label}">\n<style>text{{font:11px Verdana,DejaVu Sans,sans-serif;text-anchor:middle;fill:#fff}}'
+        f"</style>\n{body}\n</svg>\n"
+    )
+
+
 def memory(text: str) -> Box:
     return Box(text, "memory")
 

@@ -6,10 +6,11 @@ python docs/generate.py --check   fail if text or pictures differ from the commi
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,61 +76,115 @@ def demo_datafree() -> str:
     return f"{table(summary)}\n\n{summary['images']} images in each set. The whole took {measured}.\n"
 
 
-def _case(row: Row) -> str:
-    """Return the table of a case's providers: milliseconds, ratio to fastkd, extra memory and errors."""
-    ours = row["providers"]["fastkd"].get("median")
-    lines = []
-    for name, p in row["providers"].items():
-        if "median" not in p:
-            lines.append([name, p.get("failure", "-").replace("|", "/"), "", "", "", "", ""])
-            continue
-        errors = ["-" if p[key] is None else f"{p[key]:.0e}" for key in ("loss_error", "gradient_error")]
-        memory = "-" if p["memory"] is None else f"{p['memory'] / 2**20:.0f}"
-        ratio = f"{p['median'] / ours:.2f}x" if ours else "-"
-        lines.append([name, ms(p["median"]), f"{ms(p['p20'])}-{ms(p['p80'])}", ratio, memory, *errors])
-    what = "forward + backward" if row["backward"] else "forward"
-    title = (
-        f"**{row['case']}**, {row['dtype']}, {what}, {row['bytes'] / 1e6:.1f} MB, {row['flops'] / 1e9:.3g} GFLOP\n\n"
+def examples() -> str:
+    """Return the time of the examples: the shortest, the median and the longest."""
+    path = RESULTS / "examples.json"
+    if not path.exists():
+        return "The time of the examples is not measured yet.\n"
+    found = json.loads(path.read_text())
+    by_time = sorted((row["processor"], name) for name, row in found["examples"].items())
+    (least, first), (most, last) = by_time[0], by_time[-1]
+    middle = statistics.median(value for value, _ in by_time)
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    span = f"{least:.0f} (`{first}`) to {most:.0f} (`{last}`) seconds of processor time, {middle:.0f} in the median"
+    where = f"Measured on {found['machine']} ({versions}), {found['date']}"
+    return f"An example takes {span}, imports included. {where}.\n"
+
+
+def newest() -> Row:
+    """Return the results of the machine that was measured last."""
+    return max(results("cases"), key=lambda found: str(found["header"]["date"]))
+
+
+def _shown(name: str, row: Row | None) -> list[str]:
+    """Return a provider's milliseconds, ratio to fastkd, extra memory and errors in a case of one machine."""
+    p = {} if row is None else row["providers"].get(name, {})
+    if "median" not in p:
+        return [p.get("failure", "-").replace("|", "/"), *[""] * 5]
+    ours = row["providers"]["fastkd"].get("median") if row else None
+    return [
+        ms(p["median"]),
+        f"{ms(p['p20'])}-{ms(p['p80'])}",
+        f"{p['median'] / ours:.2f}x" if ours else "-",
+        "-" if p["memory"] is None else f"{p['memory'] / 2**20:.0f}",
+        *("-" if p[key] is None else f"{p[key]:.0e}" for key in ("loss_error", "gradient_error")),
+    ]
+
+
+def _case(rows: list[Row | None]) -> str:
+    """Return the table of a case's providers, with the columns of all machines side by side."""
+    first = next(row for row in rows if row is not None)
+    what = "forward + backward" if first["backward"] else "forward"
+    size = f"{first['bytes'] / 1e6:.1f} MB, {first['flops'] / 1e9:.3g} GFLOP"
+    names = dict.fromkeys(name for row in rows if row is not None for name in row["providers"])
+    head = ["ms", "p20-p80", "time over fastkd's", "extra MB", "loss error", "gradient error"]
+    marks = [""] if len(rows) == 1 else [f" ({chr(ord('A') + i)})" for i in range(len(rows))]
+    return f"**{first['case']}**, {first['dtype']}, {what}, {size}\n\n" + table(
+        ["provider", *(column + mark for mark in marks for column in head)],
+        [[name, *(cell for row in rows for cell in _shown(name, row))] for name in names],
     )
-    head = ["provider", "ms", "p20-p80", "time over fastkd's", "extra MB", "loss error", "gradient error"]
-    return title + table(head, lines)
 
 
 def _picture(name: str, title: str) -> str:
     return f"![{title}](pictures/{name}.svg)\n"
 
 
+def machines(found: list[Row]) -> str:
+    """Return a line for each machine, with the letter that marks its columns if there are several."""
+    marks = [""] if len(found) == 1 else [f"({chr(ord('A') + i)}) " for i in range(len(found))]
+    return "\n".join(mark + machine(one["header"]) for mark, one in zip(marks, found, strict=True))
+
+
+def glance() -> str:
+    """Return the charts of time and memory of all machines, and of growth."""
+    found = results("cases")
+    if not found:
+        return NONE
+    parts = [
+        "Time: how many times faster fastkd is than the same loss in eager PyTorch and under `torch.compile`.\n",
+        _picture("overview-time", "Times faster than eager PyTorch and torch.compile, case by case"),
+        "Memory: the peak above the inputs.\n",
+        _picture("overview-memory", "Extra megabytes of fastkd, torch.compile and eager PyTorch, case by case"),
+        machines(found),
+    ]
+    if grown := results("sweeps"):
+        name = f"scaling-tokens-{grown[0]['header']['machine']}"
+        parts += ["Growth: time and memory against the number of tokens.\n", _picture(name, "Growth with tokens")]
+        parts += [machine(grown[0]["header"])]
+    return "\n".join(parts)
+
+
 def cases() -> str:
-    """Return the pictures and all cases of every machine."""
-    parts = []
-    for found in results("cases"):
-        name = found["header"]["machine"]
-        parts += [f"### {found['header']['gpu'] or found['header']['cpu']}\n", machine(found["header"])]
-        parts += [_picture(f"speedup-{name}", "Times faster than eager PyTorch and torch.compile, case by case")]
-        parts += [_picture(f"roofline-{name}", "Operations per second against operations per byte")]
-        parts += [_case(row) for row in found["cases"]]
-    return "\n".join(parts) or NONE
+    """Return all cases, with the machines side by side."""
+    found = results("cases")
+    parts = [machines(found)]
+    for one in found:
+        parts += [_picture(f"roofline-{one['header']['machine']}", "Operations per second against operations per byte")]
+    by_machine = [{row["case"]: row for row in one["cases"]} for one in found]
+    for name in dict.fromkeys(name for rows in by_machine for name in rows):
+        parts += [_case([rows.get(name) for rows in by_machine])]
+    return "\n".join(parts) if found else NONE
 
 
 def bars() -> str:
-    """Return the goals and the measured ratios of every machine."""
-    parts = []
-    for found in results("cases"):
-        lines = [
-            [
-                row["case"],
-                f"{bar['rival']}, {bar['what']}",
-                "-" if bar["ratio"] is None else f"{bar['ratio']:.2f}",
-                f"{bar['at_least']:.3g}" + (f" or {bar['or_below'] * 1e6:.0f} us" if bar["or_below"] else ""),
-                "reached" if bar["passed"] else "missed",
-            ]
-            for row in found["cases"]
-            for bar in row["bars"]
-        ]
-        reached = sum(line[-1] == "reached" for line in lines)
-        text = table(["case", "against", "ratio", "goal", ""], lines)
-        parts.append(f"{machine(found['header'])}\n{text}\n{reached} of {len(lines)} goals reached.\n")
-    return "\n".join(parts) or NONE
+    """Return the goals and the measured ratios, with the machines side by side."""
+    found = results("cases")
+    ratios: dict[tuple[str, ...], list[str]] = {}
+    reached, count = [0] * len(found), [0] * len(found)
+    for i, one in enumerate(found):
+        for row in one["cases"]:
+            for bar in row["bars"]:
+                goal = f"{bar['at_least']:.3g}" + (f" or {bar['or_below'] * 1e6:.0f} us" if bar["or_below"] else "")
+                cells = ratios.setdefault((row["case"], f"{bar['rival']}, {bar['what']}", goal), ["-"] * len(found))
+                missed = "" if bar["passed"] else " (missed)"
+                cells[i] = "-" if bar["ratio"] is None else f"{bar['ratio']:.2f}{missed}"
+                reached[i], count[i] = reached[i] + bar["passed"], count[i] + 1
+    if not found:
+        return NONE
+    marks = ["ratio"] if len(found) == 1 else [f"ratio ({chr(ord('A') + i)})" for i in range(len(found))]
+    text = table(["case", "against", "goal", *marks], [[*key, *cells] for key, cells in ratios.items()])
+    total = ", ".join(f"{a} of {b} goals reached" for a, b in zip(reached, count, strict=True))
+    return f"{machines(found)}\n{text}\n{total}.\n"
 
 
 HEADLINE = (
@@ -164,47 +219,70 @@ def anchoring() -> str:
     return f"{table(head, lines)}\nMean of {seeds} seed(s) on {found['machine']} ({versions}), {found['date']}.\n"
 
 
+def studies() -> list[Row]:
+    """Return the results of `make study`, of the digits first."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("study-*.json"))]
+
+
 def study() -> str:
-    """Return the results of `make study`: every method, and training without distillation, on shares of the digits."""
-    path = RESULTS / "study.json"
-    if not path.exists():
-        return NONE
+    """Return the results of `make study`: every method, and training without a teacher, on shares of the images."""
     from experiments.study import table as lines
 
-    found = json.loads(path.read_text())
-    cell = {(run["method"], run["fraction"]): run for run in found["lines"]}
-    whole = max(fraction for _, fraction in cell)
-    parts = [lines(found["lines"], found["costs"]) + "\n"]
-    for fraction in sorted({fraction for _, fraction in cell}):
-        none = cell["none", fraction]
-        won, lost, even = [], [], []
-        for method in dict.fromkeys(method for method, _ in cell if method != "none"):
-            own = cell[method, fraction]
-            gain, noise = own["top1"] - none["top1"], own["spread"] + none["spread"]
-            (even if abs(gain) <= noise else won if gain > 0 else lost).append(f"{method} ({gain:+.1f})")
-        groups = [("better than none", won), ("worse", lost), ("within the spread", even)]
-        text = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups if names)
-        parts.append(f"- With {none['images']} images ({fraction:.0%}), {text}.")
-    same = found["same"]
-    of_loss = {
-        name: [f"{point['loss']:.0e}" if point["loss"] else "0" for point in same[name]]
-        for name in ("eager", "threads")
-    }
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    parts += [
-        f"\nThe first manifold run on {whole:.0%} of the images was repeated with the eager losses, and with the fused "
-        "losses on another number of threads, which changes the rounding. Top-1 is "
-        f"{same['top1']['fused']:.1f}%, {same['top1']['eager']:.1f}% and {same['top1']['threads']:.1f}%. "
-        "The losses of the repeated runs differ from the first run after each epoch:\n",
-        table(
-            ["relative difference of the loss", *(str(i + 1) for i in range(len(same["eager"])))],
-            [["eager losses", *of_loss["eager"]], ["other threads", *of_loss["threads"]]],
-        )
-        + "\n",
-        "![Top-1 against the number of training images](pictures/study.svg)\n",
-        f"Measured on {found['machine']} ({versions}), {found['date']}.\n",
-    ]
-    return "\n".join(parts)
+    parts = []
+    for found in studies():
+        cell = {(run["method"], run["fraction"]): run for run in found["lines"]}
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        parts += [
+            f"## {found['data'].capitalize()}\n",
+            f"{found['seeds']} seed(s), {found['steps']:,} steps, top-1 of the teacher {found['teacher_top1']:.1f}%.\n",
+            lines(found["lines"], found["costs"]) + "\n",
+            *([gains(cell, fraction) for fraction in sorted({f for _, f in cell})] if found["seeds"] > 1 else []),
+            f"\n![Top-1 of each method](pictures/study-{found['data']}.svg)\n",
+            flat(found, cell),
+            tuned(found),
+            f"Measured on {found['machine']} ({versions}), {found['date']}.\n",
+        ]
+    return "\n".join(parts) or NONE
+
+
+def gains(cell: Row, fraction: float) -> str:
+    """Return a line that sorts the methods by their gain over none, which has to exceed two standard errors."""
+    none = cell["none", fraction]
+    won, lost, even = [], [], []
+    for method in dict.fromkeys(method for method, _ in cell if method != "none"):
+        own = cell[method, fraction]
+        gain = own["top1"] - none["top1"]
+        error = math.hypot(own["top1_spread"], none["top1_spread"]) / math.sqrt(own["seeds"])
+        (even if abs(gain) <= 2 * error else won if gain > 0 else lost).append(f"{method} ({gain:+.1f})")
+    groups = [("better than none", won), ("worse", lost), ("no difference beyond two standard errors", even)]
+    text = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups if names)
+    return f"- With {none['images']} images ({fraction:.0%}), {text}."
+
+
+def flat(found: Row, cell: Row) -> str:
+    """Return what more steps change: the last quarter of the runs, and runs of twice the length."""
+    rows = []
+    for (method, fraction), line in cell.items():
+        points = line["curve"]
+        late = line["top1"] - points[len(points) * 3 // 4 - 1]["top1"]
+        longer = [r["top1"] for r in found["longer"] if (r["method"], r["fraction"]) == (method, fraction)]
+        if longer:
+            rows.append([method, f"{fraction:.0%}", f"{line['top1']:.1f}", f"{late:+.1f}", f"{longer[0]:.1f}"])
+    head = ["method", "share", "top-1", "change in the last quarter of the steps", "top-1 with twice the steps, seed 0"]
+    return table(head, rows) if rows else "The runs with twice the steps are not finished.\n"
+
+
+def tuned(found: Row) -> str:
+    """Return the settings that were chosen without a teacher on a fifth of the training images."""
+    rows = []
+    for fraction in dict.fromkeys(run["fraction"] for run in found["tried"]):
+        own = [run for run in found["tried"] if run["fraction"] == fraction]
+        best = own[-1]["values"] | max(own[-2:], key=lambda run: run["top1"])["values"]
+        crops = best.get("augment_args", {}).get("scale", ["none"])[0] if best.get("augment", True) else "none"
+        scores = f"{min(run['top1'] for run in own):.1f} to {max(run['top1'] for run in own):.1f}"
+        rows.append([f"{fraction:.0%}", f"{best['lr']:g}", str(crops), f"{best['weight_decay']:g}", scores])
+    text = f"Settings, tuned with runs of {found['tuned_epochs']} of the {found['epochs']} epochs:\n\n"
+    return text + table(["share", "learning rate", "smallest crop", "weight decay", "top-1 of what was tried"], rows)
 
 
 def dropins() -> str:
@@ -243,8 +321,8 @@ def dropins() -> str:
 
 
 def numbers() -> str:
-    """Return three figures of the first machine in a sentence each."""
-    found = results("cases")[0]
+    """Return three figures of the newest machine in a sentence each."""
+    found = newest()
     rows = {row["case"]: row["providers"] for row in found["cases"]}
 
     def over(case: str, key: str) -> tuple[str, str]:
@@ -281,11 +359,11 @@ MIGRATIONS = (
 
 
 def migrations() -> str:
-    """Return the commonest replacements, each with the measured gain."""
+    """Return the commonest replacements, each with the gain that was measured last."""
     rows = {
         row["case"].removeprefix("dropins/"): (row["providers"], found["header"])
-        for found in (*results("cases"), *results("dropins"))
-        for row in found.get("cases", found.get("dropins", []))
+        for found in sorted((*results("cases"), *results("dropins")), key=lambda one: str(one["header"]["date"]))
+        for row in (*found.get("cases", ()), *found.get("dropins", ()))
     }
     lines = []
     for this, by, case in MIGRATIONS:
@@ -295,28 +373,6 @@ def migrations() -> str:
         where = f"{header['cpu'].split(',')[0].removesuffix(' Processor')}, {header['date'][:10]}"
         lines.append([this, f"`{by}`", f"{eager}, {compiled}", memory, where])
     return table(["replace", "by", "faster than it, than torch.compile of it", "extra memory", "measured on"], lines)
-
-
-def headline() -> str:
-    """Return milliseconds and extra memory of one case of each kind: official form, compiled form, fastkd."""
-    parts = []
-    for found in results("cases"):
-        rows = {row["case"]: row["providers"] for row in found["cases"]}
-        lines = []
-        for case, title in HEADLINE:
-            of_case = [rows.get(case, {}).get(name, {}) for name in ("eager", "compile", "fastkd")]
-            if of_case[-1].get("median"):
-                cells = [
-                    f"{ms(p['median'])}, {p['memory'] / 2**20:.0f}"
-                    if p.get("median") and p["memory"] is not None
-                    else "-"
-                    for p in of_case
-                ]
-                lines.append([title, *cells])
-        if lines:
-            head = ["forward + backward: ms, extra MB", "official form, eager", "torch.compile of it", "fastkd"]
-            parts.append(f"{table(head, lines)}\n{machine(found['header'])}")
-    return "\n".join(parts) or NONE
 
 
 def scaling() -> str:
@@ -452,6 +508,57 @@ def aot() -> str:
     return "\n".join(parts)
 
 
+def _amount(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def _counted(work: Row | None) -> list[str]:
+    """Return launches, MB, GFLOP by unit and millions of exponentials as cells."""
+    if work is None:
+        return ["-"] * 4
+    flops = " + ".join(f"{_amount(n / 1e9)} {unit}" for unit, n in work["flops"].items()) or "-"
+    exponentials = _amount(work["exponentials"] / 1e6) if work["exponentials"] else "-"
+    return [str(work["launches"]), _amount(work["bytes"] / 1e6), flops, exponentials]
+
+
+def work() -> str:
+    """Return the tables of counted work: per case, then the kernels of each target."""
+    found = json.loads((RESULTS / "work.json").read_text())
+    versions = found["header"]["versions"]
+    about = f"{found['header']['cpu']}; Triton {versions['triton']}, torch {versions['torch']}, "
+    parts = [f"{about}commit {found['header']['commit']}, {found['header']['date'][:10]}.\n"]
+    before = json.loads((RESULTS / "work-before.json").read_text())
+    parts[0] += f"*before*: commit {before['header']['commit']}.\n"
+    earlier = {(row["case"], row["dtype"], row["target"]): row["work"] for row in before["work"] if "target" in row}
+    forms = {(row["case"], row["dtype"]): row["compile"] for row in found["work"] if "compile" in row}
+    counted = [row for row in found["work"] if "target" in row]
+    for target in dict.fromkeys(row["target"] for row in counted):
+        rows = [row for row in counted if row["target"] == target]
+        lines = []
+        for row in rows:
+            floor = row["floor"]
+            lines.append([row["case"], row["dtype"], "fastkd", *_counted(row["work"])])
+            if was := earlier.get((row["case"], row["dtype"], target)):
+                lines.append(["", "", "before", *_counted(was)])
+            if target == "sm_90":
+                lines.append(["", "", "compile", *_counted(forms[row["case"], row["dtype"]])])
+                least = [_amount(floor["bytes"] / 1e6), _amount(floor["flops"] / 1e9)]
+                lines.append(["", "", "floor", "-", *least, "-"])
+        head = ["case", "dtype", "", "launches", "MB", "GFLOP", "M exp"]
+        parts.append(f"## {target}\n\n{table(head, lines)}")
+        head = ["case", "kernel", "launches", "programs", "per SM", "registers", "blocks per SM", "host us"]
+        lines = [
+            [row["case"], kernel["kernel"]]
+            + [str(kernel[key]) for key in ("launches", "programs")]
+            + [f"{kernel['per_sm']:.1f}", *(str(kernel[key]) for key in ("registers", "blocks"))]
+            + [f"{kernel['launch_us']:.0f}" if "launch_us" in kernel else "-"]
+            for row in rows
+            for kernel in row["kernels"]
+        ]
+        parts.append(table(head, lines))
+    return "\n".join(parts)
+
+
 def mutants() -> str:
     """Return the planted faults by file, each with the test that caught it."""
     found = json.loads((ROOT / "tests/mutants/results.json").read_text())
@@ -465,6 +572,26 @@ def mutants() -> str:
         ]
         parts.append(f"## {file}\n\n{table(['planted fault', 'caught by'], lines)}")
     return "\n".join(parts)
+
+
+def modes() -> str:
+    """Return what each function does in each mode of people's loops, over its calls and backends."""
+    lines = (RESULTS / "modes.jsonl").read_text().splitlines()
+    found: dict[str, dict[str, set[str]]] = {}
+    for function, _, mode, outcome in map(json.loads, lines):
+        found.setdefault(mode, {}).setdefault(function, set()).add(outcome)
+    functions = list(dict.fromkeys(name for row in found.values() for name in row))
+    always = [mode for mode, row in found.items() if set.union(*row.values()) == {"same"}]
+    words = {frozenset(["same"]): "same", frozenset(["refused"]): "refused"}
+    others = [mode for mode in found if mode not in always]
+    rows = [
+        [f"`{name}`", *(words.get(frozenset(found[mode][name]), "same or refused") for mode in others)]
+        for name in functions
+    ]
+    return (
+        f"All {len(functions)} functions and modules give the results of a plain call in these modes: "
+        f"{', '.join(always)}.\n\n{table(['function or module', *others], rows)}"
+    )
 
 
 def capture_cost() -> str:
@@ -509,7 +636,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
         anchoring,
         numbers,
         migrations,
-        headline,
+        examples,
+        glance,
         dropins,
         cases,
         bars,
@@ -520,7 +648,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
         capture_families,
         rooflines,
         aot,
+        work,
         mutants,
+        modes,
     )
 }
 
@@ -534,26 +664,70 @@ def fill(text: str) -> str:
     return text
 
 
+def badges() -> list[tuple[str, str]]:
+    """Return (label, value) of what the project's own files say of it."""
+    project = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "fastkd/_version.py").read_text())
+    found = {
+        name: re.search(pattern, project)
+        for name, pattern in (
+            ("python", r'requires-python = ">=(.+)"'),
+            ("pytorch", r'dependencies = \["torch>=(.+)"\]'),
+            ("license", r'license = "(.+)"'),
+        )
+    }
+    assert version and all(found.values())
+    values = {name: match[1] for name, match in found.items() if match}
+    goals = [bar["passed"] for one in results("cases") for row in one["cases"] for bar in row["bars"]]
+    return [
+        ("version", version[1]),
+        ("python", f"{values['python']} or later"),
+        ("pytorch", f"{values['pytorch']} or later"),
+        ("speed goals", f"{sum(goals)} of {len(goals)} reached on CPU"),
+        ("gpu", "not measured yet"),
+        ("license", values["license"]),
+    ]
+
+
+def _bars(rows: list[Row]) -> list[Row]:
+    """Return how many times faster fastkd is in each case that eager PyTorch or torch.compile ran."""
+    found = []
+    for row in rows:
+        ours = row["providers"]["fastkd"].get("median")
+        timed = {name: row["providers"].get(name, {}).get("median") for name in ("eager", "compile")}
+        others = {name: seconds / ours for name, seconds in timed.items() if ours and seconds}
+        if others and row["backward"]:
+            found.append({"case": row["case"], "others": others})
+    return found
+
+
+def _memory(rows: list[Row]) -> list[Row]:
+    """Return the extra bytes of each case by provider, for the cases of _bars."""
+    named = {bar["case"] for bar in _bars(rows)}
+    order = ("fastkd", "compile", "eager")
+    return [
+        {"case": row["case"], "bytes": {n: row["providers"].get(n, {}).get("memory") for n in order}}
+        for row in rows
+        if row["case"] in named
+    ]
+
+
 def pictures() -> Iterator[tuple[str, Any, Callable[[Any, Any], None], tuple[float, float]]]:
     """Yield (name, data, drawing function, size in inches) for every picture."""
-    for found in results("cases"):
-        name = found["header"]["machine"]
-        rows = [row for row in found["cases"] if "median" in row["providers"]["fastkd"]]
-        bars = []
-        for row in rows:
-            ours = row["providers"]["fastkd"]["median"]
-            others = {
-                n: p["median"] / ours
-                for n, p in row["providers"].items()
-                if n in ("eager", "compile") and "median" in p
-            }
-            if others and row["backward"]:
-                bars.append({"case": row["case"], "others": others})
-        yield f"speedup-{name}", bars, plots.speedups, (7.5, 1 + 0.28 * len(bars))
-        if name == results("cases")[0]["header"]["machine"]:
-            of_case = {bar["case"]: bar["others"] for bar in bars}
-            chosen = [{"case": title, "others": of_case[case]} for case, title in HEADLINE]
-            yield "headline", chosen, plots.speedups, (7.5, 3.2)
+    found = results("cases")
+    backward = [[row for row in one["cases"] if row["backward"]] for one in found]
+    titles = [one["header"]["gpu"] or one["header"]["cpu"] for one in found]
+    if found:
+        of_case = {bar["case"]: bar["others"] for bar in _bars(newest()["cases"])}
+        chosen = [{"case": title, "others": of_case[case]} for case, title in HEADLINE]
+        yield "headline", chosen, plots.speedups, (7.5, 3.2)
+        times = [{"title": title, "cases": _bars(rows)} for title, rows in zip(titles, backward, strict=True)]
+        height = 1 + 0.28 * max(len(one["cases"]) for one in times)
+        yield "overview-time", times, plots.speedups_of_machines, (7.5 + 3.5 * (len(times) - 1), height)
+        memory = [{"title": title, "cases": _memory(rows)} for title, rows in zip(titles, backward, strict=True)]
+        yield "overview-memory", memory, plots.memory_of_machines, (7.5 + 3.5 * (len(memory) - 1), height)
+    for one in found:
+        rows = [row for row in one["cases"] if "median" in row["providers"]["fastkd"]]
         limits = {
             key: statistics.median(row[key] for row in rows if row["dtype"] == "float32") for key in ("copy", "matmul")
         }
@@ -561,22 +735,27 @@ def pictures() -> Iterator[tuple[str, Any, Callable[[Any, Any], None], tuple[flo
             {"case": r["case"], "flops": r["flops"], "bytes": r["bytes"], "seconds": r["providers"]["fastkd"]["median"]}
             for r in rows
         ]
-        yield f"roofline-{name}", {**limits, "cases": points}, plots.roofline, (6, 4)
-    path = RESULTS / "study.json"
-    if path.exists():
+        yield f"roofline-{one['header']['machine']}", {**limits, "cases": points}, plots.roofline, (6, 4)
+    for found in studies():
         from experiments.study import draw
 
-        yield "study", json.loads(path.read_text())["lines"], draw, (6, 4)
+        chosen = {key: found[key] for key in ("lines", "teacher_top1")}
+        yield f"study-{found['data']}", chosen, draw, (9, 4)
+    path = RESULTS / "anchoring.json"
+    if path.exists():
+        from experiments.anchoring import draw as bars_of_seeds
+
+        yield "anchoring", json.loads(path.read_text())["rows"], bars_of_seeds, (9, 3)
     for found in results("sweeps"):
         for variable in dict.fromkeys(row["variable"] for row in found["sweeps"]):
             rows = [row for row in found["sweeps"] if row["variable"] == variable]
             yield f"scaling-{variable}-{found['header']['machine']}", rows, plots.scaling, (9, 3.5)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if anything differs")
-    check = parser.parse_args().check
+    check = parser.parse_args(arguments).check
     stale = []
     for page in PAGES:
         old = page.read_text()
@@ -585,8 +764,9 @@ def main() -> int:
             stale.append(page)
             if not check:
                 page.write_text(new)
-    for name, rows in drawings.DRAWINGS.items():
-        drawing, svg = PICTURES / f"{name}.svg", drawings.flow(rows)
+    drawn = {name: drawings.flow(rows) for name, rows in drawings.DRAWINGS.items()}
+    for name, svg in {**drawn, "badges": drawings.badges(badges())}.items():
+        drawing = PICTURES / f"{name}.svg"
         if not drawing.exists() or drawing.read_text() != svg:
             stale.append(drawing)
             if not check:

@@ -1,4 +1,4 @@
-"""Sphinx hooks that build the table of error messages and keep the equations of docstrings."""
+"""A Sphinx hook that builds the table of error messages."""
 
 import ast
 import re
@@ -44,14 +44,3 @@ def insert(app: "Sphinx", page: str, source: list[str]) -> None:
     rows = [f"| `{message.replace('|', '/')}` | `{error}` | `{module}` |" for module, error, message in raised()]
     table = "\n".join(["| message | error | from |", "|---|---|---|", *rows])
     source[0] = source[0].replace(PLACE, table)
-
-
-def keep_equations(app: "Sphinx", what: str, name: str, of: object, options: object, lines: list[str]) -> None:
-    """Turn indented equations into literal blocks and escape characters of prose that Sphinx would take for markup."""
-    kept: list[str] = []
-    for i, line in enumerate(lines):
-        is_quote = line.startswith("    ") and i > 0 and not lines[i - 1].strip()
-        if is_quote and kept and not any(text.startswith(":") for text in kept):
-            kept += ["::", ""]
-        kept.append(line if line.lstrip().startswith(":") else re.sub(r"([*`|])", r"\\\1", line))
-    lines[:] = kept

@@ -41,19 +41,66 @@ def write(picture: Path, data: Any, draw: Callable[[Any, Any], None], size: tupl
 
 def speedups(figure: Any, cases: list[Row]) -> None:
     """Draw a bar per case and provider: how many times faster fastkd is."""
-    axes = figure.subplots()
+    _speedups(figure.subplots(), cases)
+
+
+def speedups_of_machines(figure: Any, machines: list[Row]) -> None:
+    """Draw the bars of each machine, side by side, with the cases in the same order."""
+    _side_by_side(figure, machines, _speedups)
+
+
+def memory_of_machines(figure: Any, machines: list[Row]) -> None:
+    """Draw the extra memory of fastkd and its rivals in each case, side by side."""
+    _side_by_side(figure, machines, _memory)
+
+
+def _side_by_side(figure: Any, machines: list[Row], draw: Callable[[Any, list[Row]], None]) -> None:
+    """Draw a panel per machine; a case that a machine has not measured keeps an empty line."""
+    names = list(dict.fromkeys(case["case"] for one in machines for case in one["cases"]))
+    panels = figure.subplots(1, len(machines), squeeze=False)[0]
+    for i, (axes, one) in enumerate(zip(panels, machines, strict=True)):
+        measured = {case["case"]: case for case in one["cases"]}
+        draw(axes, [measured.get(name, {"case": name, "others": {}, "bytes": {}}) for name in names])
+        axes.set_title(one["title"], fontsize=9)
+        if i:
+            axes.set_yticklabels([])
+
+
+def _speedups(axes: Any, cases: list[Row]) -> None:
     rivals = [name for name in ("eager", "compile") if any(name in case["others"] for case in cases)]
     height = 0.8 / len(rivals)
     for r, rival in enumerate(rivals):
         at = [(i + r * height, case["others"][rival]) for i, case in enumerate(cases) if rival in case["others"]]
         axes.barh([y for y, _ in at], [x - 1 for _, x in at], height, left=1, label=f"over {rival}")
+        for y, x in at:
+            axes.text(1.03 * max(x, 1), y, f"{x:.2g}x", va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    ticks = [0.5, 1, 2, 5, 10, 20, 50]
+    ratios = [ratio for case in cases for ratio in case["others"].values()]
+    axes.set_xlim(0.9 * min(1, *ratios), 1.4 * max(ratios))
+    axes.set_ylim(-0.7, len(cases) - 0.3 + height)
+    ticks = [x for x in (0.5, 1, 2, 5, 10, 20, 50) if axes.get_xlim()[0] <= x <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{x:g}x" for x in ticks])
     axes.set_yticks([i + height * (len(rivals) - 1) / 2 for i in range(len(cases))], [case["case"] for case in cases])
     axes.invert_yaxis()
     axes.set_xlabel("times faster than the other provider, forward + backward")
+    axes.legend(frameon=False)
+
+
+def _memory(axes: Any, cases: list[Row]) -> None:
+    """Draw a line from the least to the most memory of a case, with a point for each provider."""
+    for name, marker in (("eager", "s"), ("compile", "^"), ("fastkd", "o")):
+        at = [(case["bytes"][name] / 2**20, i) for i, case in enumerate(cases) if case["bytes"].get(name)]
+        if at:
+            axes.plot(*zip(*at, strict=True), marker, markersize=5, label=name)
+    for i, case in enumerate(cases):
+        found = [value / 2**20 for value in case["bytes"].values() if value]
+        if found:
+            axes.plot([min(found), max(found)], [i, i], color="#bbbbbb", linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(cases)), [case["case"] for case in cases])
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.set_xlabel("MB beside the inputs, at the peak")
     axes.legend(frameon=False)
 
 
