@@ -7,17 +7,19 @@ ENV    := $(VENV)/.installed
 # A GPU machine may have no network, so its own Python and packages are used.
 GPU_PYTHON ?= python3
 # Each worker uses one thread, because workers with more threads would compete for the cores.
-PYTEST  ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Bytecode is written even where the environment forbids it: workers and the processes of tests share it.
+PYTEST  ?= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 4))')
 # Interpreted kernels keep a core busy; many other tests wait for processes that they start.
 INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS)
-COMPILED    = $(PYTEST) -n $$(($(WORKERS) + 1))
+COMPILED    = $(PYTEST) -n $$(($(WORKERS) + 2))
 # Folders of the results, and of kernels compiled beforehand; the latter is ignored by git.
 GPU_OUT ?= gpu
 GPU_KERNELS ?= build/gpu-kernels
 verdict = && echo "$@: pass" || { echo "$@: fail"; exit 1; }
 
-.PHONY: install demo demo-datafree study test test-all test-versions mutants lint types bench docs dist clean
+.PHONY: install demo demo-datafree study test test-all test-versions fuzz sanitize mutants audit lint types bench
+.PHONY: docs dist clean
 .PHONY: gpu gpu-kernels gpu-rehearse
 
 # An environment with everything that a demo needs: torch, the extension and the trainer.
@@ -46,8 +48,9 @@ demo: $(ENV)
 demo-datafree: $(ENV)
 	$(BIN)/python -m experiments.data_free
 
-study: $(ENV)
-	$(BIN)/python -m experiments.study
+study: $(VENV)/.study
+	$(BIN)/python -m experiments.study digits
+	$(BIN)/python -m experiments.study patches --seeds 3
 
 test: $(VENV)/.test
 	$(INTERPRETED) -m 'triton and not exhaustive'
@@ -63,9 +66,22 @@ test-versions: $(VENV)/.test
 	$(INTERPRETED) -m 'triton and not exhaustive' tests/logits tests/prior tests/gpu/test_interpreter.py
 	$(COMPILED) -m 'not exhaustive' tests/gpu/test_aot.py $(addprefix tests/operators/test_,contract.py shapes.py terms.py)
 
+# Twenty thousand drawn calls; `make test` draws 450. Takes about ten minutes.
+fuzz: $(VENV)/.test
+	FASTKD_EXAMPLES=7000 $(PYTEST) -n $(WORKERS) tests/operators/test_drawn.py
+
+# The operators' tests on an extension with AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/.test
+	$(BIN)/python tests/sanitize.py
+
 # Plants the faults of tests/mutants one at a time and records the test that catches each. Takes hours on two cores.
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants/run.py
+
+# Versions and licences of all packages that fastkd and its extras need, as they are installed here.
+audit: $(VENV)/.test
+	$(BIN)/python -m pip check
+	$(BIN)/python -m benchmarks.audit
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -96,13 +112,13 @@ gpu-rehearse: $(VENV)/.test
 gpu-kernels: $(VENV)/.test
 	$(BIN)/python -m benchmarks gpu-kernels $(GPU_KERNELS)
 
-# An sdist, a wheel without the extension for any machine, and a wheel for this machine and its torch.
-dist: $(VENV)/.lint
+# An sdist, a manylinux wheel for every torch and Python (with CUDA where nvcc is), and dist/hub, the same for the
+# Hugging Face hub; checked in an environment without a compiler. FORCE_ONLY_CPU=1 leaves CUDA out.
+dist: $(VENV)/.lint $(VENV)/.dist
 	rm -rf dist
-	$(BIN)/python setup.py --quiet sdist
-	FASTKD_BUILD_EXT=0 $(BIN)/python -m pip wheel --quiet --no-deps -w dist .
-	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
-	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/dist.py build dist
+	$(BIN)/python -m twine check --strict dist/fastkd-*
+	$(BIN)/python .ci/dist.py check --torch $(VENV) dist/fastkd-*.whl
 
 clean:
-	rm -rf build dist docs/_build gpu *.egg-info fastkd/_C.* fastkd/_built_for.py .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist docs/_build docs/walkthrough gpu *.egg-info fastkd/_C.* fastkd/_recorder.* fastkd/_built_for.py .pytest_cache .ruff_cache .mypy_cache

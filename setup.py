@@ -1,4 +1,7 @@
-"""Build script: the packages, the extension fastkd._C, and a record of the build in fastkd/_built_for.py.
+"""Build script: the packages, two extensions, and a record of the build in fastkd/_built_for.py.
+
+fastkd._C holds the operators on PyTorch's stable interface: one build serves every Python and every torch >= 2.10.
+fastkd._recorder records gradients in C++, for which there is no such interface: it serves the torch it was built with.
 
     FASTKD_BUILD_EXT=auto|1|0   build the parts that can be built | fail if a part cannot be built | pure Python
     FORCE_ONLY_CPU=1            build without CUDA
@@ -47,6 +50,7 @@ class Build:
     cuda_archs: tuple[str, ...] = ()
     has_ext: bool = False
     has_cuda: bool = False
+    interface: str = "stable"
 
     def write(self, package: str) -> None:
         rows = (f"{field.name.upper()} = {getattr(self, field.name)!r}\n" for field in fields(self))
@@ -94,14 +98,14 @@ def compiles(source: str, *flags: str) -> bool:
             return False
 
 
-def toolkit(cuda_major: str, torch_folder: Path) -> tuple[str, str]:
+def toolkit(torch_folder: Path) -> tuple[str, str]:
     """Return folder and version of the first CUDA toolkit with both compiler and headers; empty if there is none."""
     homes = [os.getenv("CUDA_HOME"), os.getenv("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
         # nvcc on PATH may be a script in another folder, so ask nvcc for its own.
         dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
         homes += re.findall(r"TOP=(\S+)", dryrun.stderr)
-    homes += [str(torch_folder.parent / "nvidia" / f"cu{cuda_major}"), "/usr/local/cuda"]
+    homes += [*sorted(glob(str(torch_folder.parent / "nvidia" / "cu[0-9]*")), reverse=True), "/usr/local/cuda"]
     for home in filter(None, homes):
         nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
         if nvcc and os.path.exists(os.path.join(home, "include", "cuda_runtime.h")):
@@ -120,20 +124,14 @@ def plan_cuda(build: Build) -> Build:
         return replace(build, why_not_cuda="left out by FORCE_ONLY_CPU=1")
     if not (has_gpu or flag("FORCE_CUDA") or os.getenv("TORCH_CUDA_ARCH_LIST")):
         return replace(build, why_not_cuda=f"no GPU at build time (to build it all the same: FORCE_CUDA=1 {REINSTALL})")
-    if torch.version.cuda is None:
-        why_not = f"torch {torch.__version__} is built without CUDA (install a CUDA build, then: {REINSTALL})"
-    else:
-        major = torch.version.cuda.split(".")[0]
-        home, version = toolkit(major, Path(torch.__file__).parent)
-        if version.split(".")[0] == major:
-            # Read by torch.utils.cpp_extension, which otherwise believes the nvcc on PATH.
-            os.environ["CUDA_HOME"] = home
-            archs = os.getenv("TORCH_CUDA_ARCH_LIST") or ("native" if has_gpu else "8.0;9.0+PTX")
-            os.environ["TORCH_CUDA_ARCH_LIST"] = archs
-            archs = tuple(archs.replace(";", " ").split())
-            return replace(build, cuda_version=version, cuda_archs=archs, has_cuda=True)
-        found = f"the CUDA toolkit in {home} is {version}" if home else "no CUDA toolkit (nvcc and headers) was found"
-        why_not = f"{found} and torch needs {major}.x (install CUDA {major}.x, set CUDA_HOME, then: {REINSTALL})"
+    # Any toolkit serves any torch: its runtime is linked statically, and torch's own is reached through torch.
+    home, version = toolkit(Path(torch.__file__).parent)
+    if home:
+        archs = os.getenv("TORCH_CUDA_ARCH_LIST") or ("native" if has_gpu else "8.0;9.0+PTX")
+        os.environ |= {"CUDA_HOME": home, "TORCH_CUDA_ARCH_LIST": archs}
+        archs = tuple(archs.replace(";", " ").split())
+        return replace(build, cuda_version=version, cuda_archs=archs, has_cuda=True)
+    why_not = f"no CUDA toolkit (nvcc and headers) was found (install CUDA, set CUDA_HOME, then: {REINSTALL})"
     say(f"the CUDA operators are left out: {why_not}")
     return replace(build, why_not_cuda=why_not)
 
@@ -153,36 +151,54 @@ def plan() -> Build:
     return plan_cuda(build)
 
 
-def extension(build: Build) -> Extension:
-    """Return the extension fastkd._C of the plan."""
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
+def extensions(build: Build) -> list[Extension]:
+    """Return the extensions of the plan."""
+    from torch.utils import cpp_extension
 
     # The version on the command line makes ninja recompile when torch is replaced in place.
-    version = f"-DFASTKD_TORCH_VERSION={build.torch_version}"
-    cxx, nvcc, link = ["/O2", version], ["-O3", version], []
+    version, target = f"-DFASTKD_TORCH_VERSION={build.torch_version}", "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    cxx, nvcc, link, sources = ["/O2", version], ["-O3", target], [], ["csrc/bindings.cpp"]
     if sys.platform != "win32":
         cxx = ["-O3", "-g0", "-fvisibility=hidden", version]
         # torch is built with the same options: sqrt and trunc may be vectorised, and no value changes.
         cxx += ["-fno-math-errno", "-fno-trapping-math"]
         # Warnings are enabled for our own sources only.
-        cxx += ["-Wall", "-Wextra", *(f"-isystem{folder}" for folder in include_paths())]
+        cxx += ["-Wall", "-Wextra", *(f"-isystem{folder}" for folder in cpp_extension.include_paths())]
         nvcc += ["-Xcompiler", "-fvisibility=hidden"]
-    # at::parallel_for is inlined here and runs in this library's threads.
-    if compiles("#include <omp.h>\n", "-fopenmp"):
-        cxx, link = [*cxx, "-fopenmp"], ["-fopenmp"]
-    sources = ["csrc/bindings.cpp", "csrc/moments_autograd.cpp"]
+    if compiles("", "-fopenmp-simd"):
+        cxx.append("-fopenmp-simd")
     if not (build.has_cuda and flag("FORCE_ONLY_CUDA")):
         sources += sorted(glob("csrc/cpu/*.cpp"))
+    cxx.append(f"-I{os.path.abspath('csrc')}")
+    nvcc.append(f"-I{os.path.abspath('csrc')}")
+    recorder = cpp_extension.CppExtension(
+        "fastkd._recorder",
+        ["csrc/moments_autograd.cpp"],
+        extra_compile_args={"cxx": cxx},
+        optional=True,
+        py_limited_api=True,
+    )
+    cxx = [*cxx, target]
     if build.has_cuda:
         sources += sorted(glob("csrc/cuda/*.cu"))
         cxx += [f"-DFASTKD_CUDA_VERSION={build.cuda_version}", f"-DFASTKD_CUDA_ARCHS={','.join(build.cuda_archs)}"]
-    return (CUDAExtension if build.has_cuda else CppExtension)(
+        home = cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+        cpp_extension._check_cuda_version = lambda compiler, version: None
+        # libtorch.so, although no symbol is its own: it brings libtorch_cuda.so where there is one.
+        link = [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--no-as-needed", "-ltorch"]
+    native = cpp_extension.CppExtension(
         "fastkd._C",
         sources,
-        include_dirs=[os.path.abspath("csrc")],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=link,
+        py_limited_api=True,
     )
+    return [native, recorder]
+
+
+def remove_built(package: str) -> None:
+    for path in [*glob(os.path.join(package, "_C.*")), *glob(os.path.join(package, "_recorder.*"))]:
+        os.remove(path)
 
 
 def commands(build: Build) -> dict[str, type]:
@@ -193,8 +209,7 @@ def commands(build: Build) -> dict[str, type]:
             super().run()
             package = "fastkd" if self.editable_mode else os.path.join(self.build_lib, "fastkd")
             # build/ persists, and an extension left there by another torch would be packed.
-            for stale in glob(os.path.join(self.build_lib, "fastkd", "_C.*")):
-                os.remove(stale)
+            remove_built(os.path.join(self.build_lib, "fastkd"))
             replace(build, has_ext=False, has_cuda=False).write(package)
 
     if not build.has_ext:
@@ -203,6 +218,8 @@ def commands(build: Build) -> dict[str, type]:
 
     class BuildExt(BuildExtension):
         def run(self) -> None:
+            if self.inplace:
+                remove_built("fastkd")  # an older one may have another name, which Python finds first
             done = self.attempt(build)
             done.write("fastkd" if self.inplace else os.path.join(self.build_lib, "fastkd"))
 
@@ -221,7 +238,9 @@ def commands(build: Build) -> dict[str, type]:
             if build.has_cuda:
                 say(f"the CUDA operators are left out: {why_not}")
                 build = replace(build, has_cuda=False, cuda_version="", cuda_archs=(), why_not_cuda=why_not)
-                self.extensions = self.distribution.ext_modules = [extension(build)]
+                self.extensions = self.distribution.ext_modules
+                for extension, without_cuda in zip(self.extensions, extensions(build), strict=True):
+                    vars(extension).update(vars(without_cuda))  # which keeps what setuptools has added
                 return self.attempt(build)
             say(f"installed without the compiled extension: {why_not}")
             return replace(build, has_ext=False, why_not_ext=why_not)
@@ -233,7 +252,7 @@ if MODE not in {"auto", "0", "1"}:
     sys.exit(f"fastkd: FASTKD_BUILD_EXT must be auto, 0 or 1, got {MODE!r}")
 with target_packages():
     build = plan() if BUILDS else Build()
-    ext_modules = [extension(build)] if build.has_ext else []
+    ext_modules = extensions(build) if build.has_ext else []
     cmdclass = commands(build) if BUILDS else {}
 if MODE == "1" and (why_not := build.why_not_ext or (flag("FORCE_CUDA") and build.why_not_cuda)):
     sys.exit(f"fastkd: FASTKD_BUILD_EXT=1, and {why_not}")
@@ -246,4 +265,5 @@ setup(
     package_dir={"fastkd_kernels": "kernels"},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
 )

@@ -4,6 +4,7 @@ process of their own, interpreted.
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 from fastkd.ops import _dispatch
 from fastkd.testing import poisoned_allocations
+
+HERE = Path(__file__).parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,10 +27,18 @@ def pytest_configure(config: pytest.Config) -> None:
     interpreter.install()
 
 
+# What launches no kernel of its own is not even imported by the process that interprets kernels.
+UNINTERPRETED = ["train", "capture"]
+if os.getenv("TRITON_INTERPRET") == "1":
+    collect_ignore = UNINTERPRETED
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "triton" in getattr(getattr(item, "callspec", None), "params", {}).values():
             item.add_marker("triton")
+        if item.get_closest_marker("triton") is not None and item.path.relative_to(HERE).parts[0] in UNINTERPRETED:
+            raise pytest.UsageError(f"{item.nodeid} runs a Triton kernel, and is in a folder that is not interpreted")
     # First, so that no worker starts with one of them when the others have finished.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -39,6 +50,16 @@ def _seed() -> None:
         from tests._support import interpreter
 
         interpreter.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_plans() -> None:
+    """No launch is planned by a threshold or tile that an earlier test has lowered."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastkd_kernels."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -75,9 +75,15 @@ LARGE = [
     _relation("4096", 1, 4096, 384, 1024, algorithm="tile"),
     _relation("wide", 4, 256, 768, 1536, normalize=False),
     _relation("narrow", 4, 49, 24, 40),
+    _relation("grams", 32, 196, 192, 384, scope="batch", algorithm="gram"),
+    _relation("raw grams", 4, 50, 24, 40, scope="batch", algorithm="gram", normalize=False),
     _manifold("deit", 8, 32, 196, 192, 768),
     _manifold("20 layers", 20, 4, 49, 96, 192),
-    _attention("deit", 64, 3, 197, 64),
+    _attention("deit", 128, 3, 197, 64),
+    _attention("deit reverse", 128, 3, 197, 64, mask=True, divergence="reverse_kl", is_causal=True),
+    _attention("128 keys", 128, 3, 128, 64),
+    _attention("128 keys js", 128, 3, 128, 64, mask=True, divergence="js"),
+    _attention("257 keys", 128, 3, 257, 64),
     _attention("causal", 2, 3, 197, 64, is_causal=True),
     _attention("js", 2, 3, 197, 64, divergence="js", temperature=2.0),
     _attention("swin", 64, 3, 49, 32, bias=(1, 3, 49, 49)),
@@ -160,7 +166,8 @@ def pairs(kernel: Specialisation) -> set[tuple[Any, ...]]:
     sizes = tuple(size for name, size in blocks.items() if name not in ("BLOCK_DS", "BLOCK_DT"))  # those of heads
     types = "/".join(kernel.types())
     held = [*options.items(), ("types", types), ("target", kernel.target)]
-    if "PRECISION" in options and "16" in types:  # of other kernels, several targets have the same
+    # Of other kernels, several targets have the same tiles; newer NVIDIA cards have the instructions of these two.
+    if "PRECISION" in options and "16" in types and kernel.target in ("sm_80", "sm_90"):
         held.append(("tile", (kernel.target, *sizes, kernel.options.num_warps, kernel.options.num_stages)))
     return {(kernel.name, *one) for one in held}
 

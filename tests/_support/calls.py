@@ -1,5 +1,6 @@
 """Calls of every public loss with every tensor that it can take, which attacks on their arguments are made from."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +28,10 @@ class Call:
 
     def __str__(self) -> str:
         return f"{self.function}-{self.option}" if self.option else self.function
+
+    def __repr__(self) -> str:
+        shapes = tree_map_only(Tensor, lambda x: (*x.shape, str(x.dtype)[6:], x.stride()), self.arguments)
+        return f"{self.function} {shapes} {self.constants}"
 
     def target(self) -> Callable[..., Any]:
         """The function, or a new module with the parameters of seed 0."""
@@ -84,6 +89,19 @@ class Call:
     def loss_and_gradients(self) -> list[Tensor]:
         results, gradients = self.values_and_gradients()
         return results + gradients
+
+
+def outcome(call: Call) -> Any:
+    """The result of the call, or None where it is refused: by a TypeError or ValueError that names an argument."""
+    target = call.target()
+    names = inspect.signature(target.forward if call.module is not None else target).parameters
+    refusal = None
+    try:
+        return call.run()
+    except (TypeError, ValueError) as error:
+        refusal = str(error)
+    assert any(name.rstrip("s") in refusal for name in names), refusal
+    return None
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -21,9 +21,14 @@
 
 #define __global__
 #define __device__
-#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static  // of the block that runs; emulation::share follows
+#define CUDART_VERSION 13000
+
+// What has been launched, and loads through emulation::read by their bytes.
+extern "C" {
+inline uint64_t emulated_launches = 0, emulated_loads[17] = {};
+}
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -163,6 +168,13 @@ void share(T& array) {
   std::memset(static_cast<void*>(&array), kUnwritten, sizeof array);
 }
 
+// What the reinterpret_cast of a load becomes.
+template <typename T>
+const T* read(const void* p) {
+  ++emulated_loads[sizeof(T)];
+  return static_cast<const T*>(p);
+}
+
 // What kernel<<<grid, block, shared, stream>>> becomes: called with the arguments.
 template <typename... Parameters, typename Stream>
 auto launch(dim3 grid, dim3 threads, size_t, Stream, void (*kernel)(Parameters...)) {
@@ -172,6 +184,7 @@ auto launch(dim3 grid, dim3 threads, size_t, Stream, void (*kernel)(Parameters..
   require(threads.x <= kThreads && threads.x % kWarp == 0, "a block of more than 1024 threads or of part of a warp");
   require(grid.z == 1 && threads.y == 1 && threads.z == 1, "more dimensions than are emulated");
   return [=](auto&&... arguments) {
+    ++emulated_launches;
     grid_dim = grid, block_dim = threads;
     const std::function<void()> body = [&] { kernel(arguments...); };
     std::vector<unsigned> order;
@@ -226,15 +239,25 @@ inline int cudaDeviceGetAttribute(int* value, int, int) {
   *value = static_cast<int>(emulation::setting("EMULATED_MULTIPROCESSORS", 3));
   return 0;
 }
-#define C10_CUDA_CHECK(call) (void)(call)
-#define C10_CUDA_KERNEL_LAUNCH_CHECK() (void)0
-
-namespace c10::cuda {
-struct CUDAGuard {
-  template <typename Device>
-  explicit CUDAGuard(const Device&) {}
-};
-inline int getCurrentCUDAStream() {
+inline int cudaSetDevice(int) {
   return 0;
 }
-}  // namespace c10::cuda
+inline int cudaGetLastError() {
+  return 0;
+}
+inline const char* cudaGetErrorString(int) {
+  return "";
+}
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr int cudaSuccess = 0;
+
+namespace emulation {
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+}  // namespace emulation
+
+extern "C" inline int32_t emulated_current_stream(int32_t, void**) {
+  return 0;
+}

@@ -3,7 +3,7 @@
  - The programs of a launch run in an order drawn by `seed`; on a card no order is promised.
  - A load or store goes to no address outside the tensors of the launch, each taken from its first to its last element.
  - What a masked load leaves undefined is NaN or a large integer, not 0.
- - A sum or product of 32-bit integers that wraps is an error: offsets of large tensors do.
+ - A sum or product of 32-bit integers that wraps is an error: offsets of large tensors do. So is a matrix product's.
  - bfloat16 is computed in float32 and rounded to nearest, ties to even; the interpreter's own truncates.
  - Grids are within the limits of CUDA.
 
@@ -131,6 +131,11 @@ class Builder(InterpreterBuilder):
         return super().create_fma(x, y, z)
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: Any) -> TensorHandle:
+        if a.data.dtype == np.int8:  # sums of whole numbers are exact in float64
+            exact = a.data.astype(np.float64) @ b.data.astype(np.float64) + d.data
+            if not exact.size or np.abs(exact).max() < 2**31:
+                return TensorHandle(exact.astype(np.int32), d.dtype.scalar)
+            raise OverflowError(WRAPPED)
         # Products of 16-bit numbers are exact in float32.
         a, b = (TensorHandle(_wide(x), tl.float32) if _is_bfloat16(x) else x for x in (a, b))
         return super().create_dot(a, b, d, *options)

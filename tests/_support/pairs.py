@@ -30,15 +30,20 @@ def greedy(values: list[list[Any]], is_allowed: Callable[[Sequence[Any]], bool])
         (i, a, j, b) for i, j in itertools.combinations(range(len(places)), 2) for a in places[i] for b in places[j]
     }
 
+    def new(row: dict[int, int], at: int, value: int) -> tuple[int, int]:
+        """How many pairs a value adds to a row, and how many it has left in all."""
+        own = sum(((i, a, at, value) if i < at else (at, value, i, a)) in left for i, a in row.items())
+        return own, sum((at, value) in (pair[:2], pair[2:]) for pair in left)
+
     def complete(fixed: dict[int, int], row: tuple[int, ...] = ()) -> tuple[int, ...] | None:
-        """The first allowed row with those positions, values with most pairs left tried first."""
+        """The first allowed row with those positions, values that add most pairs tried first."""
         if not is_allowed([values[i][a] for i, a in enumerate(row)]):
             return None
         at = len(row)
         if at == len(places):
             return row
-        choices = [fixed[at]] if at in fixed else list(places[at])
-        choices.sort(key=lambda b: -sum((i, a, at, b) in left for i, a in enumerate(row)))
+        chosen = fixed | dict(enumerate(row))
+        choices = sorted([fixed[at]] if at in fixed else places[at], key=lambda b: new(chosen, at, b), reverse=True)
         return next((found for b in choices if (found := complete(fixed, (*row, b)))), None)
 
     for i, a, j, b in sorted(left):

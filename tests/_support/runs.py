@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -12,20 +13,33 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from fastkd.train import checkpoint, job, ranks
+from fastkd.train.loop import Trainee
 from fastkd.train.settings import Settings
 
 # What the library imports only when it needs it, seconds of each process that starts without.
 PRELOADED = [
     "fastkd.train.cli", "fastkd.train.inversion.job", "fastkd.train.job", "sklearn.datasets", "sklearn.model_selection",
     "torch._dynamo", "torch.nn.parallel.distributed", "matplotlib.backends.backend_agg",
-    # The examples' hosts; those that are not installed are passed over.
-    "transformers.trainer", "transformers.models.vit.modeling_vit", "transformers.models.bert.modeling_bert",
-    "lightning", "torchdistill.losses.registry",
 ]  # fmt: skip
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, number: int, signum: signal.Signals) -> list[int]:
+    """Send this process a signal at the start of a step. Return a list that holds the number of steps so far."""
+    step, count = Trainee._step, [0]
+
+    def counted(*args: Any) -> None:
+        count[0] += 1
+        if count[0] == number:
+            os.kill(os.getpid(), signum)
+        step(*args)
+
+    monkeypatch.setattr(Trainee, "_step", counted)
+    return count
 
 
 def start(world: int, task: Callable[..., Any], *arguments: Any) -> list[multiprocessing.Process]:

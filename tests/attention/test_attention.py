@@ -290,6 +290,27 @@ def test_totals_beside_a_large_term(backend: str) -> None:
 
 
 @pytest.mark.parametrize(("divergence", "heads"), [x for x in WITH_HEADS if x[0] != "score_mse"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+def test_probabilities_whose_inverse_overflows(backend: str, dtype: torch.dtype, divergence: str, heads: str) -> None:
+    """Of keys that lag so far behind the others that e^-lag is subnormal, in the student, the teacher or both."""
+    lag = {torch.float64: 743.0, torch.float32: 102.0}[dtype]
+    q = torch.ones(1, 1, 1, 1, dtype=dtype, device=DEVICE)
+    far, near = torch.zeros(2, 1, 1, 9, 1, dtype=dtype, device=DEVICE)
+    far[:, :, :3] = -lag
+    near[:, :, 2:4] = -lag
+    for student, teacher in ((far, near), (near, far), (far, far + far / 1e4)):
+        leaf = student.clone().requires_grad_()
+        loss = fastkd.attention_loss(q, leaf, q, teacher, divergence=divergence, heads=heads, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        expected = reference.attention_loss(
+            q.double(), student.double(), q.double(), teacher.double(), divergence=divergence, heads=heads
+        )
+        assert gradient.isfinite().all()
+        assert (loss - expected).abs() <= 1e-5 * (1 + expected.abs()), (loss, expected)
+
+
+@pytest.mark.parametrize(("divergence", "heads"), [x for x in WITH_HEADS if x[0] != "score_mse"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_whose_keys_one_network_lacks(backend: str, divergence: str, heads: str) -> None:
     """All of a row's keys in every head: the student's in row 1, the teacher's in row 4, both in row 3. 0 where
@@ -609,14 +630,79 @@ def test_tiles_of_other_architectures(
     check(operands(1, 1, 35, 35, 8, 72, dtype), divergence="kl", is_causal=True, backend=backend)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_many_keys(backend: str, divergence: str) -> None:
+@in_pairs({"divergence": DIVERGENCES, "dtype": DTYPES})
+def test_rows_of_many_keys(backend: str, divergence: str, dtype: torch.dtype) -> None:
     """More than 4,096, the likeliest and the least so at either end."""
-    q, k, tq, tk = operands(1, 1, 3, 200 if INTERPRETED else 4100, 8, 8)
+    q, k, tq, tk = operands(1, 1, 3, 300 if INTERPRETED else 4100, 8, 8, dtype)
     k[..., -1, :], k[..., 0, :] = q[..., 1, :], q[..., 2, :]
     tk[..., -1, :] = tq[..., 0, :]
     check((q, k, tq, tk), divergence=divergence, backend=backend)
+
+
+TRITON = pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "triton"])
+
+
+@pytest.fixture
+def _separate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were too few heads to fill the card: gradients of queries and of keys in kernels of their own."""
+    kernels = pytest.importorskip("fastkd_kernels.attention")
+    monkeypatch.setattr(kernels, "multiprocessors", lambda _: 1000)
+
+
+@TRITON
+@in_pairs({"keys": [255, 256, 257], "dtype": [torch.float16, torch.bfloat16], "divergence": ["kl", "mse"]})
+def test_keys_around_the_largest_tile(backend: str, keys: int, dtype: torch.dtype, divergence: str) -> None:
+    check(operands(1, 1, 19, keys, 8, 24, dtype), divergence=divergence, backend=backend)
+
+
+@TRITON
+@pytest.mark.parametrize("keys", [256, 257])
+@pytest.mark.parametrize("is_near", [False, True])
+def test_one_term_of_a_bfloat16_gradient_is_enough(backend: str, is_near: bool, keys: int) -> None:
+    """Its error shows less than an eighth beside the rounding of the exact gradient to bfloat16."""
+    q, k, tq, tk = operands(1, 1, 35, keys, 64, 64, torch.bfloat16, gain=1.0)
+    if is_near:  # a KL of about 2e-4
+        q, k = ((x.float() + 0.015 * torch.randn_like(x.float())).to(torch.bfloat16) for x in (tq, tk))
+    _, *exact = loss_and_gradients(
+        lambda a, b: reference.attention_loss(a, b, tq.double(), tk.double()), [q.double(), k.double()]
+    )
+    _, *actual = loss_and_gradients(lambda a, b: fastkd.attention_loss(a, b, tq, tk, backend=backend), [q, k])
+    for a, e in zip(actual, exact, strict=True):
+        assert (a - e).norm() <= 1.125 * (e.bfloat16() - e).norm()
+
+
+@TRITON
+@pytest.mark.usefixtures("_separate")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_sums_of_a_sweep_whose_maxima_move(backend: str, dtype: torch.dtype) -> None:
+    """The likeliest keys come tile after tile, in turns of the networks; in the first tile one has none that counts."""
+    q, k, tq, tk = operands(1, 1, 5, 150, 8, 8, dtype)
+    rise = torch.linspace(-20, 20, 150, device=DEVICE)
+    turns = rise + 9 * torch.sin(rise)
+    late = rise.where(rise > -10, -300)
+    q[..., 0], tq[..., 0] = 8**0.5, 8**0.5
+    for student, teacher in ((turns, late), (late, turns), (rise, turns), (turns, turns.flip(0))):
+        k[..., 0], tk[..., 0] = student, teacher
+        check((q, k, tq, tk), backend=backend)
+
+
+@TRITON
+@pytest.mark.usefixtures("_separate")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_a_sweep_over_equal_networks(backend: str, dtype: torch.dtype) -> None:
+    q, k, _, _ = operands(1, 1, 5, 150, 8, 8, dtype)
+    loss, *grads = loss_and_gradients(lambda a, b: fastkd.attention_loss(a, b, q, k, backend=backend), [q, k])
+    assert loss == 0 and all((g == 0).all() for g in grads)
+
+
+@TRITON
+@pytest.mark.parametrize("keys", [19, 300])
+def test_bfloat16_outside_the_range_of_float16(backend: str, keys: int) -> None:
+    q, k, tq, tk = operands(1, 1, 5, keys, 8, 8, torch.bfloat16)
+    q, k = q * 2.0**60, k * 2.0**-90
+    q[0, 0, 1], k[0, 0, 3] = 0, 0
+    check((q, k, tq, tk), scale_student=2.0**30 / 8**0.5, backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import copy
 import gc
 import warnings
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -345,6 +347,13 @@ GRABS = {
 }
 
 
+def started(grab: str) -> tuple[nn.Module, Tensor, Callable[..., Any], Callable[..., list[Tensor]]]:
+    """(model, images, how to capture, how to read what was captured)"""
+    kind, enter, read = GRABS[grab]
+    model = build(kind)
+    return model, images_for(model), enter, read
+
+
 # one `with`, many passes
 
 
@@ -403,9 +412,7 @@ def test_reading_outside_a_pass():
 
 @pytest.mark.parametrize("grab", GRABS)
 def test_what_was_captured_can_be_read_after_the_with(grab):
-    kind, enter, read = GRABS[grab]
-    model = build(kind)
-    images = images_for(model)
+    model, images, enter, read = started(grab)
     with enter(model) as captured:
         model(images)
         inside = [x.detach().clone() for x in read(captured)]
@@ -474,9 +481,7 @@ def test_no_graph_outlives_the_captured(grab):
 
 @pytest.mark.parametrize("grab", GRABS)
 def test_ddp(grab, tmp_path):
-    kind, enter, read = GRABS[grab]
-    model = build(kind)
-    images = images_for(model)
+    model, images, enter, read = started(grab)
     with enter(model) as captured:
         model(images)
         expected = [x.detach().clone() for x in read(captured)]
@@ -581,9 +586,6 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-COMPILED = ["whole", "in_place", "by_block"]
-
-
 def compiled(model: nn.Module, how: str) -> nn.Module:
     if how == "whole":
         return torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -599,17 +601,19 @@ def compiled(model: nn.Module, how: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("grab", "how"),
     [
-        *(("qkv", how) for how in COMPILED),
+        ("qkv", "whole"),
+        ("qkv", "by_block"),
         ("tokens", "whole"),
-        *(pytest.param("tokens", how, marks=pytest.mark.exhaustive) for how in COMPILED[1:]),
+        *(
+            pytest.param(*both, marks=pytest.mark.exhaustive)
+            for both in (("qkv", "in_place"), ("tokens", "in_place"), ("tokens", "by_block"))
+        ),
         ("windows", "whole"),
         ("bn_inputs", "whole"),
     ],
 )
 def test_compile(grab, how):
-    kind, enter, read = GRABS[grab]
-    model = build(kind)
-    images = images_for(model)
+    model, images, enter, read = started(grab)
     values, _, expected = gradients(model, enter, read)
     model = compiled(model, how)
     with torch._dynamo.config.patch(recompile_limit=2):  # entering again must cost no compilation
@@ -632,9 +636,7 @@ def test_compile(grab, how):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("grab", [grab for grab in GRABS if grab != "fused"])
 def test_entering_after_the_first_compiled_call_is_an_error(grab):
-    kind, enter, read = GRABS[grab]
-    model = build(kind)
-    images = images_for(model)
+    model, images, enter, read = started(grab)
     model = compiled(model, "whole")
     model(images)
     with pytest.raises(RuntimeError, match="enter before the first compiled call"), enter(model):

@@ -93,10 +93,10 @@ class Own:
         v: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
+        **options: Any,
     ) -> Tensor:
-        assert not is_causal
+        scale = options.get("scale")
+        assert not options.get("is_causal")
         if self.keeps_fused:
             output = SDPA(q, k, v, attn_mask, dropout_p, scale=scale)
             scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -53,15 +53,23 @@ def test_calls_on_every_card(call: Call, card: tuple[str, int], dtype: torch.dty
     check(call, card, dtype)
 
 
-@pytest.mark.parametrize("form", ["maps", "one pass"])
+@pytest.mark.parametrize("form", ["maps", "groups"])
 @pytest.mark.parametrize(("architecture", "width"), [("8.x", 300), ("10.x", 300), ("cdna", 300), ("9.0", 200)])
 def test_wide_students(architecture: str, width: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several pieces of a width in one pass, or its gradient in small tiles, as large ones would not fill the card."""
-    if form == "one pass":
-        monkeypatch.setattr("fastkd_kernels.relation.STRIP_BYTES", -(1 << 40))
+    """Several pieces of a width by one program, or its gradient in the small tiles of a large card."""
+    if form == "maps":
+        monkeypatch.setattr("fastkd_kernels.relation.GROUP_ROWS", 0)
     tokens = {"student": randn(2, 67, width), "teacher": randn(2, 67, 40, seed=1)}
     call = Call("relation_loss", "relation_fwd", ("student",), tokens, constants={"algorithm": "tile"})
     check(call, (architecture, 132), torch.bfloat16)
+
+
+def test_products_of_taller_tiles_than_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card that few programs fill, they read rows of W past the last tile of the map."""
+    monkeypatch.setattr("fastkd_kernels.relation.GROUP_ROWS", 0)
+    tokens = {"student": randn(1, 130, 40), "teacher": randn(1, 130, 24, seed=1)}
+    call = Call("relation_loss", "relation_fwd", ("student",), tokens, constants={"algorithm": "tile"})
+    check(call, ("10.x", 1), torch.bfloat16)
 
 
 def test_more_layers_than_share_a_launch() -> None:

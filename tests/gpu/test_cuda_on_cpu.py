@@ -2,6 +2,8 @@
 
 import fcntl
 import hashlib
+import json
+import math
 import os
 import re
 import shutil
@@ -15,15 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.cases.moments import resnet50_shapes
+
 ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-SOURCES = [*KERNELS, ROOT / "csrc/bindings.cpp", ROOT / "csrc/moments_autograd.cpp"]
+SOURCES = [*KERNELS, ROOT / "csrc/bindings.cpp"]
 EMULATION = ROOT / "tests/_support/cuda_on_cpu.h"
 HEADERS = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), EMULATION])
 # Objects are named by a digest of what they are made of, so all workers and later runs share them.
 BUILT = ROOT / "build/cuda_on_cpu"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-LAUNCH = re.compile(r"(\w+(?:<[\w, <>]+>)?)<<<(.+?)>>>\(", re.DOTALL)
+LAUNCH = re.compile(r"(\w+(?:<[\w, <>]+>)?)\s*<<<(.+?)>>>\(", re.DOTALL)
+READ = re.compile(r"(?<=return \*)reinterpret_cast<const (.+)\*>(?=\()")
+CONSTANT = re.compile(r"const __grid_constant__ (\w+) ")  # too large to be copied for each thread
 SHARED = re.compile(r"(__shared__ [^;\[]+?(\w+)\[[^;]*;)")
 # (files of tests, multiprocessors of the card, seed of the orders of blocks and threads, which tests), in runs of about
 # the same length, so that workers share them.
@@ -48,18 +54,21 @@ pytestmark = [
 
 def for_cpu(source: str) -> str:
     """CUDA C++ as C++ for cuda_on_cpu.h, registered as the native implementation of CPUs."""
-    source = re.sub(r"#include <c10/cuda/.*>\n", "", source)
+    source = re.sub(r"#include <cuda_.*>\n", "", source)
+    source = source.replace("torch::stable::accelerator::DeviceGuard", "emulation::DeviceGuard")
+    source = source.replace("aoti_torch_get_current_cuda_stream", "emulated_current_stream")
     source = LAUNCH.sub(r"emulation::launch(\2, \1)(", source)
+    source = READ.sub(r"emulation::read<\1>", source)
+    source = CONSTANT.sub(r"const \1& ", source)
     source = SHARED.sub(r"\1 emulation::share(\2);", source)
-    return source.replace("TORCH_LIBRARY_IMPL(fastkd, CUDA, m)", "TORCH_LIBRARY_IMPL(fastkd, CPU, m)")
+    return source.replace("STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m)", "STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m)")
 
 
 def compiler() -> list[str]:
     from torch.utils.cpp_extension import include_paths
 
     includes = [f"-I{sysconfig.get_path('include')}", *(f"-isystem{x}" for x in include_paths())]
-    defines = ["-DTORCH_API_INCLUDE_EXTENSION_H", "-DTORCH_EXTENSION_NAME=_C"]
-    defines.append(f"-DFASTKD_TORCH_VERSION={torch.__version__}")
+    defines = [f"-DFASTKD_TORCH_VERSION={torch.__version__}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     # Jumps from stack to stack are what coroutines are made of, and what fortified ones refuse.
     return ["g++", "-O1", "-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", *defines, *includes]
 
@@ -104,7 +113,7 @@ def build_extension() -> Path:
             list(pool.map(compile_object, SOURCES, objects))
     for stale in set(BUILT.glob("*-*")) - set(objects):
         stale.unlink()
-    libraries = [*(f"-L{x}" for x in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    libraries = [*(f"-L{x}" for x in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
     part = BUILT / "linked"
     subprocess.run(["g++", "-shared", *CHECKS, *map(str, objects), *libraries, "-o", str(part)], check=True)
     return part.rename(extension)
@@ -114,16 +123,19 @@ def build_extension() -> Path:
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package and its tests whose extension holds the CUDA operators alone."""
     tree = tmp_path_factory.mktemp("cuda_on_cpu")
-    ignored = shutil.ignore_patterns("_C*", "_built_for*", "__pycache__")
+    ignored = shutil.ignore_patterns("_C*", "_built_for*", "_recorder*", "__pycache__")
     for name in ("fastkd", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tree)
     record = {"TORCH_VERSION": str(torch.__version__), "HAS_EXT": True, "HAS_CUDA": False, "WHY_NOT_CUDA": "emulated"}
+    record["INTERFACE"] = "stable"
     (tree / "fastkd/_built_for.py").write_text("".join(f"{name} = {value!r}\n" for name, value in record.items()))
     BUILT.mkdir(parents=True, exist_ok=True)
     with (BUILT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one worker compiles, the others wait and copy
         shutil.copy(build_extension(), tree / f"fastkd/_C{SUFFIX}")
+    for recorder in (ROOT / "fastkd").glob("_recorder.*"):
+        shutil.copy(recorder, tree / "fastkd")  # serves any device
     return tree
 
 
@@ -170,6 +182,49 @@ def test_no_call_goes_past_its_inputs(emulated: Path) -> None:
     result = run(emulated, 132, 4, sys.executable, "-m", "tests._support.guards", "native")
     assert result.returncode == 0, result.stderr[-2000:]
     assert int(result.stdout.split()[0]) > 100
+
+
+def test_launches_and_loads_of_moments(emulated: Path) -> None:
+    """Vectors but for `edges` elements: those before the first whole vector of a run of odd planes and after its last.
+
+    A ResNet-50's 53 layers at 224 px have a sixteenth of their channels here; 14 x 14 planes have vectors of 8 bytes.
+    """
+    layers = [(B, C // 16, h, w) for B, C, h, w in resnet50_shapes(1, 224)]
+    # (function, dtype, shape, launches, edges forward)
+    cases = [
+        ("batch", "bfloat16", (3, 64, 7, 7), [2, 1], 0),
+        ("batch", "float32", (2, 70, 7, 7), [2, 1], 2 + 4 * 4 + 2),  # of 6 planes; of 16 and 6 between vectors
+        (
+            "batch",
+            "float64",
+            (2, 4, 31, 35),
+            [2, 1],
+            4 * 1 + 4 * 5,
+        ),  # planes of three runs, every other between vectors
+        ("image", "float16", (3, 64, 7, 7), [2, 1], 0),
+        ("batch_norm_moments", "bfloat16", (3, 64, 7, 7), [2, 1], 0),
+    ]
+    # Without its first channel, x starts at other places of vectors than its gradient: forward alone takes runs.
+    between = ("batch", "float16", [(3, 33, 7, 7)])
+    calls = [("bn_stat_loss", "bfloat16", layers), between, *((*case[:2], [case[2]]) for case in cases)]
+    result = run(emulated, 3, 6, sys.executable, "-m", "tests._support.emulated", json.dumps(calls))
+    assert result.returncode == 0, result.stderr[-2000:]
+    of_layers, of_between, *others = json.loads(result.stdout)
+
+    # Partial moments, their merge and the distances; gradients.
+    assert [each["launches"] for each in of_layers] == [3, 1]
+    size = 2 * sum(map(math.prod, layers))
+    short = 2 * sum(math.prod(shape) for shape in layers if shape[2] == 14)
+    assert [each["loads"] for each in of_layers] == 2 * [{"8": short // 8, "16": (size - short) // 16}]
+    assert of_between[0]["loads"] == {"2": 3 * 8, "16": 3 * (32 * 49 // 8 - 1)}
+    for (function, dtype, shape, launches, edges), found in zip(cases, others, strict=True):
+        size = getattr(torch, dtype).itemsize
+        assert [each["launches"] for each in found] == launches
+        backward = 2 if function == "batch_norm_moments" else 1  # which reads dy too
+        for each, tensors in zip(found, (1, backward), strict=True):
+            vectors = (math.prod(shape) - edges) * size // 16
+            odd = {str(size): tensors * edges} if edges else {}
+            assert each["loads"] == {"16": tensors * vectors} | odd, (function, dtype)
 
 
 @pytest.fixture(scope="session")

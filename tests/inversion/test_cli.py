@@ -100,6 +100,24 @@ def test_what_a_run_leaves(whole):
     assert Image.open(whole / store.entries[3]["file"]).size == (32, 32)
 
 
+def test_rectangles(place):
+    """Images of another height than width, with a competing student; a resume continues them."""
+    out = place / "wide"
+    given = ["--teacher-checkpoint", str(place / "teacher.safetensors"), "--out", str(out), *RIVAL, "--img-size=32x64"]
+    assert invert(*given, "--images=6").exit_code == 0
+    first = files(out)
+    result = invert(*given, "--images=8", "--resume")
+    assert result.exit_code == 0, result.output
+    store = Store.open(out)
+    assert check_folder(out)["img_size"] == [32, 64] and len(store.entries) == 8
+    assert {Image.open(out / entry["file"]).size for entry in store.entries} == {(64, 32)}
+    assert Image.open(out / GRID).size == (640, 32)
+    images = [name for name in first if name.startswith("train/")]
+    assert len(images) == 6 and all((out / name).read_bytes() == first[name] for name in images)
+    result = invert(*given[:-1], "--img-size=33x64", "--out", str(place / "odd"))
+    assert (result.exit_code, "33x64 px cannot be divided by pool 2" in result.stderr) == (2, True), result.stderr
+
+
 def test_the_student_trains(whole, place):
     """Its weights move with each batch, and the competition with them."""
     again = place / "untrained"

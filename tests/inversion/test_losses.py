@@ -38,13 +38,18 @@ def skip_unless_runs(backend, dtype):
         pytest.skip(f"{backend} does not take {dtype}")
 
 
+def given(backend, case, dtype):
+    """The data of a golden case and its layers, where the backend takes the dtype."""
+    skip_unless_runs(backend, dtype)
+    data = golden.load(case)
+    return data, *layers(data, dtype)
+
+
 @both
 @pytest.mark.parametrize("case", golden.cases("bn_stat_gdfq"), ids=golden.name)
 @available
 def test_golden_gdfq(backend, case, dtype):
-    skip_unless_runs(backend, dtype)
-    data = golden.load(case)
-    inputs, means, variances = layers(data, dtype)
+    data, inputs, means, variances = given(backend, case, dtype)
 
     def f(*inputs):
         return fastkd.bn_stat_loss(inputs, means, variances, distance="mse", backend=backend)
@@ -60,9 +65,7 @@ def test_golden_gdfq(backend, case, dtype):
 @available
 def test_golden_zeroq(backend, case, dtype):
     """The images are one more layer, of mean 0 and deviation 1."""
-    skip_unless_runs(backend, dtype)
-    data = golden.load(case)
-    inputs, means, variances = layers(data, dtype)
+    data, inputs, means, variances = given(backend, case, dtype)
     images = data["in.images"].to(DEVICE, dtype)
     # The official target of the images is 1 itself, where a layer's is sqrt(var + 1e-6).
     target = images.new_zeros(3), images.new_full((3,), 1 - 1e-6)

@@ -665,6 +665,19 @@ def test_tinyvit_distillation(dtype: torch.dtype, index_dtype: torch.dtype) -> N
         assert relative_difference(actual.double(), wanted) < bound
 
 
+def test_tinyvit_classes_without_probability_cost_nothing() -> None:
+    """The stored values add up to 1, and the student has switched another class off."""
+    outputs, index = randn(4, 6), torch.tensor([1, 3], device=DEVICE).expand(4, 2)
+    value = torch.tensor([0.75, 0.25], device=DEVICE).expand(4, 2)
+    outputs[:, 5] = -math.inf
+    loss, gradient = loss_and_gradients(lambda x: compat.tinyvit_distill_loss(x, index, value), (outputs,))
+    expected, wanted = loss_and_gradients(
+        lambda x: -(value * x.log_softmax(1).gather(1, index)).sum(1).mean(), (outputs.double(),)
+    )
+    assert relative_difference(loss, expected) < 1e-6 and relative_difference(gradient, wanted) < 1e-6
+    assert not gradient[:, 5].any()
+
+
 X = torch.randn(2, 9, 12)
 
 

@@ -25,7 +25,8 @@ from tests._support.pairs import in_pairs
 from tests._support.splits import THREADS, around, built, lowered, threads
 
 BACKENDS = backends("moments_fwd")
-# One element; one channel; 7x7 and 14x14 maps; one past a block of 2048 positions; many channels; (B, C) and (B, C, N).
+# One element; one channel; 7x7 and 14x14 maps; one past a block of 2048 positions; many channels; (B, C) and (B, C, N);
+# images enough for a GPU to take each position of an odd plane by itself.
 SHAPES = [
     (1, 1, 1, 1),
     (3, 1, 5, 5),
@@ -35,9 +36,10 @@ SHAPES = [
     (3, 300, 3),
     (5, 9),
     (2, 3, 4, 5, 6),
+    (33, 5, 3, 3),
 ]
 if INTERPRETED:  # a program takes milliseconds there
-    SHAPES = [(1, 1, 1, 1), (2, 5, 7, 7), (2, 70, 3), (2, 3, 41, 50)]
+    SHAPES = [(1, 1, 1, 1), (2, 5, 7, 7), (2, 70, 3), (2, 3, 41, 50), (33, 5, 3, 3)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -240,6 +242,37 @@ def test_sizes_around_a_native_threshold(name: str, count: int, layout: str, dim
             x = spread(activations(shape(n), dtype), layout)
             check(x, dims, "native")
             check_batch_norm(x, spread(torch.randn_like(x), "contiguous" if layout == "channels" else layout), "native")
+
+
+# Planes of odd sizes, whose memory CUDA reads in runs: several tiles of them, the last one short; a plane of several
+# runs; images apart; the first channel left out, so that images start between vectors, and the first element.
+@in_pairs(
+    {
+        "shape": [(3, 5, 7, 7)] if INTERPRETED else [(5, 90, 7, 7), (2, 3, 47, 47), (9, 8, 15, 15)],
+        "start": ["whole", "channel", "image", "element"],
+        "dims": ["batch", "image"],
+        "dtype": DTYPES,
+    }
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_of_odd_planes(backend: str, shape: tuple[int, ...], start: str, dims: str, dtype: torch.dtype) -> None:
+    B, C, h, w = shape
+    if start == "element":
+        x = activations((B * C * h * w + 1,), dtype)[1:].view(shape)
+    elif start == "image":
+        x = activations((B, 2, C, h, w), dtype)[:, 1]
+    else:
+        x = activations((B, C + (start == "channel"), h, w), dtype)[:, -C:]
+    with lowered(moments_cuda_loads=1, moments_cuda_waves=2):
+        check(x, dims, backend)
+        check_batch_norm(x, torch.randn_like(x), backend)
+
+
+@pytest.mark.parametrize("dims", ["batch", "image"])
+@pytest.mark.parametrize("backend", backends("moments_fwd", torch.float64))
+def test_runs_of_odd_planes_in_float64(backend: str, dims: str) -> None:
+    for shape in ((2, 7, 7, 9), (2, 3, 31, 35)):
+        check(activations(shape, torch.float64)[:, 1:], dims, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -612,7 +645,7 @@ def test_nan_goes_through(backend: str) -> None:
 @in_pairs(
     {
         "layout": ["contiguous", "channels", "sliced", "offset"],
-        "shape": [(3, 5, 7, 7), (4, 70, 2, 2), (2, 33, 3), (2, 3, 41, 50)],
+        "shape": [(3, 5, 7, 7), (4, 70, 2, 2), (2, 33, 3), (2, 3, 41, 50), (33, 5, 3, 3)],
         "dtype": DTYPES,
     }
 )

@@ -108,8 +108,9 @@ class Copy:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
-        for path in ((ROOT / "fastkd/_built_for.py"), *(ROOT / "fastkd").glob("_C.*")):
-            shutil.copy2(path, folder / "fastkd" / path.name)
+        for pattern in ("_built_for.py", "_C.*", "_recorder.*"):
+            for path in (ROOT / "fastkd").glob(pattern):
+                shutil.copy2(path, folder / "fastkd" / path.name)
         (folder / "fastkd_kernels").symlink_to("kernels")
         self.is_stale = False  # whether the extension is that of a mutant
 

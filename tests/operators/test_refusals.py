@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fastkd
 import fastkd.reference
 from fastkd import losses
 from fastkd.ops import _checks
 from fastkd.testing import assert_matches_oracle, loss_and_gradients, relative_difference
-from tests._support.calls import CALLS, Call, randn, runs
+from tests._support.calls import CALLS, Call, outcome, randn, runs
 
 BEYOND = [1e300, -1e300, 10**400, math.nan, math.inf]  # of float32
 NO_NUMBER = [True, "1", None, torch.ones(()), [1.0]]
@@ -87,6 +88,22 @@ def test_wrong_arguments_are_named(call: Call, name: str, wanted: str, optional:
     values = WRONG[wanted] + ([] if optional or wanted in ("bool", "str") else [None])
     for value in values:
         assert_refused(lambda v=value: call.run(**{name: v}), name, value)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_sparse_tensors_are_refused(call: Call) -> None:
+    for path, _ in call.leaves():
+        argument = path.split("'")[1].replace("indices", "index").rstrip("s")
+        with pytest.raises(TypeError, match=rf"{argument}.*must be a dense tensor, got torch.sparse_coo"):
+            call.with_leaf(path, Tensor.to_sparse).run()
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_tensors_without_values_are_refused_by_name(call: Call) -> None:
+    """One on the meta device beside others that hold values. Some calls take one: their result is then on it too."""
+    for path, _ in call.leaves():
+        result = outcome(call.with_leaf(path, lambda x: x.to("meta")))
+        assert all(x.is_meta for x in tree_leaves(result) if x is not None), path
 
 
 def test_every_parameter_has_a_call() -> None:

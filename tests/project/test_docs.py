@@ -1,6 +1,11 @@
 """Every Python block of the README and the docs runs; every link inside them leads somewhere."""
 
+import copy
+import importlib
+import inspect
+import json
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -34,10 +39,71 @@ def test_there_are_blocks() -> None:
     assert len(BLOCKS) >= 10
 
 
-def test_measured_tables_are_generated() -> None:
+def test_shown_commands_exist() -> None:
+    """The options in all command lines of the pages parse, and the targets, files and modules are there."""
+    pytest.importorskip("jsonargparse", reason="parses the command line")
+    from fastkd.train.cli import parser
+
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    parsers = {command: parser(command) for command in ("train", "eval", "look", "export", "invert")}
+    seen = set()
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(?!#!)(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", "").splitlines():
+                words = [word for word in shlex.split(line, comments=True) if word != "..."]
+                head, *rest = words or [""]
+                seen.add(head)
+                if head == "fastkd":
+                    given = rest[: rest.index("--config")] if "--config" in rest else rest  # the file is not there
+                    parsers[rest[0]].parse_args(given, defaults=False)
+                elif head == "make":
+                    assert rest[0] in targets, line
+                elif head == "python":
+                    name = rest[1].replace(".", "/") if rest[0] == "-m" else rest[0]
+                    assert any((ROOT / f"{name}{end}").exists() for end in ("", ".py")), line
+    assert seen >= {"fastkd", "make", "python", "pip"}
+
+
+def test_citation_is_that_of_the_file() -> None:
+    """The README's BibTeX entry has the title and the authors of CITATION.cff."""
+    entry, source = (ROOT / "README.md").read_text(), (ROOT / "CITATION.cff").read_text()
+    title = re.search(r'^title: "(.+)"', source, re.MULTILINE)
+    author = re.search(r"- name: (.+)", source)
+    assert title and author and f"title = {{{title[1]}}}" in entry and f"author = {{{{{author[1]}}}}}" in entry
+
+
+def test_the_comparison_is_with_this_version() -> None:
+    assert f"\n| fastkd | {fastkd.__version__} | " in (ROOT / "docs/comparison.md").read_text()
+
+
+def test_readme_fits_a_stranger() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_measured_tables_are_generated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """README and docs show the committed measurements, to the letter; pictures carry the digest of theirs."""
-    check = subprocess.run([sys.executable, str(ROOT / "docs/generate.py"), "--check"], capture_output=True, text=True)
-    assert check.returncode == 0, check.stderr
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import generate
+
+    assert generate.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_equations_are_those_of_the_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the site typesets is an equation of a docstring as it is now, and none has been left as plain text."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import docstrings
+
+    found = []
+    for module in map(importlib.import_module, docstrings.MODULES):
+        for name in docstrings.names(module):
+            lines = (inspect.getdoc(getattr(module, name)) or "").splitlines()
+            found += ["\n".join(line[4:] for line in lines[a:b]) for a, b in docstrings.blocks(lines)]
+    assert docstrings.EQUATIONS.keys() <= set(found)
+    assert all(any(word in text for word in ("import ", "with ")) for text in set(found) - docstrings.EQUATIONS.keys())
+    lines = ["Compare `manifold_loss` and `None` with |x|, as relation_loss does."]
+    docstrings.render(None, "function", "", None, None, lines)
+    full = ":py:obj:`{0} <fastkd.functional.{0}>`".format
+    assert lines == [f"Compare {full('manifold_loss')} and ``None`` with \\|x\\|, as {full('relation_loss')} does."]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -96,6 +162,37 @@ def test_pictures_show_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert first == (tmp_path / "second.svg").read_text() and word in first
         assert plots.drawn_from(tmp_path / "first.svg") == plots.digest(data) != plots.digest([data])
     assert plots.drawn_from(tmp_path / "missing.svg") is None
+
+
+def test_two_machines_stand_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second file of results adds columns and panels, takes the headline if it is newer, and may lack cases."""
+    pytest.importorskip("matplotlib", reason="draws the pictures")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import generate
+    import plots
+
+    found = max(generate.results("cases"), key=lambda one: len(one["cases"]))
+    other = copy.deepcopy(found)
+    other["header"] |= {"machine": "zz-other", "cpu": "Another CPU", "date": "2099-01-01T00:00:00+00:00"}
+    left_out = next(row["case"] for row in other["cases"] if row["case"] not in dict(generate.HEADLINE))
+    other["cases"] = [row for row in other["cases"] if row["case"] != left_out]
+    for row in other["cases"]:
+        row["providers"]["fastkd"]["median"] /= 10
+    other["dropins"] = generate.results("dropins")[0]["dropins"]  # as `make bench` writes both tables
+    for name, one in (("one", found), ("zz", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(one))
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    text = generate.cases()
+    assert "ms (B)" in text and "(B) Another CPU" in text and f"**{left_out}**" in text
+    assert "ratio (B)" in generate.bars()
+    assert "Another CPU" in generate.numbers()
+    assert generate.migrations().count("Another CPU, 2099-01-01") == len(generate.MIGRATIONS)
+    drawn = {name: (data, draw, size) for name, data, draw, size in generate.pictures()}
+    for name in ("overview-time", "overview-memory"):
+        data, draw, size = drawn[name]
+        assert [one["title"] for one in data] == [found["header"]["cpu"], "Another CPU"]
+        plots.write(tmp_path / "both.svg", data, draw, size)
+        assert "Another CPU" in (tmp_path / "both.svg").read_text()
 
 
 def test_changelog_begins_with_the_version() -> None:

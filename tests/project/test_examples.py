@@ -3,9 +3,11 @@
 import copy
 import importlib
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,19 @@ NEEDS = {
     "transformers_bert": ("sklearn", "transformers", "accelerate"),
     "lightning_module": ("timm", "sklearn", "lightning"),
     "torchdistill_registry": ("timm", "sklearn", "torchdistill"),
+    "timm_train": ("timm.task", "sklearn"),
+    "accelerate_fsdp2": ("timm", "sklearn", "accelerate"),
+    "mmengine_registry": ("timm", "sklearn", "mmengine"),
+    "vit_from_cnn": ("timm", "sklearn"),
+}
+# Hosts that take seconds to import. Their losses, checkpoints and accumulated gradients are tested below in any case.
+RARE = {
+    "accelerate_fsdp2",
+    "mmengine_registry",
+    "lightning_module",
+    "torchdistill_registry",
+    "transformers_bert",
+    "transformers_vit",
 }
 STUDENT, TEACHER = {"embed_dim": 32, "depth": 2, "num_heads": 2}, {"embed_dim": 64, "depth": 3, "num_heads": 4}
 DIGITS = 600  # of 1,797: enough for every loss to fall to a tenth
@@ -40,6 +55,41 @@ sklearn.datasets.load_digits = lambda: found
 path = sys.argv.pop(1)
 sys.path.insert(0, path.rpartition("/")[0])
 runpy.run_path(path, run_name="__main__")
+"""
+# timm's train.py as a task sees it: the lines around the place of the patch are its own, the calls on the task too.
+TRAIN = """
+def main(args, model, loader, loss_kwargs):
+    if args.kd_model_name is not None:
+        task = LogitDistillationTask(
+            student_model=model, teacher_model=args.kd_model_name, device=device, criterion_kwargs=loss_kwargs
+        )
+    else:
+        task = ClassificationTask(
+            model=model,
+            device=device,
+            criterion_kwargs=loss_kwargs,
+        )
+
+    model = task.get_trainable_module()
+    eval_model = task.get_eval_model()
+
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3)
+    task.setup_ema(decay=0.9, use_warmup=False, device=None)
+    evaluator = task.create_evaluator()
+    saver = CheckpointSaver(model=model, optimizer=optimizer, checkpoint_dir=args.output, task=task)
+    task.get_trainable_module().train()
+    for step, (images, labels) in enumerate(loader):
+        result = task(images, labels)
+        result["loss"].backward()
+        dispatch_clip_grad(task.get_clip_parameters(exclude_head=True), value=1.0, mode="agc")
+        optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema(step=step + 1)
+    for network in (eval_model, task.get_eval_model(ema=True)):
+        evaluator.reset()
+        evaluator.update(network.eval()(images), labels)
+        saver.save_checkpoint(0, metric=evaluator.compute()["top1"])
+    return task, result
 """
 IMAGES = 8  # 128 tokens: the manifold loss then takes every row, so nothing is drawn
 
@@ -58,11 +108,11 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 
 def test_every_example_is_listed() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "digits"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "digits", "gain"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.exhaustive] * (n in RARE)) for n in NEEDS])
 def test_runs_and_the_loss_falls(name: str, tmp_path: Path) -> None:
     for package in NEEDS[name]:
         pytest.importorskip(package)
@@ -74,6 +124,66 @@ def test_runs_and_the_loss_falls(name: str, tmp_path: Path) -> None:
     assert found, printed
     before, after = map(float, found.groups())
     assert 0 < after < before / 2
+    gained = re.search(
+        r"8 images: ([\d.]+) ms instead of ([\d.]+) \(([\d.]+) times faster\), (\d+) MB instead of (\d+)$",
+        printed,
+        re.MULTILINE,
+    )
+    assert gained, printed
+    ours, textbook, ratio = map(float, gained.groups()[:3])
+    assert (textbook - 0.05) / (ours + 0.05) - 0.05 <= ratio <= (textbook + 0.05) / (ours - 0.05) + 0.05
+    assert int(gained[4]) < int(gained[5])
+
+
+def test_what_a_gain_is_measured_by_is_the_textbook(example: Callable[[str], ModuleType]) -> None:
+    gain = example("gain")
+    student, teacher = torch.randn(2, 5, 4).double(), torch.randn(2, 5, 6).double()
+    heads = [x.unsqueeze(1) for x in (student, student.flip(1), teacher, teacher.flip(1))]
+    x, mean, var = torch.randn(3, 5, 2, 2).double(), torch.randn(5).double(), torch.rand(5).double()
+    every = torch.arange(10)
+    for found, expected in (
+        (gain.gram_maps(student, teacher), reference.relation_loss(student, teacher)),
+        (gain.manifold_maps(student, teacher), reference.manifold_loss(student, teacher, index=every)),
+        (gain.attention_maps(*heads), reference.attention_loss(*heads)),
+        (gain.moments_copied(x, mean, var), reference.bn_stat_loss([x], [mean], [var])),
+    ):
+        assert_matches_oracle(found, expected, expected, 100, "loss")
+
+
+def test_patch_of_timms_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patched script distils with fastkd's task, and its checkpoint has the student's names."""
+    pytest.importorskip("timm.task")
+    import timm.task.distillation
+    from timm.optim import create_optimizer_v2
+    from timm.utils import CheckpointSaver, dispatch_clip_grad
+
+    (tmp_path / "train.py").write_text(TRAIN)
+    command = ["patch", "--fuzz=0", "train.py", str(EXAMPLES / "timm_train.patch")]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    def vit(model_name: str, **options: Any) -> nn.Module:
+        small = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        return timm.create_model(model_name, **small, num_classes=10)
+
+    monkeypatch.setattr(timm.task.distillation, "create_model", vit)  # the script's teacher is pretrained
+    names: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "LogitDistillationTask": timm.task.LogitDistillationTask,
+        "ClassificationTask": timm.task.ClassificationTask,
+        "create_optimizer_v2": create_optimizer_v2,
+        "CheckpointSaver": CheckpointSaver,
+        "dispatch_clip_grad": dispatch_clip_grad,
+    }
+    exec((tmp_path / "train.py").read_text(), names)
+    student = vit("vit_tiny_patch16_224")
+    args = SimpleNamespace(kd_model_name="vit_tiny_patch16_224", output=tmp_path)
+    batch = torch.randn(4, 3, 32, 32), torch.tensor([0, 3, 9, 1])
+    task, result = names["main"](args, student, [batch, batch], {"smoothing": 0.1})
+    assert isinstance(task, importlib.import_module("fastkd.train.tasks").ManifoldTask)
+    assert result["manifold_loss"] > 0
+    assert result["loss"] == result["task_loss"] + result["manifold_loss"]
+    checkpoint = torch.load(tmp_path / "last.pth.tar", weights_only=True)
+    assert checkpoint["state_dict"].keys() == checkpoint["state_dict_ema"].keys() == student.state_dict().keys()
 
 
 class Manifold:
@@ -149,7 +259,8 @@ def assert_equals_textbook(step: Step, replace: Callable[[], None], reduced: int
 )
 def test_timm_loss_equals_textbook(name, model, replaced, example, monkeypatch):
     module, digits = example(name), example("digits")
-    student, teacher = digits.vit(model, **STUDENT), digits.vit(model, **TEACHER)
+    options = {"dynamic_img_size": True} if name == "dinov3_gram" else {}  # the Gram teacher sees larger images
+    student, teacher = (digits.vit(model, **size, **options) for size in (STUDENT, TEACHER))
     step = step_of(
         lambda s, t, x: module.forward(s, t, x["images"])[1],
         student,
@@ -300,7 +411,7 @@ def test_torchdistill_loss_equals_textbook(example):
 
 def test_deepinversion_distance_equals_textbook(example, monkeypatch):
     module = example("deepinversion_hook")
-    network = module.cnn(8)
+    network = module.digits.cnn(8)
     network(torch.randn(64, 1, 8, 8))  # statistics other than those a batch norm starts with
     images = torch.randn(IMAGES, 1, 8, 8)
 
@@ -325,6 +436,7 @@ def test_plain_loop_owes_its_relations_to_the_loss(example, monkeypatch):
     loop = example("pytorch_loop")
     train, held_out = (torch.utils.data.TensorDataset(*data[: DIGITS // 2]) for data in loop.digits.load())
     monkeypatch.setattr(loop.digits, "load", lambda: (train, held_out))
+    monkeypatch.setattr(loop.gain, "report", lambda *arguments: None)
     _, distilled = loop.main(epochs=2)
     _, alone = loop.main(epochs=2, weight=0.0)
     assert distilled < 0.7 * alone

@@ -123,6 +123,7 @@ def test_caches_that_cannot_work(folder, teacher, tmp_path, monkeypatch):
         (plain | {"task": "cikd"}, "holds logits and tokens; cikd needs the teacher itself"),
         (cache | {"task": "soft", "mixup": 0.2}, "images that depend on epoch and index alone"),
         (cache | {"task": "soft", "aug_repeats": 2}, "images that depend on epoch and index alone"),
+        (cache | {"task": "soft", "epoch_repeats": 2}, "images that depend on epoch and index alone"),
     ):
         with pytest.raises(InputError, match=f"--teacher-cache: .*{words}"):
             job.train(small(folder, tmp_path / "no", **changes))

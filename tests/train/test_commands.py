@@ -18,7 +18,7 @@ import numpy as np  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from fastkd.train import look  # noqa: E402
-from fastkd.train.checkpoint import saved_as  # noqa: E402
+from fastkd.train.checkpoint import saved_as, write_weights  # noqa: E402
 from fastkd.train.networks import sources  # noqa: E402
 from tests._support.runs import command, invoke, start  # noqa: E402
 
@@ -198,6 +198,53 @@ def test_maps_are_cosines_and_the_mean_attention(root):
     cnn = timm.create_model("resnet18", channels=(8, 8, 8, 8), stem_width=8, output_stride=8)
     relations, attention, _ = look.maps(cnn.eval(), pixels, -1)
     assert relations.shape == (2, 4, 4, 4, 4) and attention is None
+
+
+def test_look_at_rectangles(folder, tmp_path):
+    """A grid of 4 x 16 is drawn as one: a mark in the lower right corner is in its last row and column."""
+    args = {"num_classes": 3, "img_size": (32, 128), "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = timm.create_model(VIT, **args)
+    write_weights(tmp_path / "wide.safetensors", model, VIT, args)
+    relations, attention, _ = look.maps(model.eval(), torch.rand(1, 3, 32, 128), -1)
+    assert relations.shape == attention.shape == (1, 4, 16, 4, 16)
+    image = torch.zeros(3, 32, 128)
+    image[:, 24:28, 120:124] = 1
+    assert look._contrast(image, (4, 16)) == (3, 15)
+    given = ("look", str(tmp_path / "wide.safetensors"), f"--images={folder}", f"--out={tmp_path / 'maps.png'}")
+    result = invoke(*given, "--img-size=32x128", "--patches=3,15", "--count=1")
+    assert result.exit_code == 0, result.output
+    picture = np.asarray(Image.open(tmp_path / "maps.png").convert("RGB")).astype(int)
+    rows, columns = np.nonzero(np.abs(picture - (0x19, 0xD3, 0xC5)).sum(2) < 10)
+    assert picture.shape[1] > 3 * picture.shape[0]
+    assert rows.min() > picture.shape[0] / 2 and len(set(columns // 10)) > 6  # the marks of three wide maps
+    result = invoke(*given, "--img-size=32x128", "--patches=15,3")
+    assert (result.exit_code, "is not one of the 4 x 16 patches" in result.stderr) == (2, True)
+
+
+def test_options_from_a_file(root, folder, monkeypatch, tmp_path):
+    """`--config` of eval, look and export; the command line overrides it, and an unknown key is refused."""
+    monkeypatch.chdir(root)
+    out = tmp_path / "scores"
+    (tmp_path / "eval.yaml").write_text(f"data: {folder}\nout: {out}\nbatch_size: 48\nworkers: 0\nteacher: run\n")
+    (tmp_path / "look.yaml").write_text(f"count: 1\npatches: 0,0 3,3\nout: {tmp_path / 'maps.png'}\n")
+    (tmp_path / "export.yaml").write_text(f"hf: {tmp_path / 'hf'}\noverwrite: true\n")
+    for name in ("eval", "look", "export"):
+        result = invoke(name, "run", f"--config={tmp_path / name}.yaml")
+        assert result.exit_code == 0, result.output
+    scores = json.loads((out / "student_distilled.json").read_text())
+    assert scores["images"] == 48 and "agreement" in scores
+    result = invoke("eval", "run", f"--config={tmp_path / 'eval.yaml'}", f"--out={tmp_path / 'other'}")
+    assert result.exit_code == 0 and json.loads((tmp_path / "other" / "student_distilled.json").read_text()) == (
+        scores | {"images_per_second": pytest.approx(0, abs=1e9)}
+    )
+    for name, text, words in (
+        ("eval", "lr: 1", "lr: there is no such option"),
+        ("look", "count: 0", "--count: needs a whole number at least 1, got 0"),
+        ("export", "hf: [", "x.yaml"),
+    ):
+        (tmp_path / "x.yaml").write_text(text)
+        result = invoke(name, "run", f"--config={tmp_path / 'x.yaml'}")
+        assert (result.exit_code, result.stderr.count("\n"), words in result.stderr) == (2, 1, True), result.stderr
 
 
 # fastkd export

@@ -248,8 +248,15 @@ def test_losses_take_their_grid():
         x = x if shape == (4, 16) else nn.functional.interpolate(x, shape, mode="bilinear", align_corners=False)
         for grid in (None, (4, 16), [(4, 16)]):
             torch.testing.assert_close(early(high_s, maps, grid=grid), (x - maps).square().mean())
-    with pytest.raises(ValueError, match=r"has 30 tokens, students\[0\] has 64"):
-        early(high_s, torch.randn(2, 6, 1, 30))
+    for shape in ((1, 30), (8, 16), (10, 7), (15, 9)):  # 64 tokens have no grid between 4 x 16 and 8 x 8
+        near = shape == (10, 7)
+        maps = torch.randn(2, 6, *shape)
+        if near:  # 8 x 8
+            assert early(high_s, maps).equal(early(high_s, maps, grid=(8, 8)))
+            continue
+        with pytest.raises(ValueError, match=r"students\[0\] has 64 tokens, which form no grid .*; give grid=\(h, w\)"):
+            early(high_s, maps)
+        assert early(high_s, maps, grid=(4, 16)).isfinite()
     with pytest.raises(ValueError, match="one per layer"):
         early(high_s, maps, grid=[(4, 16), (4, 16)])
 

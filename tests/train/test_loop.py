@@ -225,7 +225,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], what: st
 
 
 OPTIONS = {  # the first call has all that is on together
-    "student": ["cnn", "vit"],
+    "student": ["vit", "cnn"],
     "mixing": ["mixup", "cutmix", ""],
     "smoothing": [0.1, 0.0],
     "accumulate": [3, 1],  # of 4 batches in an epoch: the last group is a single one
@@ -243,6 +243,8 @@ OPTIONS = {  # the first call has all that is on together
 
 
 def allowed(call: dict[str, Any]) -> bool:
+    if call.get("student") == "cnn" and call.get("amp") == "fp16":  # such convolutions are slow on CPUs
+        return False
     return not (call.get("cache") and (call.get("mixing") or call.get("erase")))
 
 

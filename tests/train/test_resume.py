@@ -18,7 +18,7 @@ from safetensors.torch import load_file  # noqa: E402
 from fastkd.train import InputError, InterruptedRun, checkpoint, job  # noqa: E402
 from fastkd.train.loop import Trainee  # noqa: E402
 from fastkd.train.settings import Settings, Stage  # noqa: E402
-from tests._support.runs import finish, places, run_with_kills, same  # noqa: E402
+from tests._support.runs import finish, places, run_with_kills, same, signal_at  # noqa: E402
 
 VIT = "vit_tiny_patch16_224"
 SIZES = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -105,21 +105,12 @@ def test_stopped_at_each_part_of_the_plan(folder, whole, tmp_path, monkeypatch, 
 
 
 def test_interrupt_finishes_the_step_and_resumes(folder, whole, tmp_path, monkeypatch):
-    step, count = Trainee._step, 0
-
-    def interrupted(*args):
-        nonlocal count
-        count += 1
-        if count == 9:
-            os.kill(os.getpid(), signal.SIGINT)
-        step(*args)
-
-    monkeypatch.setattr(Trainee, "_step", interrupted)
+    count = signal_at(monkeypatch, 9, signal.SIGINT)
     settings = small(folder, tmp_path / "run", checkpoint_every=0)
     with pytest.raises(InterruptedRun, match="--resume") as caught:
         job.train(settings)
     assert caught.value.code == 130
-    assert count == 9
+    assert count == [9]
     assert places(tmp_path / "run") == "000001-000000003"  # of the six steps after the teacher's
     job.train(settings, resume=True)
     same(whole, tmp_path / "run")

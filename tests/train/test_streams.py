@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import random
 import signal
 import sys
@@ -24,9 +23,8 @@ from safetensors.torch import load_file  # noqa: E402
 from fastkd.train import DataError, InputError, InterruptedRun, job, ranks  # noqa: E402
 from fastkd.train.data import create_loaders, open_data  # noqa: E402
 from fastkd.train.evaluate import evaluate  # noqa: E402
-from fastkd.train.loop import Trainee  # noqa: E402
 from fastkd.train.settings import Settings, Stage  # noqa: E402
-from tests._support.runs import finish, run_with_kills, same, together  # noqa: E402
+from tests._support.runs import finish, invoke, run_with_kills, same, signal_at, together  # noqa: E402
 
 VIT = "vit_tiny_patch16_224"
 SIZES = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -178,16 +176,7 @@ def test_one_process_on_shards(tmp_path, monkeypatch):
     """A run stopped within an epoch ends as one that was not."""
     pytest.importorskip("webdataset")
     job.train(small(tmp_path, tmp_path / "whole"))
-    step, count = Trainee._step, 0
-
-    def stopping(*args):
-        nonlocal count
-        count += 1
-        if count == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        step(*args)
-
-    monkeypatch.setattr(Trainee, "_step", stopping)
+    signal_at(monkeypatch, 12, signal.SIGTERM)
     stopped = small(tmp_path, tmp_path / "stopped")
     with pytest.raises(InterruptedRun) as caught:
         job.train(stopped)
@@ -196,6 +185,13 @@ def test_one_process_on_shards(tmp_path, monkeypatch):
         job.train(small(tmp_path, tmp_path / "stopped", workers=1), resume=True)
     job.train(stopped, resume=True)
     same(tmp_path / "whole", tmp_path / "stopped")
+
+    result = invoke("eval", str(tmp_path / "whole"), "--teacher", str(tmp_path / "whole"))
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "whole" / "eval" / "student_distilled.json").read_text())
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert (scores["images"], scores["top1"]) == (sum(UNEVEN), summary["results"][-1]["top1"])
+    assert scores["teacher_top1"] == summary["results"][0]["top1"]
 
 
 def test_pixels_of_16_bits_in_shards(tmp_path, monkeypatch):
@@ -242,6 +238,7 @@ def test_fewer_shards_than_processes(tmp_path):
         ({"val_split": "val-{4..6}.tar|9"}, r"--data: wds/numbers lacks 2 of its 3 shards: .*val-5.tar"),
         ({"batch_size": 64}, "--batch-size: 64 exceeds the 32 training images"),
         ({"aug_repeats": 3}, "--aug-repeats: needs data with random access"),
+        ({"epoch_repeats": 2}, "--epoch-repeats: needs data with random access"),
         ({"train_fraction": 0.5}, "--train-fraction: needs a folder"),
     ],
 )

@@ -1,9 +1,10 @@
-"""The study's command on a small folder: runs, table, curves that agree, continued without repeating."""
+"""The study's command on a small folder: runs, table, equal steps for all shares; its sets of images."""
 
 import io
 import json
 import re
 import shlex
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("timm.task")
 Image = pytest.importorskip("PIL.Image")
 
+from experiments import sets  # noqa: E402
 from experiments.study import main  # noqa: E402
 
 VIT = "patch_size=8,depth=2,num_heads=2"
@@ -32,18 +34,37 @@ def study(folder: Path, out: Path, *options: str) -> str:
 @pytest.mark.slow
 def test_study_of_a_folder(folder: Path, tmp_path: Path) -> None:
     output = study(folder, tmp_path)
-    assert re.search(r"^\| none \| \d+\.\d ± 0\.0 \| \d+\.\d ± 0\.0 \|", output, re.MULTILINE)
-    assert re.search(r"^\| manifold \|.*\| \d+\.\d% \|$", output, re.MULTILINE)
+    number = r"\d+\.\d"
+    assert re.search(rf"^\| none \| {number} \| {number} \| {number} \|", output, re.MULTILINE)
+    assert re.search(rf"^\| manifold \|.*\| {number}% \|$", output, re.MULTILINE)
     found = json.loads((tmp_path / "study.json").read_text())
     assert [(line["method"], line["fraction"]) for line in found["lines"]] == [
         (method, fraction) for fraction in (0.5, 1) for method in ("none", "manifold")
     ]
-    assert Image.open(tmp_path / "study.png").size == (600, 400)
-    # Too few steps for rounding to grow: the losses of all three runs are the same.
-    same = found["same"]
-    assert len(same["eager"]) == len(same["threads"]) == 2
-    assert all(point["loss"] < 1e-4 for name in ("eager", "threads") for point in same[name])
+    # as many steps with half of the images
+    assert {len(line["curve"]) for line in found["lines"]} == {1}
+    assert len({line["curve"][-1]["step"] for line in found["lines"]}) == 1
+    assert Image.open(tmp_path / "study.png").size == (900, 400)
+    log = tmp_path / "manifold-1-0" / "log.csv"
+    before = log.stat().st_mtime_ns
+    for path in (tmp_path / "manifold-0.5-0", *tmp_path.glob("cost-*")):
+        shutil.rmtree(path)
+    output = study(folder, tmp_path, "--finished")
+    assert log.stat().st_mtime_ns == before and not (tmp_path / "manifold-0.5-0").exists()
+    assert re.search(rf"^\| manifold \|  \| {number} \|  \| {number} \|  \|  \|$", output, re.MULTILINE)
 
-    before = (tmp_path / "manifold-1-0" / "log.csv").stat().st_mtime_ns
-    study(folder, tmp_path)
-    assert (tmp_path / "manifold-1-0" / "log.csv").stat().st_mtime_ns == before
+
+@pytest.mark.parametrize("name", sets.SETS)
+def test_sets_share_no_image(name: str, tmp_path: Path) -> None:
+    """Training and test images have the same classes, none without contrast, and no image in common."""
+    if name == "patches":
+        pytest.importorskip("skimage")
+    root = sets.write(name, tmp_path / name)
+    parts = []
+    for part in ("train", "val"):
+        paths = sorted((root / part).rglob("*.png"))
+        pixels = {path: Image.open(path).tobytes() for path in paths}
+        assert all(len(set(image)) > 1 for image in pixels.values())
+        parts.append(({path.parent.name for path in paths}, set(pixels.values())))
+    assert parts[0][0] == parts[1][0] and len(parts[0][0]) == {"digits": 10, "patches": 20}[name]
+    assert not parts[0][1] & parts[1][1]

@@ -20,7 +20,7 @@ from fastkd.train import InputError, mhca, models  # noqa: E402
 from fastkd.train.clock import LossClock  # noqa: E402
 from fastkd.train.tasks import TASKS, CIKDTask, ViTKDTask, create_task, task_options  # noqa: E402
 from fastkd.train.tasks.cikd import _patient  # noqa: E402
-from fastkd.train.tasks.grids import resized  # noqa: E402
+from fastkd.train.tasks.layers import resized  # noqa: E402
 from tests._support.runs import together  # noqa: E402
 
 SIZE = 64  # 8 x 8 tokens in every family

@@ -59,29 +59,6 @@ def read_log(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_task_in_a_bare_loop():
-    student, teacher = vit(16), vit(24)
-    task = ManifoldTask(student, teacher, student_layers=[0, 1], teacher_layers=[0, 1], verbose=False)
-    task.train()
-    assert student.training
-    assert not any(module.training for module in teacher.modules())
-
-    images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
-    optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    losses = []
-    for _ in range(3):
-        result = task(images, targets)
-        optimizer.zero_grad()
-        result["loss"].backward()
-        optimizer.step()
-        losses.append(result["loss"].item())
-    assert losses[-1] < losses[0]
-    assert result["output"].shape == (4, 3)
-    torch.testing.assert_close(result["loss"].detach(), result["task_loss"] + result["manifold_loss"])
-    assert all(p.grad is not None for p in student.parameters())
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-
-
 def test_task_loss_is_the_papers_formula():
     student, teacher = vit(16), vit(24)
     task = ManifoldTask(student, teacher, student_layers=[-1], teacher_layers=["blocks.1"], verbose=False)
@@ -138,7 +115,7 @@ def test_clock_counts_the_loss_and_nothing_else():
 
 def test_default_layers_are_the_first_and_last_four():
     student, teacher = vit(16, 12), timm.create_model("cait_xxs24_224", img_size=32, patch_size=8)
-    own, theirs = models.match_layers(student, teacher, None, None, 32)
+    own, theirs = ([layer.name for layer in x] for x in models.match_layers(student, teacher, None, None, 32))
     assert own == [f"blocks.{i}" for i in (0, 1, 2, 3, 8, 9, 10, 11)]
     assert theirs == [f"blocks.{i}" for i in (0, 1, 2, 3, 20, 21, 22, 23)]
 
@@ -146,7 +123,7 @@ def test_default_layers_are_the_first_and_last_four():
 def test_default_layers_of_a_cnn_share_the_students_grid():
     teacher = timm.create_model("resnet18", num_classes=3, **CNN_ARGS)
     teacher.train()
-    own, theirs = models.match_layers(vit(16, 4), teacher, None, None, 32)
+    own, theirs = ([layer.name for layer in x] for x in models.match_layers(vit(16, 4), teacher, None, None, 32))
     assert theirs == ["layer2", "layer3", "layer4"]
     assert own == ["blocks.0", "blocks.2", "blocks.3"]
     assert teacher.training
@@ -383,6 +360,22 @@ def test_repeated_augmentation(folder):
     images, targets = batches[0]
     assert targets[0] == targets[1] == targets[2] and targets[3] == targets[4] == targets[5]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(images, 2))
+
+
+def test_epochs_of_several_passes():
+    """Each pass has every image once, in its own order and with its own crops, on one process and on two."""
+    one = Batches(10, 4, Ranks(), 5, passes=3)
+    both = [Batches(10, 2, Ranks(rank, 2), 5, passes=3) for rank in range(2)]
+    keys = [key for batch in one for key in batch]
+    assert len(one) == len(both[0]) == 7 and len(set(keys)) == 28
+    for number in range(2):
+        own = keys[10 * number : 10 * number + 10]
+        assert sorted(index for _, index, _ in own) == list(range(10)) and {copy for *_, copy in own} == {number}
+    assert [index for _, index, _ in keys[:10]] != [index for _, index, _ in keys[10:20]]
+    pairs = [a + b for a, b in zip(*both, strict=True)]
+    assert pairs == list(one)
+    repeated = [key for batch in Batches(10, 4, Ranks(), 5, repeats=2, passes=2) for key in batch]
+    assert len(set(repeated)) == len(repeated) == 20
 
 
 def test_unreadable_images_are_named_counted_and_left_out(folder, tmp_path, capfd):
