@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -156,11 +156,12 @@ def _backward(results: Sequence[Tensor], gradients: Iterable[Tensor]) -> None:
         given: list[Tensor | None] = [slots.get(i) for i in range(len(outputs))]
         followers = node.next_functions
         if isinstance(node, BackwardCFunction):  # one gradient for each argument, tensor or not
-            filled = [
-                torch.zeros(about.shape, dtype=about.dtype, device="cuda") if x is None else x
-                for x, about in zip(given, outputs, strict=True)
-            ]  # as the engine does
-            found = as_tuple(node.apply(*filled))
+            if getattr(node, "fills_gradients", True):  # as the engine does
+                given = [
+                    torch.zeros(about.shape, dtype=about.dtype, device="cuda") if x is None else x
+                    for x, about in zip(given, outputs, strict=True)
+                ]
+            found = as_tuple(node.apply(*given))
             found = tuple(g for g, needed in zip(found, node.needs_input_grad, strict=True) if needed)
             followers = [f for f in followers if f[0] is not None]
         else:
@@ -168,6 +169,11 @@ def _backward(results: Sequence[Tensor], gradients: Iterable[Tensor]) -> None:
         for (following, slot), gradient in zip(followers, found, strict=True):
             if following is not None and gradient is not None:
                 hand(following, slot, gradient)
+
+
+def _set_materialize_grads(ctx: Any, value: bool) -> None:
+    """Set it, and note it where `_backward` can read it."""
+    ctx.materialize_grads = ctx.fills_gradients = value
 
 
 def hollow(case: Case) -> Inputs:
@@ -189,8 +195,9 @@ def record(case: Case, target: str, provider: str = "fastkd", precision: str = "
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     on_gpu = mock.patch.object(_dispatch, "INTERPRETED", False)
+    noting = mock.patch.object(FunctionCtx, "set_materialize_grads", _set_materialize_grads)
     try:
-        with FakeTensorMode(), recorded(target) as launches, on_gpu, torch.set_grad_enabled(case.backward):
+        with FakeTensorMode(), recorded(target) as launches, on_gpu, noting, torch.set_grad_enabled(case.backward):
             inputs = hollow(case)
             leaves = [x.requires_grad_(case.backward) for x in inputs.leaves]
             with _Operators(work):

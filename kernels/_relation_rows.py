@@ -131,20 +131,43 @@ def _relation_norms_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _relation_sum_kernel(
-    partial_ptr,  # terms of (layers, count)
-    loss_ptr,  # layers of (terms,)
-    counts,  # terms
-    scales,  # terms
+    partial_ptr,  # terms of (count,)
+    terms_ptr,  # (terms,), or None
+    loss_ptr,  # their weighted sum
+    counts, scales, weights,  # terms
+    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    """One program per layer and term: the partial losses' sum in float64, in a fixed order."""
-    layer, term = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    count = of_layer(counts, term)
-    partial = of_layer(partial_ptr, term) + layer * count
-    total = tl.zeros((BLOCK,), tl.float64)
-    for i0 in range(0, count, BLOCK):
-        i = i0 + tl.arange(0, BLOCK)
-        total += tl.load(partial + i, mask=i < count, other=0.0).to(tl.float64)
-    mean = tl.sum(total, 0) * of_layer(scales, term)
-    mean = tl.where(mean < 0, 0.0, mean)  # rounding can take a difference of Grams there; NaN stays
-    tl.store(of_layer(loss_ptr, layer) + term, mean.to(tl.float32))
+):  # fmt: skip
+    """One program: each term's partial losses are summed in float64, in a fixed order. ADD: to what is there."""
+    loss = tl.zeros((), tl.float64)
+    for term in tl.static_range(len(counts)):
+        total = tl.zeros((BLOCK,), tl.float64)
+        for i0 in range(0, counts[term], BLOCK):
+            i = i0 + tl.arange(0, BLOCK)
+            total += tl.load(partial_ptr[term] + i, mask=i < counts[term], other=0.0).to(tl.float64)
+        mean = tl.sum(total, 0) * scales[term]
+        mean = tl.where(mean < 0, 0.0, mean)  # rounding can take a difference of Grams there; NaN stays
+        loss += mean * weights[term]
+        if terms_ptr is not None:
+            if ADD:
+                mean += tl.load(terms_ptr + term)
+            tl.store(terms_ptr + term, mean.to(tl.float32))
+    if ADD:
+        loss += tl.load(loss_ptr)
+    tl.store(loss_ptr, loss.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _relation_scale_kernel(
+    d_ptr,  # layers of (elements,)
+    by_ptr,  # a number
+    out_ptr,  # layers of (elements,)
+    elements,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK elements of a layer: its stored gradient times the incoming one, rounded once."""
+    layer = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(of_layer(d_ptr, layer) + i, mask=i < elements, other=0.0).to(tl.float32) * tl.load(by_ptr)
+    out = of_layer(out_ptr, layer) + i
+    tl.store(out, d.to(out.dtype.element_ty), mask=i < elements)

@@ -6,9 +6,10 @@ from typing import NamedTuple
 UNSPECIALIZED = (  # that a count is 1 or a multiple of 16, or so an offset's pointer, is not worth a compilation
     "partial_ptr", "loss_ptr", "counts", "total", "tokens", "n", "run", "first_group", "first_tile", "first_row",
     "tiles", "row_tiles", "columns", "groups", "programs", "full", "w_rows", "G", "K", "N",
-    "D", "steps", "share", "pieces", "blocks",
+    "D", "elements", "steps", "share", "pieces", "blocks",
 )  # fmt: skip
 SUM_BLOCK = 1024
+SCALE_BLOCK = 4096
 SCATTER_BLOCK = (32, 128)  # drawn rows, columns
 NORM_BLOCK = (16, 128)  # rows, columns
 

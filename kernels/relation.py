@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import PLANS, architecture, blocks, cdiv, multiprocessors, stored_gradient
+from ._common import PLANS, alike, architecture, blocks, cdiv, multiprocessors, stored_gradient
 from ._relation_gram import (
     _relation_digits_kernel,
     _relation_factor_kernel,
@@ -25,8 +25,18 @@ from ._relation_gram import (
 )
 from ._relation_groups import _relation_group_kernel
 from ._relation_maps import _relation_apply_kernel, _relation_map_kernel, _relation_scatter_kernel
-from ._relation_rows import _relation_norms_kernel, _relation_sum_kernel
-from ._relation_tiles import CONFIGS, DIGITS, GRAM_APPLIES, GRAMS, NORM_BLOCK, SCATTER_BLOCK, SUM_BLOCK, Apply
+from ._relation_rows import _relation_norms_kernel, _relation_scale_kernel, _relation_sum_kernel
+from ._relation_tiles import (
+    CONFIGS,
+    DIGITS,
+    GRAM_APPLIES,
+    GRAMS,
+    NORM_BLOCK,
+    SCALE_BLOCK,
+    SCATTER_BLOCK,
+    SUM_BLOCK,
+    Apply,
+)
 
 STRIP_BYTES = 32 << 20  # of W: it stays in cache between two launches; one map of 4096 rows in one term
 GROUP_ROWS = 256  # of a group that one program takes whole
@@ -55,10 +65,9 @@ def _rows_of(strides: tuple[int, ...], scope: str) -> Rows:
 
 
 class Term(NamedTuple):
-    """Sums of squares by the programs of a launch, (layers, programs), and the factor that makes a mean of them."""
+    """Sums of squares by the programs of a launch, and the factor that makes a layer's mean of a layer's sum."""
 
     partial: Tensor
-    programs: int
     scale: float
 
 
@@ -153,7 +162,7 @@ class Alike:
                 HAS_NORMS=self.has_norms, HAS_GRAD=out is not None, TAIL=tail, **flags, **clamps, **blocks(tile),
             )  # fmt: skip
             self.has_norms = True
-            return Term(partial, G, mean)
+            return Term(partial, mean)
 
         if not self.has_norms:
             self.form_norms()
@@ -195,12 +204,20 @@ class Alike:
                     w, along, self.students, drawn, self.norms, scale, added, out, s_rows, of_tokens, d_rows,
                     *sizes, g, first_tile * BLOCK_M, apply_tiles, columns, *strip, factor, **flags, **blocks(apply),
                 )  # fmt: skip
-        return Term(partial, partial.numel() // self.layers, mean)
+        return Term(partial, mean)
 
-    def losses(self, terms: Sequence[Term], losses: Sequence[Tensor]) -> None:
-        """Write the losses of terms, (terms,) per layer."""
-        partials, counts, scales = (tuple(x) for x in zip(*terms, strict=True))
-        _relation_sum_kernel[(self.layers, len(terms))](partials, tuple(losses), counts, scales, BLOCK=SUM_BLOCK)
+
+def _sum(
+    loss: Tensor,
+    terms: Sequence[Term],
+    weights: tuple[float, ...] = (1.0,),
+    means: Tensor | None = None,
+    add: bool = False,
+) -> None:
+    """Write the weighted sum of terms to a loss (1,), and the terms to means (terms,); or add them to what is there."""
+    partials, scales = zip(*terms, strict=True)
+    counts = tuple(partial.numel() for partial in partials)
+    _relation_sum_kernel[(1,)](partials, means, loss, counts, scales, weights, ADD=add, BLOCK=SUM_BLOCK)
 
 
 def _fill(choices: tuple[Apply, ...], groups: int, rows: int, Ds: int, device: torch.device) -> tuple[int, int, Apply]:
@@ -283,7 +300,7 @@ def _gram(student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str,
                 **apply._asdict(),
             )  # fmt: skip
     loss = new(1, dtype=torch.float32)
-    _relation_sum_kernel[(1, 1)]((partial,), (loss,), (partial.numel(),), (1 / (G * n * n),), BLOCK=SUM_BLOCK)
+    _sum(loss, [Term(partial, 1 / (G * n * n))])
     return loss.view(())
 
 
@@ -303,7 +320,7 @@ def relation_fwd(
         return _gram(student, teacher, ds, scope, normalize, eps), dstudent
     alike = Alike([student], [teacher], normalize, eps)
     loss = student.new_empty(1, dtype=torch.float32)
-    alike.losses([alike.add(scope, None if ds is None else [ds], rectify)], [loss])
+    _sum(loss, [alike.add(scope, None if ds is None else [ds], rectify)])
     return loss.view(()), dstudent
 
 
@@ -324,11 +341,12 @@ def manifold_fwd(
     inter: float,
     random: float,
     with_grad: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    terms = students[0].new_empty((len(students), 3), dtype=torch.float32)
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    loss = students[0].new_empty(1, dtype=torch.float32)
+    means = students[0].new_empty(3, dtype=torch.float32)
+    every = len(students)
     dstudents = [s.new_empty(s.shape if with_grad else (0,), dtype=stored_gradient(s)) for s in students]
-    of_layers = terms.unbind()
-    for layers in _alike(students, teachers, indices):
+    for at, layers in enumerate(_alike(students, teachers, indices)):
         alike = Alike([students[i] for i in layers], [teachers[i] for i in layers], True, 1e-12)
         index = [indices[i].contiguous() for i in layers]
         ds: Sequence[Tensor] | None = None
@@ -341,13 +359,25 @@ def manifold_fwd(
             if ds[0].dtype != torch.float32:
                 sums = one.new_empty((len(layers), *one.shape), dtype=torch.float32).unbind()
             drawn = one.new_empty((len(layers), 1, len(index[0]), alike.Ds), dtype=torch.float32).unbind()
-        of_images = alike.add("intra", sums, weight=intra)
-        of_draws = alike.add("batch", drawn, weight=random, index=index)
+        of_images = alike.add("intra", sums, weight=intra / every)
+        of_draws = alike.add("batch", drawn, weight=random / every, index=index)
         if sums is not None and drawn is not None:
             (K, D), (BLOCK_K, BLOCK_D) = drawn[0].shape[1:], SCATTER_BLOCK
             _relation_scatter_kernel[(K, len(layers), cdiv(D, BLOCK_D))](
                 tuple(drawn), tuple(index), tuple(sums), K, D, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D
             )
-        of_tokens = alike.add("inter", ds, weight=inter, before=sums)
-        alike.losses([of_images, of_tokens, of_draws], [of_layers[i] for i in layers])
-    return terms, dstudents
+        of_tokens = alike.add("inter", ds, weight=inter / every, before=sums)
+        terms = [term._replace(scale=term.scale / every) for term in (of_images, of_tokens, of_draws)]
+        _sum(loss, terms, (intra, inter, random), means, add=at > 0)
+    return loss.view(()), means, dstudents
+
+
+def manifold_bwd(dloss: Tensor, stored: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    stored = [d.contiguous() for d in stored]
+    out = [torch.empty_like(d, dtype=dtype) for d in stored]
+    for layers in alike(stored, most=LAYERS):
+        elements = stored[layers[0]].numel()
+        _relation_scale_kernel[(cdiv(elements, SCALE_BLOCK), len(layers))](
+            tuple(stored[i] for i in layers), dloss, tuple(out[i] for i in layers), elements, BLOCK=SCALE_BLOCK
+        )
+    return out

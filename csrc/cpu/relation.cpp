@@ -133,7 +133,7 @@ Tensor take_rows(const Tensor& x, const Tensor& index) {
   return out;
 }
 
-// One layer's three terms, into losses[0..2]; they share U where a gradient is wanted.
+// One layer's three terms, into losses; they share U where a gradient is wanted.
 template <typename acc_t>
 void manifold_layer(
     const Tensor& student,
@@ -141,7 +141,7 @@ void manifold_layer(
     const Tensor& index,
     const std::array<double, 3>& weights,
     const Tensor& dstudent,
-    acc_t* losses) {
+    std::array<double, 3>& losses) {
   constexpr double kEps = 1e-12;
   const bool with_grad = dstudent.numel() > 0;
   const int64_t Ds = student.size(2);
@@ -158,7 +158,7 @@ void manifold_layer(
     return term;
   };
   const auto mean = [](double sum, const Term<acc_t>& term) {
-    return static_cast<acc_t>(sum / (static_cast<double>(term.s.G) * term.s.n * term.s.n));
+    return sum / (static_cast<double>(term.s.G) * term.s.n * term.s.n);
   };
   auto inter = term_of(student, teacher, "inter", weights[1]);
   inter.u = u;
@@ -184,7 +184,7 @@ void manifold_layer(
   losses[0] = mean(visit(intra), intra);
 }
 
-std::tuple<Tensor, std::vector<Tensor>> manifold_fwd_cpu(
+std::tuple<Tensor, Tensor, std::vector<Tensor>> manifold_fwd_cpu(
     const std::vector<Tensor>& students,  // (B, N, Ds) each
     const std::vector<Tensor>& teachers,  // (B, N, Dt) each
     const std::vector<Tensor>& indices,   // (K) each
@@ -195,20 +195,26 @@ std::tuple<Tensor, std::vector<Tensor>> manifold_fwd_cpu(
   auto acc = ScalarType::Float;
   for (size_t l = 0; l < students.size(); ++l)
     if (accumulator(students[l], teachers[l]) == ScalarType::Double) acc = ScalarType::Double;
-  auto terms = empty(students[0], {static_cast<int64_t>(students.size()), 3}, acc);
+  auto loss = empty(students[0], {}, acc), means = empty(students[0], {3}, acc);
   std::vector<Tensor> dstudents;
-  for (size_t l = 0; l < students.size(); ++l) {
-    dstudents.push_back(gradient_of(students[l], with_grad));
-    FASTKD_DISPATCH_ACC(acc, "manifold_fwd_cpu", [&] {
-      auto* losses = terms.mutable_data_ptr<scalar_t>() + 3 * l;
+  FASTKD_DISPATCH_ACC(acc, "manifold_fwd_cpu", [&] {
+    const auto n_layers = static_cast<double>(students.size());
+    std::array<double, 3> sums{};
+    for (size_t l = 0; l < students.size(); ++l) {
+      dstudents.push_back(gradient_of(students[l], with_grad));
+      std::array<double, 3> losses;
       const auto relate = [&](const Tensor& s, const Tensor& t, const Tensor& ds) {
-        manifold_layer<scalar_t>(s, t, indices[l], {intra, inter, random}, ds, losses);
-        return std::all_of(losses, losses + 3, [](scalar_t loss) { return std::isfinite(loss); });
+        manifold_layer<scalar_t>(s, t, indices[l], {intra / n_layers, inter / n_layers, random / n_layers}, ds, losses);
+        return std::all_of(losses.begin(), losses.end(), [](double each) { return std::isfinite(each); });
       };
       with_rows_in_range(students[l], teachers[l], dstudents[l], relate);
-    });
-  }
-  return {terms, dstudents};
+      for (int i = 0; i < 3; ++i) sums[i] += losses[i];
+    }
+    for (int i = 0; i < 3; ++i) means.mutable_data_ptr<scalar_t>()[i] = static_cast<scalar_t>(sums[i] / n_layers);
+    *loss.mutable_data_ptr<scalar_t>() =
+        static_cast<scalar_t>((intra * sums[0] + inter * sums[1] + random * sums[2]) / n_layers);
+  });
+  return {loss, means, dstudents};
 }
 
 }  // namespace

@@ -139,21 +139,30 @@ def manifold_fwd(
     inter: float,
     random: float,
     with_grad: bool,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     acc = accumulator(*students, *teachers)
     terms = students[0].new_empty((len(students), 3), dtype=acc)
+    weights = [weight / len(students) for weight in (intra, inter, random)]
     dstudents = []
     for layer, (s, t, index) in enumerate(zip(students, teachers, indices, strict=True)):
         N = s.shape[1]
         at = (index // N, index % N)
         total = s.new_zeros(s.shape if with_grad else (0,), dtype=accumulator(s))
-        for i, (weight, scope, a, b) in enumerate(
-            ((intra, "intra", s, t), (inter, "inter", s, t), (random, "intra", s[at][None], t[at][None]))
-        ):
+        pairs = (("intra", s, t), ("inter", s, t), ("intra", s[at][None], t[at][None]))
+        for i, (scope, a, b) in enumerate(pairs):
             terms[layer, i], d = relation_fwd(a, b, scope, True, "none", 1e-12, "tile", with_grad)
             if with_grad and i < 2:
-                total.add_(d, alpha=weight)
+                total.add_(d, alpha=weights[i])
             elif with_grad:
-                total.index_put_(at, weight * d[0].to(total.dtype), accumulate=True)
+                total.index_put_(at, weights[i] * d[0].to(total.dtype), accumulate=True)
         dstudents.append(total.to(stored_gradient(s)))
-    return terms, dstudents
+    means = terms.mean(0)
+    loss = means[0] * intra
+    for mean, weight in zip(means[1:].unbind(), (inter, random), strict=True):
+        loss = torch.add(loss, mean, alpha=weight)
+    return loss, means, dstudents
+
+
+def manifold_bwd(dloss: Tensor, stored: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    # A number of 1 dimension, unlike one of 0, is not rounded to 16 bits first.
+    return [torch.mul(d, dloss.reshape(1), out=torch.empty_like(d, dtype=dtype)) for d in stored]

@@ -36,6 +36,12 @@ def refuse_transforms(function: str) -> None:
         )
 
 
+def takes_operators(incoming: Tensor) -> bool:
+    """Return whether a backward may call an operator rather than PyTorch's, which a compiler fuses and a batch of
+    incoming gradients needs."""
+    return not torch.compiler.is_compiling() and not _is_batched(incoming)
+
+
 def refuse_batched(function: str, incoming: Tensor) -> None:
     """Raise under is_grads_batched=True if an operator that returns a list, for which PyTorch has no loop, is next."""
     if not torch.compiler.is_compiling() and _is_batched(incoming):

@@ -81,18 +81,26 @@ _register(
 )
 
 
-def _manifold_fwd(a: Any) -> tuple[Tensor, list[Tensor]]:
-    terms = a.students[0].new_empty((len(a.students), 3), dtype=accumulator(*a.students, *a.teachers))
-    return terms, [_gradient(s, a.with_grad) for s in a.students]
+def _manifold_fwd(a: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    loss, means = (a.students[0].new_empty(n, dtype=accumulator(*a.students, *a.teachers)) for n in ((), (3,)))
+    return loss, means, [_gradient(s, a.with_grad) for s in a.students]
 
 
-# terms: (layers, 3), unweighted intra, inter, random; dstudents: gradients of each layer's weighted sum.
+def _manifold_bwd(a: Any) -> list[Tensor]:
+    return [torch.empty_like(d, dtype=a.dtype) for d in a.stored]
+
+
+# means: (3,), of intra, inter and random over the layers; loss: their weighted sum; dstudents: its gradients.
 _register(
     "relation",
     "manifold_fwd",
     "(Tensor[] students, Tensor[] teachers, Tensor[] indices, float intra, float inter, float random, bool with_grad)"
-    " -> (Tensor terms, Tensor[] dstudents)",
+    " -> (Tensor loss, Tensor means, Tensor[] dstudents)",
     _manifold_fwd,
+)
+# stored: the gradients of forward, which dloss (), scales.
+_register(
+    "relation", "manifold_bwd", "(Tensor dloss, Tensor[] stored, ScalarType dtype) -> Tensor[] dstudents", _manifold_bwd
 )
 
 

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from fastkd._precision import accumulator, has_fast_float64, matrix_gain
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import distinct, refuse_double_backward, refuse_transforms, scaled, wants_grad
+from fastkd.ops._autograd import (
+    distinct,
+    refuse_double_backward,
+    refuse_transforms,
+    scaled,
+    takes_operators,
+    wants_grad,
+)
 from fastkd.ops._dispatch import Backend, call, resolve
 
 EPS_FLOOR = 1e-18  # of a row's norm: below, products of two inverse norms are beyond float32
@@ -100,14 +107,9 @@ class _Manifold(torch.autograd.Function):
         ctx: Any, impl: Backend, weights: tuple[float, ...], n_layers: int, with_grad: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         students, teachers, indices = (list(tensors[i * n_layers : (i + 1) * n_layers]) for i in range(3))
-        per_layer = [w / n_layers for w in weights]
-        terms, dstudents = call(impl, "manifold_fwd", students, teachers, indices, *per_layer, with_grad)
+        loss, means, dstudents = call(impl, "manifold_fwd", students, teachers, indices, *weights, with_grad)
         ctx.save_for_backward(*dstudents)
-        ctx.dtypes = [s.dtype for s in students]
-        means = terms.mean(0)
-        loss = means[0] * weights[0]
-        for mean, weight in zip(means[1:].unbind(), weights[1:], strict=True):
-            loss = torch.add(loss, mean, alpha=weight)
+        ctx.impl, ctx.dtype = impl, students[0].dtype
         ctx.mark_non_differentiable(means)
         ctx.set_materialize_grads(False)
         return loss, means
@@ -115,7 +117,11 @@ class _Manifold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("manifold_loss")
-        gradients = [scaled(d, dloss, dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        stored = list(ctx.saved_tensors)
+        if ctx.impl != "native" and takes_operators(dloss):
+            gradients = call(ctx.impl, "manifold_bwd", dloss, stored, ctx.dtype)
+        else:
+            gradients = [scaled(d, dloss, ctx.dtype) for d in stored]
         return None, None, None, None, *gradients, *(None,) * (2 * len(gradients))
 
 

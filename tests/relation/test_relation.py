@@ -267,7 +267,7 @@ SPLITS = {
     "matrix_pieces": Split(
         EMULATED | {"relation_strip_rows": 3, "relation_strip_columns": 16}, 16, maps_of((18, 6)), torch.bfloat16
     ),
-    "gram_rows": Split({"relation_gram_rows": 4}, 4, maps_of((3, 2)), algorithm="gram"),
+    "gram_rows": Split({"relation_gram_rows": 16}, 16, maps_of((13, 9)), algorithm="gram"),
     "gram_columns": Split(
         {"relation_gram_columns": 6, "relation_gram_rows": 8},
         6,
@@ -294,15 +294,18 @@ def test_native_splits(split: Split, options: dict) -> None:
             with_short_rows(student, teacher)
         n = shape[0 if split.scope == "inter" else 1]
         shared = {"scope": split.scope, **options}
-        expected = [oracle_of(student, teacher, dtype, **shared) for dtype in (split.dtype, torch.float64)]
+        oracle = oracle_of(student, teacher, torch.float64, **shared)
+        # Grams lose digits where they cancel, in every form; float64 maps would be the oracle itself.
+        form = {"backend": "eager", "algorithm": split.algorithm}
+        eager = loss_and_gradients(partial(fastkd.relation_loss, teacher=teacher, **form, **shared), [student])
         with thresholds(**split.lowered):
             call = partial(fastkd.relation_loss, teacher=teacher, backend="native", algorithm=split.algorithm, **shared)
             for actual in on_every_number_of_threads(partial(loss_and_gradients, call, [student])):
-                for name, a, e, o in zip(("loss", "dstudent"), actual, *expected, strict=True):
+                for name, a, e, o in zip(("loss", "dstudent"), actual, eager, oracle, strict=True):
                     assert_matches_oracle(a, e, o, n * shape[2], f"{name} of size {size}")
                 with torch.no_grad():  # forms no gradient, and splits otherwise
                     alone = call(student)
-                assert_matches_oracle(alone, expected[0][0], expected[1][0], n * shape[2], f"loss alone, size {size}")
+                assert_matches_oracle(alone, eager[0], oracle[0], n * shape[2], f"loss alone, size {size}")
 
 
 @pytest.mark.parametrize(
@@ -795,8 +798,12 @@ def test_layer_mf_loss_is_the_three_terms(backend: str) -> None:
 @pytest.mark.parametrize("algorithm", ["tile", "gram"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_near_a_match(backend: str, algorithm: str, loss: float) -> None:
-    """A rotated student plus noise: the loss within 1e-5, the gradient within 1e-3, down to a loss of about 1e-8."""
-    teacher = torch.randn(2, 40 if INTERPRETED else 197, 96, device=DEVICE)
+    """A rotated student plus noise: the loss within 1e-5, the gradient within 1e-3, down to a loss of about 1e-8.
+
+    There float32 rounding is 3e-6 of the loss of 394 rows, and more of fewer. The pairs of digits that Triton's Grams
+    leave out are 6e-6 of it, in the mean of draws: up to 4e-5 are allowed.
+    """
+    teacher = torch.randn(2, 40 if INTERPRETED and loss > 1e-7 else 197, 96, device=DEVICE)
     rotation = torch.linalg.qr(torch.randn(96, 96, device=DEVICE))[0]
     noise = {1.0: 30.0, 1e-3: 0.25, 1e-6: 7e-3, 1e-8: 7e-4}[loss]
     student = teacher @ rotation + noise * torch.randn_like(teacher)
@@ -805,7 +812,8 @@ def test_near_a_match(backend: str, algorithm: str, loss: float) -> None:
     actual = loss_and_gradients(
         lambda s: fastkd.relation_loss(s, teacher, **options, algorithm=algorithm, backend=backend), [student]
     )
-    assert relative_difference(actual[0], oracle[0]) < 1e-5
+    leaves_out = backend == "triton" and algorithm == "gram" and loss < 1e-7
+    assert relative_difference(actual[0], oracle[0]) < (4e-5 if leaves_out else 1e-5)
     assert ((actual[1] - oracle[1]).norm() / oracle[1].norm()).item() < 1e-3
 
 
@@ -889,7 +897,7 @@ def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
     students = [strided(s, layout) for (s, _), layout in zip(layers, ("sliced", "permuted", "sliced"), strict=True)]
     teachers = [t for _, t in layers]
     indices = [torch.randint(0, B * N, (B * N // 2,), device=DEVICE) for _ in layers]  # with repeats
-    module = losses.ManifoldLoss(backend=backend)
+    module, incoming = losses.ManifoldLoss(backend=backend), 3.0
 
     def expected(*students: Tensor, dtype: torch.dtype) -> Tensor:
         cast = [t.to(dtype) for t in teachers]
@@ -897,9 +905,9 @@ def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
             [reference.manifold_loss(s, t, index=i) for s, t, i in zip(students, cast, indices, strict=True)]
         ).mean()
 
-    actual = loss_and_gradients(lambda *s: module(s, teachers, indices=indices), students, 3.0)
-    eager = loss_and_gradients(lambda *s: expected(*s, dtype=dtype), students, 3.0)
-    oracle = loss_and_gradients(lambda *s: expected(*s, dtype=torch.float64), [s.double() for s in students], 3.0)
+    actual = loss_and_gradients(lambda *s: module(s, teachers, indices=indices), students, incoming)
+    eager = loss_and_gradients(lambda *s: expected(*s, dtype=dtype), students, incoming)
+    oracle = loss_and_gradients(lambda *s: expected(*s, dtype=torch.float64), [s.double() for s in students], incoming)
     for name, a, e, o in zip(("loss", "first", "second", "third"), actual, eager, oracle, strict=True):
         assert_matches_oracle(a, e, o, N * 48, name)
 
@@ -920,6 +928,21 @@ def test_layers_in_one_call(backend: str, dtype: torch.dtype) -> None:
         )
         limit = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
         assert all(relative_difference(a, b) < limit for a, b in zip(own, alone, strict=True)), scope
+
+
+@pytest.mark.parametrize("backend", backends("manifold_fwd"))
+def test_the_incoming_gradient_keeps_its_digits(backend: str) -> None:
+    """Halfway between two numbers of bfloat16, it is rounded with the product alone."""
+    layers = [features(2, 5, n, 16, torch.bfloat16) for n in (8, 24, 8)]
+    students, teachers = [s for s, _ in layers], [t for _, t in layers]
+    indices = [torch.arange(4, device=DEVICE)] * 3
+
+    def gradients(incoming: float) -> list[Tensor]:
+        module = losses.ManifoldLoss(backend=backend)
+        return loss_and_gradients(lambda *s: module(s, teachers, indices=indices), students, incoming)[1:]
+
+    for one, more in zip(gradients(1.0), gradients(1 + 2**-8), strict=True):
+        assert torch.equal(more, (one.float() * (1 + 2**-8)).bfloat16())
 
 
 @pytest.mark.parametrize("backend", backends("manifold_fwd"))
@@ -976,7 +999,7 @@ def test_alike_layers_share_their_launches(backend: str, monkeypatch: pytest.Mon
         loss_and_gradients(lambda *s: losses.ManifoldLoss(backend=backend)(s, teachers, indices=indices), students)
         return list(launches)
 
-    assert count(1) == count(3) and len(launches) == 6
+    assert count(1) == count(3) and len(launches) == 7
 
 
 @pytest.mark.parametrize("algorithm", ["tile", "gram"])
