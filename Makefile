@@ -10,9 +10,10 @@ GPU_PYTHON ?= python3
 # Bytecode is written even where the environment forbids it: workers and the processes of tests share it.
 PYTEST  ?= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 4))')
-# Interpreted kernels keep a core busy; many other tests wait for processes that they start.
+# Interpreted kernels keep a core busy; many other tests wait for processes that they start. Those are handed out by file,
+# slow ones first: a worker makes what the tests of a file share once, and none gets all the slow tests.
 INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS)
-COMPILED    = $(PYTEST) -n $$(($(WORKERS) + 2))
+COMPILED    = $(PYTEST) -n $$(($(WORKERS) + 2)) --dist=loadfile --no-loadscope-reorder
 # Folders of the results, and of kernels compiled beforehand; the latter is ignored by git.
 GPU_OUT ?= gpu
 GPU_KERNELS ?= build/gpu-kernels
@@ -61,10 +62,13 @@ test-all: $(VENV)/.test
 	$(INTERPRETED) -m triton
 	$(COMPILED)
 
-# The tests whose verdict depends on the versions of torch and Triton. They need neither timm nor torchvision.
+# The tests whose verdict depends on the versions of torch and Triton. They need neither timm nor torchvision. Kernels are
+# compiled for the newer cards; `make test` compiles them for all.
 test-versions: $(VENV)/.test
 	$(INTERPRETED) -m 'triton and not exhaustive' tests/logits tests/prior tests/gpu/test_interpreter.py
-	$(COMPILED) -m 'not exhaustive' tests/gpu/test_aot.py $(addprefix tests/operators/test_,contract.py shapes.py terms.py)
+	$(COMPILED) -m 'not exhaustive' $(foreach part,sm_90-relation sm_90-attention sm_90-rest sm_100-relation \
+	  sm_100-attention sm_100-rest,'tests/gpu/test_aot.py::test_compiles[$(part)]') \
+	  $(addprefix tests/operators/test_,contract.py shapes.py terms.py)
 
 # Twenty thousand drawn calls; `make test` draws 450. Takes about ten minutes.
 fuzz: $(VENV)/.test
