@@ -181,6 +181,50 @@ std::tuple<Tensor, Tensor, Tensor> prior_fwd_cpu(const Tensor& images) {  // (B,
   return {tv_l1, tv_l2, norms};
 }
 
+// The weighted sum of what forward gives, and its slopes by each of those numbers. A term of weight 0 does not count,
+// even if it is infinite; without any term, such norms make NaN.
+std::tuple<Tensor, Tensor> prior_loss_cpu(
+    const Tensor& tv_l1_in,  // (4)
+    const Tensor& tv_l2_in,  // (4)
+    const Tensor& norms_in,  // (B)
+    double of_tv_l1,
+    double of_tv_l2,
+    double of_norm,
+    bool per_image) {
+  const auto tv_l1 = tv_l1_in.contiguous(), tv_l2 = tv_l2_in.contiguous(), norms = norms_in.contiguous();
+  const int64_t B = norms.numel();
+  auto loss = empty(norms, {}), slopes = empty(norms, {2 * kDirections + B});
+  FASTKD_DISPATCH(norms.scalar_type(), "prior_loss_cpu", [&] {
+    using acc_t = acc_type<scalar_t>;
+    const auto *absolute = tv_l1.const_data_ptr<acc_t>(), *squared = tv_l2.const_data_ptr<acc_t>();
+    const auto* norm_of = norms.const_data_ptr<acc_t>();
+    auto* slope = slopes.mutable_data_ptr<acc_t>();
+    double terms[3] = {};
+    for (int64_t k = 0; k < kDirections; ++k) {
+      terms[0] += absolute[k], terms[1] += squared[k];
+      slope[k] = static_cast<acc_t>(of_tv_l1), slope[kDirections + k] = static_cast<acc_t>(of_tv_l2);
+    }
+    slope += 2 * kDirections;
+    // One norm of all images has slope 0 at 0; at subnormal norms it would be infinite.
+    const auto held = [&](int64_t b) {
+      return norm_of[b] < std::numeric_limits<acc_t>::min() ? 0.0 : static_cast<double>(norm_of[b]);
+    };
+    for (int64_t b = 0; b < B; ++b) terms[2] += per_image ? norm_of[b] : held(b) * held(b);
+    terms[2] = per_image ? terms[2] / static_cast<double>(B) : std::sqrt(terms[2]);
+    for (int64_t b = 0; b < B; ++b) {
+      const double whole = terms[2] == 0 ? 0 : held(b) / terms[2];
+      const double each = per_image ? 1 / static_cast<double>(B) : whole;
+      slope[b] = static_cast<acc_t>(of_norm == 0 ? 0 : of_norm * each);
+    }
+    const double weights[] = {of_tv_l1, of_tv_l2, of_norm};
+    const bool is_nothing = of_tv_l1 == 0 && of_tv_l2 == 0 && of_norm == 0;
+    double total = is_nothing ? 0 * terms[2] : 0;
+    for (int64_t i = 0; i < 3; ++i) total += weights[i] == 0 ? 0 : weights[i] * terms[i];
+    *loss.mutable_data_ptr<acc_t>() = static_cast<acc_t>(total);
+  });
+  return {loss, slopes};
+}
+
 // gradient / norm, which scales what the norm was taken of; 0 for a norm of 0. Norms that are subnormal count as 0, and
 // the quotient is at most the inverse of the smallest other: times a difference of 0, an infinity would be NaN.
 template <typename acc_t>
@@ -342,6 +386,7 @@ Tensor prior_bwd_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   implement<prior_fwd_cpu>(m, "prior_fwd");
+  implement<prior_loss_cpu>(m, "prior_loss");
   implement<prior_bwd_cpu>(m, "prior_bwd");
 }
 

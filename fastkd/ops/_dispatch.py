@@ -50,6 +50,11 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkd::{op}", key)
 
 
+@functools.cache  # looked up on disk, and asked by every call of a loss
+def _is_importable(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def _has_native(op: str, device: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     return key is not None and _has_kernel(op, key)
@@ -84,9 +89,9 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     if name == "triton":
         if not HAS_TRITON:
             return "triton is not installed (pip install triton)"
-        if importlib.util.find_spec("fastkd_kernels") is None:
+        if not _is_importable("fastkd_kernels"):
             return "fastkd_kernels is not importable: fastkd runs from a source tree that was never installed"
-        if importlib.util.find_spec(f"fastkd_kernels.{_schemas.STEMS[op]}") is None:
+        if not _is_importable(f"fastkd_kernels.{_schemas.STEMS[op]}"):
             return f"{op} has no Triton kernel"
         if device != ("cpu" if INTERPRETED else "cuda"):
             return f"Triton needs CUDA tensors, got {device} ones (cpu ones under TRITON_INTERPRET=1, for tests)"

@@ -12,15 +12,19 @@ from fastkd.ops._dispatch import Backend, call, resolve, why_not
 Weights = tuple[float, float, float]  # of Σ_k mean |d_k|, of Σ_k ‖d_k‖, of the norms
 
 
+def _of_few(impl: Backend, device: str, dtype: torch.dtype) -> Backend:
+    """Return the backend for the few numbers that one has made of the images: compiled code has none for a GPU."""
+    others: tuple[Backend, ...] = ("triton",) if impl == "native" else ()
+    return next((name for name in (impl, *others) if why_not("prior_loss", name, device, dtype) is None), "eager")
+
+
 class _Prior(torch.autograd.Function):
     """The priors' sum, with the slopes by each term: (mean |d_k| (4,), ‖d_k‖ (4,), ‖x_b‖ (B,))."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, function: str, impl: Backend, weights: Weights, per_image: bool) -> Tensor:
         tv_l1, tv_l2, norms = call(impl, "prior_fwd", images)
-        # Few numbers: one kernel for them on a GPU, whichever backend has read the images.
-        on_gpu = why_not("prior_loss", "triton", images.device.type, norms.dtype) is None
-        few: Backend = "triton" if on_gpu and impl != "eager" else "eager"
+        few = _of_few(impl, images.device.type, norms.dtype)
         loss, slopes = call(few, "prior_loss", tv_l1, tv_l2, norms, *weights, per_image)
         ctx.save_for_backward(images, tv_l2, norms, slopes)
         ctx.function, ctx.impl = function, impl

@@ -1,6 +1,6 @@
 """What every public function promises beyond its value, checked on every case of tests/_support/cases.py."""
 
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from fastkd import _extension, _precision, losses
 from fastkd.ops import _autograd, _checks, _dispatch, _schemas
 from fastkd.ops._autograd import scaled
 from fastkd.testing import DEVICE, loss_and_gradients, poisoned_allocations, relative_difference
+from tests._support.calls import CALLS, Call
 from tests._support.cases import CASES, Case, OperatorCalls
 from tests._support.pairs import in_pairs
 
@@ -297,6 +298,22 @@ def test_a_gpu_too_old_for_the_triton_kernels_is_told(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     reason = _dispatch.why_not("relation_fwd", "triton", "cuda", torch.float32)
     assert reason is None if runs else "compute capability 8.0, this GPU has 7.5" in str(reason)
+
+
+@pytest.mark.skipif(not _dispatch.HAS_TRITON, reason="needs triton")
+def test_no_call_looks_for_modules_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look reads folders, and takes longer than a small loss."""
+    asked = [(op, "triton", "cuda", torch.float32) for op in _schemas.STEMS]
+    before = [_dispatch.why_not(*question) for question in asked]
+    monkeypatch.setattr(importlib.util, "find_spec", None)
+    assert [_dispatch.why_not(*question) for question in asked] == before
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_a_second_call_looks_for_no_module(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    call.loss_and_gradients()
+    monkeypatch.setattr(importlib.util, "find_spec", None)
+    call.loss_and_gradients()
 
 
 def test_backends_nest_and_end_with_an_exception() -> None:

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastkd
 from fastkd import reference
 from fastkd.eager import prior
-from fastkd.ops._dispatch import INTERPRETED
+from fastkd.ops._dispatch import INTERPRETED, call
 from fastkd.testing import (
     DEVICE,
     assert_matches_oracle,
@@ -248,6 +248,35 @@ X = torch.randn(2, 3, 4, 4)
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("per_image", [True, False])
+@pytest.mark.parametrize("weights", [(0.7, 0.3, 0.2), (1.0, 0.0, 0.5), (0.0, 2.0, 0.0), (0.0, 0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("backend", backends("prior_loss"))
+def test_loss_of_what_the_images_were_reduced_to(backend, weights, per_image):
+    """Its sum and slopes, from views, with norms of 0 and below the least normal number. A term of weight 0 does not
+    count, even if it is infinite."""
+    tv_l1, tv_l2 = (x.to(DEVICE) for x in torch.tensor([[3.0, 1.0, 4.0, 1.5], [2.0, 6.0, 5.0, 0.5]]))
+    norms = torch.tensor([3.0, 0.0, 0.0, 0.0, 4.0, 0.0, 1e-40, 0.0], device=DEVICE)[::2]
+    for of_term, term in zip(weights, (tv_l1, tv_l2), strict=False):
+        if of_term == 0:
+            term[2] = float("inf")
+    loss, slopes = call(backend, "prior_loss", tv_l1, tv_l2, norms, *weights, per_image)
+    of_norms = (3.0 + 4.0) / 4 if per_image else 5.0
+    of_each = [0.25] * 4 if per_image else [0.6, 0.0, 0.8, 0.0]
+    terms = zip(weights, (9.5, 13.5, of_norms), strict=True)
+    assert loss.shape == () and loss.item() == pytest.approx(sum(w * term for w, term in terms), rel=1e-6)
+    expected = [weights[0]] * 4 + [weights[1]] * 4 + [weights[2] * x for x in of_each]
+    assert slopes.tolist() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("backend", backends("prior_loss"))
+def test_no_term_of_infinite_norms(backend):
+    terms = torch.ones(4, device=DEVICE)
+    norms = torch.tensor([1.0, float("inf")], device=DEVICE)
+    for of_norms, is_nan in ((norms, True), (norms[:1], False)):
+        loss, slopes = call(backend, "prior_loss", terms, terms, of_norms, 0.0, 0.0, 0.0, True)
+        assert loss.isnan() == is_nan and not slopes.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
