@@ -1,4 +1,5 @@
-// KL divergence of the softmaxes of two rows of logits, whole or split at a target, and its gradient, a row at a time.
+// Losses of two rows of logits and their gradients, a row at a time: the KL divergence of their softmaxes, whole or
+// split at a target; the normalised loss of a target and the others; the competition of two networks.
 #include "common.h"
 #include "cpu/blocks.h"
 #include "cpu/vector.h"
@@ -6,8 +7,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace fastkd {
 namespace {
@@ -80,11 +83,52 @@ FASTKD_MULTIVERSION Divergence<T> kl_row(const T* s, const T* t, T* d, int64_t n
   return {kl.sum(), excess.sum()};
 }
 
+// e^(z - m) to out; its sum.
+template <typename T>
+FASTKD_MULTIVERSION T exp_row(const T* z, T* out, int64_t n, T m) {
+  n = n / kLanes * kLanes;
+  Lanes<T> total(0);
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    out[j] = exp_of(z[j] - m);
+    total[l] += out[j];
+  });
+  return total.sum();
+}
+
+template <typename T>
+FASTKD_MULTIVERSION double sum_row(const T* x, int64_t n) {
+  n = n / kLanes * kLanes;
+  Lanes<double> total(0);
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA { total[l] += x[j]; });
+  return total.sum();
+}
+
+// Σ q (z - m), of the e^t and the factor that q is given by. A class of probability 0 adds nothing.
+template <typename T>
+FASTKD_MULTIVERSION T mean_row(const T* z, const T* t, int64_t n, T m, T inv_l) {
+  n = n / kLanes * kLanes;
+  Lanes<T> total(0);
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T q = t[j] * inv_l;
+    total[l] += q == 0 ? T(0) : q * (z[j] - m);
+  });
+  return total.sum();
+}
+
 // d a - s b to ds.
 template <typename T>
 FASTKD_MULTIVERSION void gradient_row(const T* d, const T* s, T* ds, int64_t C, T a, T b) {
 #pragma omp simd
   for (int64_t j = 0; j < C; ++j) ds[j] = d[j] * a - s[j] * b;
+}
+
+// Of log-odds.
+double probability(double odds) {
+  return 1 / (1 + std::exp(-odds));
+}
+
+double log_probability(double odds) {
+  return std::min(odds, 0.) - std::log1p(std::exp(-std::abs(odds)));
 }
 
 // Of the distributions (q, 1 - q) and (p, 1 - p), each given by its log-odds: KL and p - q.
@@ -98,10 +142,6 @@ struct Binary {
     kl = (q == 0 ? 0 : q * of_target) + (other_q == 0 ? 0 : other_q * of_others);
     difference = p - q;
   }
-
- private:
-  static double probability(double odds) { return 1 / (1 + std::exp(-odds)); }
-  static double log_probability(double odds) { return std::min(odds, 0.) - std::log1p(std::exp(-std::abs(odds))); }
 };
 
 // Row b in the accumulation dtype, -inf up to a whole vector.
@@ -163,6 +203,73 @@ struct Rows {
   }
 };
 
+// Of row b: -q_y log p_y + γ T² Σ_{i≠y} -q'_i log p'_i, with the dashed softmaxes those of the other classes at T.
+template <typename acc_t>
+struct NormalisedRows {
+  const Tensor &student, &teacher;
+  const int64_t* target;
+  acc_t* dstudent;  // null: not wanted
+  double gamma, temperature;
+  acc_t step;  // a power of two about T
+
+  // held: 4 rows, and a fifth for the student's at a temperature of 1 if T is another.
+  acc_t operator()(int64_t b, acc_t* held) const {
+    const int64_t C = student.size(1), n = padded(C), y = target[b];
+    acc_t *s = held, *t = held + n, *d = held + 2 * n, *raw = held + 3 * n, *plain = s;
+    const auto inv_temperature = static_cast<acc_t>(1 / temperature);
+    load_row(student, b, s);
+    load_row(teacher, b, t);
+    const Pair<acc_t> at_target{s[y], t[y]};
+    s[y] = t[y] = kNever<acc_t>;
+    std::copy_n(s, n, raw);
+    const Pair<acc_t> m{max_row<acc_t>(s, n), max_row<acc_t>(t, n)};
+    Pair<acc_t> whole{};  // sums at a temperature of 1
+    if (temperature != 1) {
+      plain = held + 4 * n;
+      whole.t = exp_row<acc_t>(t, plain, n, m.t);
+      whole.s = exp_row<acc_t>(s, plain, n, m.s);
+    }
+    const auto moved = moves(m, step);
+    const auto sums = exp_rows<acc_t>(s, t, d, n, m, moved, inv_temperature);
+    if (temperature == 1) whole = sums;
+    // A network that has switched all other classes off has no distribution among them.
+    const bool none_s = sums.s == 0, none_t = sums.t == 0;
+
+    const auto log_odds = [](double z, double of_max, double sum) {
+      return z == -kNever<double> ? std::numeric_limits<double>::quiet_NaN() : (z - of_max) - std::log(sum);
+    };
+    const double q = probability(log_odds(at_target.t, m.t, whole.t)), odds = log_odds(at_target.s, m.s, whole.s);
+    double loss = q == 0 ? 0 : -q * log_probability(odds), weight = 0, excess = 0;
+    if (gamma != 0 && !none_t) {
+      if (none_s) {
+        loss = -kNever<acc_t>;
+      } else {
+        const acc_t inv_l = 1 / sums.t;
+        const acc_t cross = mean_row<acc_t>(raw, t, n, m.s, inv_l) * inv_temperature;
+        loss += gamma * temperature * temperature * (std::log(double(sums.s)) - cross);
+        const acc_t shift = ((m.s - moved.s) - (m.t - moved.t)) * inv_temperature + std::log(sums.s / sums.t);
+        excess = kl_row<acc_t>(s, t, d, n, {1 / sums.s, inv_l}, shift).excess;
+        weight = gamma * temperature;
+      }
+    }
+    if (dstudent != nullptr) {
+      acc_t* ds = dstudent + b * C;
+      // Times e^s at a temperature of 1, whose sum has to be exact for the gradients of a row to cancel.
+      const double of_others = none_s ? 0 : q * probability(-odds) / sum_row<acc_t>(plain, n);
+      const double of_p = weight == 0 ? 0 : weight * excess / sums.s;
+      if (weight == 0) std::fill_n(d, n, acc_t(0));
+      if (plain == s) {
+        gradient_row<acc_t>(d, s, ds, C, static_cast<acc_t>(weight), static_cast<acc_t>(of_p - of_others));
+      } else {
+        gradient_row<acc_t>(d, s, ds, C, static_cast<acc_t>(weight), static_cast<acc_t>(of_p));
+        add_scaled_row<acc_t>(ds, plain, static_cast<acc_t>(of_others), C);
+      }
+      ds[y] = static_cast<acc_t>(-q * probability(-odds));
+    }
+    return static_cast<acc_t>(loss);
+  }
+};
+
 std::tuple<Tensor, Tensor> softmax_kl_cpu(
     const Tensor& student,                // (B, C)
     const Tensor& teacher,                // (B, C)
@@ -196,10 +303,119 @@ std::tuple<Tensor, Tensor> softmax_kl_cpu(
   return {kl, dstudent};
 }
 
+std::tuple<Tensor, Tensor> nkd_cpu(
+    const Tensor& student,  // (B, C)
+    const Tensor& teacher,  // (B, C)
+    const Tensor& target,   // (B), int64
+    double gamma,
+    double temperature,
+    bool with_grad) {
+  const int64_t B = student.size(0), C = student.size(1), n = padded(C);
+  const auto acc = accumulator(student, teacher);
+  auto loss = empty(student, {B}, acc);
+  auto dstudent = with_grad ? empty_kept(student, {B, C}, acc) : empty(student, {0}, acc);
+  const auto index = target.contiguous();
+  FASTKD_DISPATCH_ACC(acc, "nkd_cpu", [&] {
+    const NormalisedRows<scalar_t> rows{
+        student,
+        teacher,
+        index.const_data_ptr<int64_t>(),
+        with_grad ? dstudent.mutable_data_ptr<scalar_t>() : nullptr,
+        gamma,
+        temperature,
+        static_cast<scalar_t>(std::exp2(std::floor(std::log2(temperature))))};
+    auto* out = loss.mutable_data_ptr<scalar_t>();
+    parallel_for(0, B, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
+      Buffer<scalar_t> held(5 * n);
+      for (int64_t b = begin; b < end; ++b) out[b] = rows(b, held.data());
+    });
+  });
+  return {loss, dstudent};
+}
+
+template <typename T>
+struct Agreement {
+  T j, of_p, of_q;  // of a row: J, and the sums of each network's probabilities times the slopes by them
+};
+
+constexpr double kLeast = 0.01, kMost = 0.99;  // probability that counts
+
+// Of e^s and e^t: p and q in their place, the slopes of J by them to a and b. J = ½ Σ M log(M² / PQ) with P, Q and
+// M = (P + Q)/2 clamped; a clamped probability has slope 0. The slope by p is ¼ log(M² / PQ) + (p - q) / 4p where
+// neither P nor M is, which keeps the digits of p - q.
+template <typename T>
+FASTKD_MULTIVERSION Agreement<T> agreement_row(T* s, T* t, T* a, T* b, int64_t n, Pair<T> inv_l) {
+  n = n / kLanes * kLanes;
+  constexpr T least = kLeast, most = kMost;
+  Lanes<T> j_sum(0), of_p(0), of_q(0);
+  for_lanes(n, [&](int64_t j, int64_t l) FASTKD_INLINE_LAMBDA {
+    const T p = s[j] * inv_l.s, q = t[j] * inv_l.t, m = (p + q) * T(0.5), apart = p - q;
+    const T low_p = p < least ? least : p, low_q = q < least ? least : q, low_m = m < least ? least : m;
+    const T held_p = low_p > most ? most : low_p, held_q = low_q > most ? most : low_q;
+    const T held_m = low_m > most ? most : low_m;
+    const bool in_p = held_p == p, in_q = held_q == q, in_m = held_m == m;
+    const T product = held_p * held_q;
+    const T near = apart * apart / (4 * product), far = held_m * held_m / product;
+    const bool is_near = in_p && in_q && in_m;
+    const T log_ratio = log_of(is_near ? 1 + near : far, is_near ? near : far - 1);
+    const T by_m = in_m ? T(0.25) * log_ratio : T(0), of_m = in_m ? T(0.5) : T(0);
+    const T by_p = in_p && in_m ? apart / (4 * held_p) : of_m - (in_p ? held_m / (2 * held_p) : T(0));
+    const T by_q = in_q && in_m ? -apart / (4 * held_q) : of_m - (in_q ? held_m / (2 * held_q) : T(0));
+    j_sum[l] += held_m * log_ratio;
+    s[j] = p, t[j] = q, a[j] = by_m + by_p, b[j] = by_m + by_q;
+    of_p[l] += p * a[j];
+    of_q[l] += q * b[j];
+  });
+  return {T(0.5) * j_sum.sum(), of_p.sum(), of_q.sum()};
+}
+
+// scale p (a - mean): a softmax's gradient of slopes a by its probabilities.
+template <typename T>
+FASTKD_MULTIVERSION void softmax_gradient_row(const T* p, const T* a, T* out, int64_t C, T mean, T scale) {
+#pragma omp simd
+  for (int64_t j = 0; j < C; ++j) out[j] = scale * (p[j] * (a[j] - mean));
+}
+
+std::tuple<Tensor, Tensor, Tensor> competition_cpu(
+    const Tensor& student,  // (B, C)
+    const Tensor& teacher,  // (B, C)
+    double temperature,
+    const std::vector<bool>& wanted) {
+  const int64_t B = student.size(0), C = student.size(1), n = padded(C);
+  const auto acc = accumulator(student, teacher);
+  const auto gradient = [&](const Tensor& x, bool is_wanted) {
+    return is_wanted ? empty_kept(x, {B, C}, acc) : empty(x, {0}, acc);
+  };
+  auto rows = empty(student, {B}, acc);
+  auto dstudent = gradient(student, wanted[0]), dteacher = gradient(teacher, wanted[1]);
+  FASTKD_DISPATCH_ACC(acc, "competition_cpu", [&] {
+    const auto inv_temperature = static_cast<scalar_t>(1 / temperature);
+    auto* out = rows.mutable_data_ptr<scalar_t>();
+    auto *ds = dstudent.mutable_data_ptr<scalar_t>(), *dt = dteacher.mutable_data_ptr<scalar_t>();
+    parallel_for(0, B, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
+      Buffer<scalar_t> held(4 * n);
+      scalar_t *s = held.data(), *t = s + n, *a = s + 2 * n, *b = s + 3 * n;
+      for (int64_t row = begin; row < end; ++row) {
+        load_row(student, row, s);
+        load_row(teacher, row, t);
+        const Pair<scalar_t> m{max_row<scalar_t>(s, n), max_row<scalar_t>(t, n)};
+        const auto l = exp_rows<scalar_t>(s, t, a, n, m, {}, inv_temperature);
+        const auto found = agreement_row<scalar_t>(s, t, a, b, n, {1 / l.s, 1 / l.t});
+        out[row] = found.j;
+        if (wanted[0]) softmax_gradient_row<scalar_t>(s, a, ds + row * C, C, found.of_p, inv_temperature);
+        if (wanted[1]) softmax_gradient_row<scalar_t>(t, b, dt + row * C, C, found.of_q, inv_temperature);
+      }
+    });
+  });
+  return {rows, dstudent, dteacher};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   implement<softmax_kl_cpu>(m, "softmax_kl");
+  implement<nkd_cpu>(m, "nkd");
+  implement<competition_cpu>(m, "competition");
 }
 
 }  // namespace fastkd

@@ -1,4 +1,4 @@
-"""KL divergence of softmaxes, whole or split at a target class, on CPUs a few rows at a time."""
+"""Losses of two rows of logits and their gradients; of divergences, on CPUs a few rows at a time."""
 
 import math
 
@@ -72,6 +72,66 @@ def softmax_kl(
                 dstudent[i].scatter_(1, y, alpha * difference)
             dstudent[i].div_(temperature)
     return kl, dstudent
+
+
+def nkd(
+    student: Tensor, teacher: Tensor, target: Tensor, gamma: float, temperature: float, with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """-q_y log p_y at a temperature of 1, and gamma T² times a cross-entropy of the other classes at T.
+
+    That is their divergence and the teacher's entropy, so that the gradient keeps the divergence's digits.
+    """
+    acc, (B, C) = accumulator(student, teacher), student.shape
+    dstudent = student.new_empty((B, C) if with_grad else (0,), dtype=acc)
+    loss = student.new_empty(B, dtype=acc)
+    rows = max(CHUNK // C, 1) if student.device.type == "cpu" else B
+    for first in range(0, B, rows):
+        i = slice(first, first + rows)
+        s, t, y = student[i].to(acc), teacher[i].to(acc), target[i, None]
+        log_p = s.log_softmax(-1)
+        of_target, q = log_p.gather(1, y), t.softmax(-1).gather(1, y)
+        loss[i] = -(q * of_target.masked_fill(q == 0, 0)).squeeze(1)  # 0 log 0 = 0
+        if with_grad:
+            torch.mul(log_p.exp_(), q, out=dstudent[i]).scatter_(1, y, q * of_target.expm1())
+        if gamma == 0:  # of a term that may be infinite
+            continue
+        others = (t / temperature).scatter_(1, y, -math.inf)
+        has_class = (others != -math.inf).any(-1, keepdim=True)
+        entropy = torch.special.entr(others.masked_fill_(~has_class, 0).softmax(-1)).sum(-1)
+        kl, ds = softmax_kl(s, t, target[i], 0.0, 1.0, temperature, with_grad)
+        weight = gamma * temperature**2
+        loss[i].add_(kl + entropy.masked_fill_(~has_class[:, 0], 0), alpha=weight)
+        if with_grad:
+            dstudent[i].add_(ds, alpha=weight)
+    return loss, dstudent
+
+
+def competition(
+    student: Tensor, teacher: Tensor, temperature: float, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """J = ½ Σ M log(M² / PQ) with P, Q and M = (P + Q)/2 clamped, whose slopes are 0 where they are.
+
+    Where none is, M² / PQ is 1 + (p - q)² / 4pq, and the slope by p has (p - q) / 4p: they keep the digits of p - q.
+    """
+    acc = accumulator(student, teacher)
+    p, q = ((z.to(acc) / temperature).softmax(-1) for z in (student, teacher))
+    m = (p + q).div_(2)
+    held_p, held_q, held_m = (x.clamp(0.01, 0.99) for x in (p, q, m))
+    in_p, in_q, in_m = p == held_p, q == held_q, m == held_m
+    apart, product = p - q, held_p * held_q
+    near = (apart * apart).div_(4).div_(product).log1p_()
+    log_ratio = torch.where(in_p & in_q & in_m, near, (held_m * held_m).div_(product).log_())
+    j = (held_m * log_ratio).sum(-1).div_(2)
+    by_m = log_ratio.div_(4).masked_fill_(~in_m, 0)
+
+    def gradient(x: Tensor, held: Tensor, inside: Tensor, apart: Tensor) -> Tensor:
+        of_x = (held_m / held).div_(-2).masked_fill_(~inside, 0).add_(in_m, alpha=0.5)
+        by_x = torch.where(inside & in_m, apart / (4 * held), of_x).add_(by_m)
+        return (x * (by_x - (by_x * x).sum(-1, keepdim=True))).div_(temperature)
+
+    sides = zip(wanted, ((p, held_p, in_p, apart), (q, held_q, in_q, -apart)), strict=True)
+    ds, dt = (gradient(*side) if is_wanted else side[0].new_empty(0) for is_wanted, side in sides)
+    return j, ds, dt
 
 
 def _moves(m_s: Tensor, m_t: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -239,3 +239,31 @@ _register(
     " -> (Tensor kl, Tensor dstudent)",
     _softmax_kl,
 )
+
+
+# loss: (B,), of each row: the normalised loss of its target (B,) at a temperature of 1, and gamma T² times that of the
+# other classes at T. dstudent: the gradient of each row's own.
+_register(
+    "logits",
+    "nkd",
+    "(Tensor student, Tensor teacher, Tensor target, float gamma, float temperature, bool with_grad)"
+    " -> (Tensor loss, Tensor dstudent)",
+    _softmax_kl,
+)
+
+
+def _competition(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulator(a.student, a.teacher)
+    pairs = zip((a.student, a.teacher), a.wanted, strict=True)
+    ds, dt = (x.new_empty(x.shape if want else (0,), dtype=acc) for x, want in pairs)
+    return a.student.new_empty(a.student.shape[0], dtype=acc), ds, dt
+
+
+# j: (B,). dstudent, dteacher: the gradients of each row's own; those that are not wanted are empty (0,).
+_register(
+    "logits",
+    "competition",
+    "(Tensor student, Tensor teacher, float temperature, bool[2] wanted)"
+    " -> (Tensor j, Tensor dstudent, Tensor dteacher)",
+    _competition,
+)

@@ -3,7 +3,6 @@
 The divergence of two softmaxes has kernels, and the digits that the logits have wherever the rows of the two lie.
 """
 
-import math
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from fastkd._precision import accumulator
 from fastkd.ops import _checks as check
-from fastkd.ops._autograd import distinct, once, refuse_double_backward, refuse_transforms, savable, scaled, wants_grad
-from fastkd.ops._dispatch import Backend, call, resolve, resolve_plain
+from fastkd.ops._autograd import distinct, refuse_double_backward, refuse_transforms, savable, scaled, wants_grad
+from fastkd.ops._dispatch import Backend, call, resolve
 
 LogitReduction = Literal["batchmean", "mean", "sum", "none"]
 RowReduction = Literal["mean", "sum", "none"]
@@ -83,6 +82,69 @@ class _KL(torch.autograd.Function):
         refuse_double_backward(ctx.function)
         (dstudent,) = ctx.saved_tensors
         return scaled(dstudent, dkl[:, None], ctx.dtype), None, None, None, None, None, None, None, None
+
+
+class _NKD(torch.autograd.Function):
+    """(B,) normalised losses of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        impl: Backend,
+        gamma: float,
+        temperature: float,
+        with_grad: bool,
+    ) -> Tensor:
+        loss, dstudent = call(impl, "nkd", student, teacher, target, gamma, temperature, with_grad)
+        ctx.save_for_backward(dstudent)
+        ctx.dtype = student.dtype
+        return cast(Tensor, loss)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("nkd_loss")
+        (dstudent,) = ctx.saved_tensors
+        return scaled(dstudent, dloss[:, None], ctx.dtype), None, None, None, None, None, None
+
+
+class _Competition(torch.autograd.Function):
+    """1 - J of the rows (B,), or 1 - clamp(J, 0, 1) of their mean."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        impl: Backend,
+        temperature: float,
+        is_mean: bool,
+        of_student: bool,
+        of_teacher: bool,
+    ) -> Tensor:
+        ctx.wanted, ctx.dtypes = (of_student, of_teacher), (student.dtype, teacher.dtype)
+        j, dstudent, dteacher = call(impl, "competition", student, teacher, temperature, [of_student, of_teacher])
+        rows: Tensor = j
+        if not is_mean:
+            ctx.save_for_backward(rows.new_full((len(rows), 1), -1.0), dstudent, dteacher)
+            return 1 - rows
+        mean = rows.mean()
+        slope = ((mean >= 0) & (mean <= 1)).to(mean.dtype) / -len(rows)
+        ctx.save_for_backward(slope, dstudent, dteacher)
+        return 1 - mean.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("competition_loss")
+        slope, *stored = ctx.saved_tensors
+        by_row = slope * (dloss[:, None] if slope.ndim else dloss)
+        dstudent, dteacher = (
+            scaled(gradient, by_row, dtype) if is_wanted else None
+            for is_wanted, gradient, dtype in zip(ctx.wanted, stored, ctx.dtypes, strict=True)
+        )
+        return dstudent, dteacher, None, None, None, None, None
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -297,20 +359,11 @@ def nkd_loss(
     check.one_of("reduction", reduction, get_args(RowReduction))
     check.constant("teacher", teacher)
     refuse_transforms("nkd_loss")
-    target = _target(label, student, mixed=True)
-    acc = accumulator(student, teacher)
-    s, t = student.to(acc), teacher.to(acc)
-    log_p = s.log_softmax(-1).gather(1, target)
-    of_target = t.softmax(-1).gather(1, target)
-    rows = -(of_target * log_p.masked_fill(of_target == 0, 0)).squeeze(1)  # 0 log 0 = 0
-    if gamma != 0:  # of a term that may be infinite
-        # A cross-entropy is a divergence and the teacher's entropy.
-        others = (t / temperature).scatter(1, target, -math.inf)
-        has_class = (others != -math.inf).any(-1, keepdim=True)
-        entropy = torch.special.entr(others.masked_fill(~has_class, 0).softmax(-1)).sum(-1)
-        kl = _kl("nkd_loss", backend, s, t, temperature, target.squeeze(1))  # of s: one rounding of both gradients
-        rows = rows + gamma * temperature**2 * (kl + torch.where(has_class.squeeze(1), entropy, 0))
-    return once(_reduced(rows, reduction), "nkd_loss")
+    target = _target(label, student, mixed=True).squeeze(1)
+    impl = resolve(backend, "nkd", student, teacher)
+    options = (impl, gamma, temperature, wants_grad(student))
+    rows = cast(Tensor, _NKD.apply(*distinct(student, teacher, target), *options))
+    return _reduced(rows, reduction)
 
 
 def competition_loss(
@@ -334,7 +387,7 @@ def competition_loss(
             to leave it out.
         temperature: T, 1e-6 to 1e6.
         reduction: "mean" is the loss above; "none" gives 1 - J of each image (B,), whose mean the loss clamps.
-        backend: "auto" or "eager": PyTorch operations alone.
+        backend: "auto", "eager", "native" or "triton".
 
     Returns:
         Scalar or (B,), float32 (float64 if an input is).
@@ -343,14 +396,12 @@ def competition_loss(
         TypeError: not floating-point tensors.
         ValueError: shapes that differ or are empty, devices that differ, a temperature outside [1e-6, 1e6], an unknown
             reduction.
-        RuntimeError: a backend that this loss has not; differentiated twice; under vmap or torch.func.
+        RuntimeError: the named backend cannot run here; differentiated twice; under vmap or torch.func.
     """
     check_pair(student_logits, teacher_logits, ("student_logits", "teacher_logits"), temperature)
     check.one_of("reduction", reduction, ("mean", "none"))
-    resolve_plain(backend, "competition_loss")
     refuse_transforms("competition_loss")
-    acc = accumulator(student_logits, teacher_logits)
-    p, q = ((z.to(acc) / temperature).softmax(-1) for z in (student_logits, teacher_logits))
-    p, q, m = (x.clamp(0.01, 0.99) for x in (p, q, (p + q) / 2))
-    j = (m * (2 * m.log() - p.log() - q.log())).sum(-1) / 2
-    return once(1 - (j if reduction == "none" else j.mean().clamp(0, 1)), "competition_loss")
+    impl = resolve(backend, "competition", student_logits, teacher_logits)
+    wanted = wants_grad(student_logits), wants_grad(teacher_logits)
+    tensors = distinct(student_logits, teacher_logits)
+    return cast(Tensor, _Competition.apply(*tensors, impl, temperature, reduction == "mean", *wanted))

@@ -102,6 +102,7 @@ LARGE = [
     Case("image_prior", ((4, 3, 224, 224),), lambda x: fastkd.image_prior(x, tv_l1=1.0, tv_l2=1.0, l2=1.0), "224"),
     Case("soft_target_loss", ((8, 1000),), lambda s: fastkd.soft_target_loss(s, s.detach(), temperature=4.0), "1000"),
     Case("soft_target_loss", ((8, 21841),), lambda s: fastkd.soft_target_loss(s, s.detach(), temperature=4.0), "21841"),
+    Case("nkd_loss", ((8, 1000),), lambda s: fastkd.nkd_loss(s, s.detach(), 3), "1000"),
     _views(lambda s: fastkd.relation_loss(s, s.detach()), "relation_loss", (4, 50, 65), 2),
     _views(lambda x: torch.cat(fastkd.batch_moments(x)), "batch_moments", (4, 5, 9, 33), 3),
     _views(lambda x: fastkd.image_prior(x, tv_l1=1.0, tv_l2=1.0, l2=1.0), "image_prior", (2, 3, 33, 33), 3),

@@ -228,10 +228,10 @@ def _logits() -> Iterator[Call]:
         "dkd_loss", "softmax_kl", ("student",), rows | label, constants={"alpha": 1.0, "beta": 4.0, "temperature": 1.0}
     )
     yield Call("dkd_loss", "softmax_kl", ("student",), rows | label, "none", constants={"reduction": "none"})
-    yield Call("nkd_loss", None, ("student",), rows | label, "none", constants={"reduction": "none"})
+    yield Call("nkd_loss", "nkd", ("student",), rows | label, "none", constants={"reduction": "none"})
     for option, given in (("", label), ("mixed", mixed)):
-        yield Call("nkd_loss", None, ("student",), rows | given, option, constants={"gamma": 1.0, "temperature": 1.0})
-    yield Call("competition_loss", None, tuple(both), both)
+        yield Call("nkd_loss", "nkd", ("student",), rows | given, option, constants={"gamma": 1.0, "temperature": 1.0})
+    yield Call("competition_loss", "competition", tuple(both), both)
     yield Call(
         "intra_divergence_loss",
         None,

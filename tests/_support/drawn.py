@@ -186,10 +186,10 @@ def logits(draw: st.DrawFn) -> Call:
     if name == "competition_loss":
         options["reduction"] = draw(st.sampled_from(["mean", "none"]))
         both = {f"{role}_logits": x for role, x in rows.items()}
-        return Call(name, None, tuple(both), both, constants=options)
+        return Call(name, "competition", tuple(both), both, constants=options)
     if name != "soft_target_loss":
         rows["label"] = torch.tensor(draw(st.lists(st.integers(0, C - 1), min_size=B, max_size=B)))
-    return Call(name, None if name == "nkd_loss" else "softmax_kl", ("student",), rows, constants=options)
+    return Call(name, "nkd" if name == "nkd_loss" else "softmax_kl", ("student",), rows, constants=options)
 
 
 @st.composite

@@ -26,7 +26,7 @@ def dropins() -> list[Call]:
     label = {"gt_label": torch.tensor([3, 0, 8, 3], device=DEVICE)}
     call("KDLoss", None, "logit_s", logits, made=lambda: compat.KDLoss("kd", True))
     call("DKDLoss", "softmax_kl", "logit_s", logits | label, made=lambda: compat.DKDLoss("dkd", True))
-    call("NKDLoss", None, "logit_s", logits | label, made=lambda: compat.NKDLoss("nkd", True))
+    call("NKDLoss", "nkd", "logit_s", logits | label, made=lambda: compat.NKDLoss("nkd", True))
     call(
         "DistillationLoss", "softmax_kl", "outputs",
         {"inputs": randn(4, 9), "outputs": (randn(4, 9, seed=1), randn(4, 9, seed=2)), "labels": label["gt_label"]},

@@ -147,3 +147,8 @@ X, Y = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_ambient_backend_does_not_matter():
+    with fastkd.backend("triton"):
+        assert on(fastkd, Y)(X).isfinite()

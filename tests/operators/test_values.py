@@ -100,12 +100,9 @@ ROWS |= {
 }
 ROWS |= {f"without {off}": PLAIN.index_fill(0, torch.tensor([off]), NEVER) for off in (0, 1)}
 LOGITS = {"soft_target_loss": {}, "dkd_loss": {"beta": 4.0}, "nkd_loss": {}, "competition_loss": {}}
-KERNELS = ("soft_target_loss", "dkd_loss")
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"), [(n, b) for n in LOGITS for b in (backends("softmax_kl") if n in KERNELS else ["auto"])]
-)
+@pytest.mark.parametrize(("name", "backend"), [(n, b) for n in LOGITS for b in backends("softmax_kl")])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_networks_that_are_sure_of_a_class(name: str, backend: str, temperature: float) -> None:
     """Every pair of such rows, of student and teacher, with the sure class as label and another; each is an image, so
