@@ -189,8 +189,12 @@ struct Rows {
     const auto odds = [&](double z, double of_max, double sum) {
       return (z - of_max) * inv_temperature - std::log(sum);
     };
-    const Binary binary(odds(at_target.s, m.s, sums.s), odds(at_target.t, m.t, sums.t));
-    const double difference = target == nullptr ? 0 : alpha * binary.difference;
+    double whole = 0, difference = 0;
+    if (target != nullptr) {
+      const Binary binary(odds(at_target.s, m.s, sums.s), odds(at_target.t, m.t, sums.t));
+      whole = alpha == 0 ? 0 : alpha * binary.kl;
+      difference = alpha * binary.difference;
+    }
     if (dstudent != nullptr) {
       acc_t* ds = dstudent + b * C;
       const auto of_p = static_cast<acc_t>((beta * excess + difference) / l.s) * inv_temperature;
@@ -198,7 +202,7 @@ struct Rows {
       if (target != nullptr) ds[target[b]] = static_cast<acc_t>(difference) * inv_temperature;
     }
     // A term of weight 0 may be infinite.
-    const double among = beta == 0 ? 0 : beta * kl, whole = target == nullptr || alpha == 0 ? 0 : alpha * binary.kl;
+    const double among = beta == 0 ? 0 : beta * kl;
     return static_cast<acc_t>(among + whole);
   }
 };

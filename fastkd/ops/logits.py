@@ -51,13 +51,8 @@ def _target(label: Tensor | int, like: Tensor, mixed: bool) -> Tensor:
     return label[:, None]
 
 
-def _reduced(rows: Tensor, reduction: str) -> Tensor:
-    """(B,) -> the mean or sum over images, or the rows as they are."""
-    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
-
-
-class _KL(torch.autograd.Function):
-    """(B,) divergences of the rows."""
+class _Rows(torch.autograd.Function):
+    """A factor times the losses of rows (B,) or times their sum, of an operator that gives each row's gradient too."""
 
     @staticmethod
     def forward(
@@ -66,48 +61,25 @@ class _KL(torch.autograd.Function):
         teacher: Tensor,
         target: Tensor | None,
         impl: Backend,
-        alpha: float,
-        beta: float,
-        temperature: float,
+        op: str,
+        options: tuple[float, ...],
         with_grad: bool,
+        factor: float,
+        is_sum: bool,
         function: str,
     ) -> Tensor:
-        kl, dstudent = call(impl, "softmax_kl", student, teacher, target, alpha, beta, temperature, with_grad)
+        rows, dstudent = call(impl, op, student, teacher, target, *options, with_grad)
         ctx.save_for_backward(dstudent)
-        ctx.dtype, ctx.function = student.dtype, function
-        return cast(Tensor, kl)
-
-    @staticmethod
-    def backward(ctx: Any, dkl: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward(ctx.function)
-        (dstudent,) = ctx.saved_tensors
-        return scaled(dstudent, dkl[:, None], ctx.dtype), None, None, None, None, None, None, None, None
-
-
-class _NKD(torch.autograd.Function):
-    """(B,) normalised losses of the rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        target: Tensor,
-        impl: Backend,
-        gamma: float,
-        temperature: float,
-        with_grad: bool,
-    ) -> Tensor:
-        loss, dstudent = call(impl, "nkd", student, teacher, target, gamma, temperature, with_grad)
-        ctx.save_for_backward(dstudent)
-        ctx.dtype = student.dtype
-        return cast(Tensor, loss)
+        ctx.dtype, ctx.factor, ctx.function = student.dtype, factor, function
+        return cast(Tensor, (rows.sum() if is_sum else rows) * factor)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("nkd_loss")
+        refuse_double_backward(ctx.function)
         (dstudent,) = ctx.saved_tensors
-        return scaled(dstudent, dloss[:, None], ctx.dtype), None, None, None, None, None, None
+        dloss = dloss * ctx.factor
+        dstudent = scaled(dstudent, dloss[:, None] if dloss.ndim else dloss, ctx.dtype)
+        return dstudent, None, None, None, None, None, None, None, None, None
 
 
 class _Competition(torch.autograd.Function):
@@ -216,19 +188,20 @@ def cross_entropy(student: Tensor, q: Tensor, index: Tensor) -> Tensor:
     return cast(Tensor, _CrossEntropy.apply(*distinct(student, q, index)))
 
 
-def _kl(
+def _rows(
     function: str,
     backend: Backend,
+    op: str,
     student: Tensor,
     teacher: Tensor,
-    temperature: float,
-    target: Tensor | None = None,
-    alpha: float = 0.0,
-    beta: float = 1.0,
+    target: Tensor | None,
+    options: tuple[float, ...],
+    factor: float,
+    is_sum: bool,
 ) -> Tensor:
-    impl = resolve(backend, "softmax_kl", student, teacher)
-    options = (impl, alpha, beta, temperature, wants_grad(student), function)
-    return cast(Tensor, _KL.apply(*distinct(student, teacher, target), *options))
+    impl = resolve(backend, op, student, teacher)
+    options_of_all = (impl, op, options, wants_grad(student), factor, is_sum, function)
+    return cast(Tensor, _Rows.apply(*distinct(student, teacher, target), *options_of_all))
 
 
 def soft_target_loss(
@@ -263,10 +236,11 @@ def soft_target_loss(
     check.one_of("reduction", reduction, ("batchmean", "mean", "sum", "none"))
     check.constant("teacher", teacher)
     refuse_transforms("soft_target_loss")
-    kl = _kl("soft_target_loss", backend, student, teacher, temperature)
-    if reduction == "none":
-        return temperature**2 * kl
-    return kl.sum() * (temperature**2 / {"batchmean": student.shape[0], "mean": student.numel(), "sum": 1}[reduction])
+    divisor = {"batchmean": student.shape[0], "mean": student.numel()}.get(reduction, 1)
+    options, factor = (0.0, 1.0, temperature), temperature**2 / divisor
+    return _rows(
+        "soft_target_loss", backend, "softmax_kl", student, teacher, None, options, factor, reduction != "none"
+    )
 
 
 def dkd_loss(
@@ -316,8 +290,8 @@ def dkd_loss(
     check.constant("teacher", teacher)
     refuse_transforms("dkd_loss")
     target = _target(label, student, mixed=False).squeeze(1)
-    kl = _kl("dkd_loss", backend, student, teacher, temperature, target, alpha, beta)
-    return _reduced(temperature**2 * kl, reduction)
+    options, factor = (alpha, beta, temperature), temperature**2 / (len(student) if reduction == "mean" else 1)
+    return _rows("dkd_loss", backend, "softmax_kl", student, teacher, target, options, factor, reduction != "none")
 
 
 def nkd_loss(
@@ -360,10 +334,8 @@ def nkd_loss(
     check.constant("teacher", teacher)
     refuse_transforms("nkd_loss")
     target = _target(label, student, mixed=True).squeeze(1)
-    impl = resolve(backend, "nkd", student, teacher)
-    options = (impl, gamma, temperature, wants_grad(student))
-    rows = cast(Tensor, _NKD.apply(*distinct(student, teacher, target), *options))
-    return _reduced(rows, reduction)
+    options, factor = (gamma, temperature), 1 / len(student) if reduction == "mean" else 1.0
+    return _rows("nkd_loss", backend, "nkd", student, teacher, target, options, factor, reduction != "none")
 
 
 def competition_loss(
