@@ -224,6 +224,15 @@ def studies() -> list[Row]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("study-*.json"))]
 
 
+def times(found: Row) -> int:
+    """Return by how much a study's runs are longer than those of `make study`."""
+    return int(found["epochs"] // found["tuned_epochs"])
+
+
+def name_of_study(found: Row) -> str:
+    return str(found["data"]) + (f"-{times(found)}-times" if times(found) > 1 else "")
+
+
 def study() -> str:
     """Return the results of `make study`: every method, and training without a teacher, on shares of the images."""
     from experiments.study import table as lines
@@ -233,11 +242,11 @@ def study() -> str:
         cell = {(run["method"], run["fraction"]): run for run in found["lines"]}
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
         parts += [
-            f"## {found['data'].capitalize()}\n",
+            f"## {found['data'].capitalize()}" + (f", {times(found)} times the steps\n" if times(found) > 1 else "\n"),
             f"{found['seeds']} seed(s), {found['steps']:,} steps, top-1 of the teacher {found['teacher_top1']:.1f}%.\n",
             lines(found["lines"], found["costs"]) + "\n",
             *([gains(cell, fraction) for fraction in sorted({f for _, f in cell})] if found["seeds"] > 1 else []),
-            f"\n![Top-1 of each method](pictures/study-{found['data']}.svg)\n",
+            f"\n![Top-1 of each method](pictures/study-{name_of_study(found)}.svg)\n",
             flat(found, cell),
             tuned(found),
             f"Measured on {found['machine']} ({versions}), {found['date']}.\n",
@@ -261,13 +270,25 @@ def gains(cell: Row, fraction: float) -> str:
 
 def flat(found: Row, cell: Row) -> str:
     """Return what more steps change: the last quarter of the runs, and runs of twice the length."""
+
+    def late(line: Row) -> float:
+        points = line["curve"]
+        return float(line["top1"] - points[len(points) * 3 // 4 - 1]["top1"])
+
+    if times(found) > 1:
+        shares = sorted({fraction for _, fraction in cell})
+        rows = [
+            [method, *(f"{late(cell[method, fraction]):+.1f}" for fraction in shares)]
+            for method in dict.fromkeys(method for method, _ in cell)
+        ]
+        return "Change of top-1 in the last quarter of the steps:\n\n" + table(
+            ["method", *map("{:.0%}".format, shares)], rows
+        )
     rows = []
     for (method, fraction), line in cell.items():
-        points = line["curve"]
-        late = line["top1"] - points[len(points) * 3 // 4 - 1]["top1"]
         longer = [r["top1"] for r in found["longer"] if (r["method"], r["fraction"]) == (method, fraction)]
         if longer:
-            rows.append([method, f"{fraction:.0%}", f"{line['top1']:.1f}", f"{late:+.1f}", f"{longer[0]:.1f}"])
+            rows.append([method, f"{fraction:.0%}", f"{line['top1']:.1f}", f"{late(line):+.1f}", f"{longer[0]:.1f}"])
     head = ["method", "share", "top-1", "change in the last quarter of the steps", "top-1 with twice the steps, seed 0"]
     return table(head, rows) if rows else "The runs with twice the steps are not finished.\n"
 
@@ -281,7 +302,7 @@ def tuned(found: Row) -> str:
         crops = best.get("augment_args", {}).get("scale", ["none"])[0] if best.get("augment", True) else "none"
         scores = f"{min(run['top1'] for run in own):.1f} to {max(run['top1'] for run in own):.1f}"
         rows.append([f"{fraction:.0%}", f"{best['lr']:g}", str(crops), f"{best['weight_decay']:g}", scores])
-    text = f"Settings, tuned with runs of {found['tuned_epochs']} of the {found['epochs']} epochs:\n\n"
+    text = f"Settings, tuned with runs of {found['tuned_epochs']} epochs:\n\n"
     return text + table(["share", "learning rate", "smallest crop", "weight decay", "top-1 of what was tried"], rows)
 
 
@@ -740,7 +761,7 @@ def pictures() -> Iterator[tuple[str, Any, Callable[[Any, Any], None], tuple[flo
         from experiments.study import draw
 
         chosen = {key: found[key] for key in ("lines", "teacher_top1")}
-        yield f"study-{found['data']}", chosen, draw, (9, 4)
+        yield f"study-{name_of_study(found)}", chosen, draw, (9, 4)
     path = RESULTS / "anchoring.json"
     if path.exists():
         from experiments.anchoring import draw as bars_of_seeds

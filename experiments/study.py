@@ -4,6 +4,8 @@ python -m experiments.study                         handwritten digits, as `make
 python -m experiments.study patches                 patches of 20 pictures
 python -m experiments.study FOLDER --teacher NAME   any folder of images; options of `fastkd train` may follow
 
+python -m experiments.study digits --times 2        twice the steps
+
 All runs of a study take the same number of steps, so that shares differ only in the images. The two sets of images are
 those of experiments/sets.py. Their teacher is a transformer that has learnt from a CNN, both from all training images.
 The student's learning rate, augmentation and weight decay are tuned without a teacher, on a fifth of the training
@@ -33,6 +35,7 @@ from . import sets
 ALONE = "none"
 METHODS = (ALONE, "soft", "dkd", "manifold", "manifold+dkd", "vitkd", "cikd", "dearkd")
 TWICE = (ALONE, "dkd", "manifold+dkd")  # methods that are also trained for twice as long
+EPOCHS = 8  # of the sets' students, and of the runs that their settings are chosen by
 ROUNDS = 3  # short runs of each method that measure its cost
 VIT, CNN = "vit_tiny_patch16_224", "resnet18"
 
@@ -48,7 +51,7 @@ class Set(NamedTuple):
 
     def settings(self, data: Path) -> Settings:
         return Settings(
-            data=str(data), img_size=self.size, epochs=8, epoch_repeats=self.epoch_repeats, warmup_epochs=1,
+            data=str(data), img_size=self.size, epochs=EPOCHS, epoch_repeats=self.epoch_repeats, warmup_epochs=1,
             batch_size=16, lr=1e-3, opt_args={"fused": True}, augment_args=self.crops(0.7), workers=0, device="cpu",
             check=False, log_every=0, overwrite=True, student=VIT, student_args=self.vit(48, 3, 3),
         )  # fmt: skip
@@ -256,13 +259,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help=f"methods by commas: {', '.join(METHODS)}")
     parser.add_argument("--fractions", default=None, help="shares of the training images by commas")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument(
+        "--times",
+        type=int,
+        default=1,
+        help=f"length of the students' runs on digits and patches, in units of {EPOCHS} epochs",
+    )
     parser.add_argument("--finished", action="store_true", help="report the finished runs, and do no other")
     given, options = parser.parse_known_args(arguments)
     try:
         shares = SETS[given.data].shares if given.data in SETS else (0.1, 0.25, 1.0)
         fractions = [float(x) for x in given.fractions.split(",")] if given.fractions else [*shares]
-        out = given.out or Path("runs") / f"study-{Path(given.data).resolve().name}"
-        study(given.data, out, given.methods.split(","), fractions, given.seeds, options, given.finished)
+        name = f"study-{Path(given.data).resolve().name}" + (f"-{given.times}-times" if given.times > 1 else "")
+        out = given.out or Path("runs") / name
+        study(given.data, out, given.methods.split(","), fractions, given.seeds, options, given.finished, given.times)
     except (InputError, ValueError) as error:
         parser.error(str(error))
 
@@ -275,10 +285,12 @@ def study(
     seeds: int,
     options: list[str],
     finished: bool = False,
+    times: int = 1,
 ) -> None:
     """Do all runs that are not finished, then write study.json and study.png and print the table.
 
-    `finished`: report the finished runs alone, without costs.
+    `finished`: report the finished runs alone, without costs. `times`: multiple of EPOCHS that students of a set train
+    for; their teacher and their settings are those of one time.
     """
 
     def wanted(folder: Path) -> bool:
@@ -296,23 +308,24 @@ def study(
         assert own is not None
         bases[fraction], trials = tune(base, own, fraction, out)
         tried += trials
+        bases[fraction] = dataclasses.replace(bases[fraction], epochs=times * base.epochs)
     runs = [
         run(bases[fraction], method, fraction, seed, folder)
         for seed, fraction, method in itertools.product(range(seeds), fractions, methods)
         if wanted(folder := out / f"{method}-{fraction:g}-{seed}")
     ]
     longer = [
-        run(dataclasses.replace(bases[f], epochs=2 * base.epochs), method, f, 0, folder)
+        run(dataclasses.replace(bases[f], epochs=2 * bases[f].epochs), method, f, 0, folder)
         for method, f in itertools.product([x for x in TWICE if x in methods], (min(fractions), max(fractions)))
-        if own is not None and wanted(folder := out / f"{method}-{f:g}-twice")
+        if own is not None and times == 1 and wanted(folder := out / f"{method}-{f:g}-twice")
     ]
     content: dict[str, Any] = {
         "data": data,
         "lines": (lines := summarise(runs)),
         "longer": longer,
         "tried": tried,
-        "epochs": base.epochs,
-        "tuned_epochs": base.epochs,
+        "epochs": bases[max(fractions)].epochs,
+        "tuned_epochs": EPOCHS,
         "costs": {} if finished else costs(bases[max(fractions)], methods, max(fractions), out),
         "teacher_top1": runs[0]["teacher_top1"],
         "seeds": min(line["seeds"] for line in lines),
