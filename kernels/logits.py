@@ -119,7 +119,7 @@ def _softmax_kl_kernel(
         m_s, l_s = _add_exponentials(m_s, l_s, _row(s_ptr, j, C, stride_sc, target), inv_temperature)
         m_t, l_t = _add_exponentials(m_t, l_t, _row(t_ptr, j, C, stride_tc, target), inv_temperature)
     # A network that has switched all other classes off has no distribution among them.
-    none_s, none_t = m_s == -float("inf"), m_t == -float("inf")
+    none_s, none_t = l_s == 0.0, l_t == 0.0
     top_s, top_t = m_s, m_t
     if HAS_TARGET:
         m_s, l_s = tl.where(none_s, 0.0, m_s), tl.where(none_s, 1.0, l_s)
@@ -217,7 +217,7 @@ def _nkd_kernel(
     of_target = _probability(odds_q)
     value = tl.where(of_target == 0, 0.0, -of_target * _log_probability(odds_p))
     # A network that has switched all other classes off has no distribution among them.
-    none_s, none_t = m_s == -float("inf"), m_t == -float("inf")
+    none_s, none_t = l_s == 0.0, l_t == 0.0
     m_s, l_s = tl.where(none_s, 0.0, m_s), tl.where(none_s, 1.0, l_s)
     m_t, l_t = tl.where(none_t, 0.0, m_t), tl.where(none_t, 1.0, l_t)
     inv_l_s, inv_l_t = 1.0 / l_s, 1.0 / l_t

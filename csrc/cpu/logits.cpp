@@ -148,7 +148,7 @@ struct Binary {
 template <typename acc_t>
 void load_row(const Tensor& x, int64_t b, acc_t* out) {
   const int64_t C = x.size(1);
-  FASTKD_DISPATCH(x.scalar_type(), "softmax_kl_cpu", [&] {
+  FASTKD_DISPATCH(x.scalar_type(), "logits", [&] {
     convert_row<scalar_t, acc_t>(x.const_data_ptr<scalar_t>() + b * x.stride(0), x.stride(1), C, 1, out);
   });
   std::fill(out + C, out + padded(C), kNever<acc_t>);
@@ -246,7 +246,7 @@ struct NormalisedRows {
     double loss = q == 0 ? 0 : -q * log_probability(odds), weight = 0, excess = 0;
     if (gamma != 0 && !none_t) {
       if (none_s) {
-        loss = -kNever<acc_t>;
+        loss -= kNever<double>;
       } else {
         const acc_t inv_l = 1 / sums.t;
         const acc_t cross = mean_row<acc_t>(raw, t, n, m.s, inv_l) * inv_temperature;
@@ -259,7 +259,7 @@ struct NormalisedRows {
     if (dstudent != nullptr) {
       acc_t* ds = dstudent + b * C;
       // Times e^s at a temperature of 1, whose sum has to be exact for the gradients of a row to cancel.
-      const double of_others = none_s ? 0 : q * probability(-odds) / sum_row<acc_t>(plain, n);
+      const double lost = q * probability(-odds), of_others = none_s ? lost : lost / sum_row<acc_t>(plain, n);
       const double of_p = weight == 0 ? 0 : weight * excess / sums.s;
       if (weight == 0) std::fill_n(d, n, acc_t(0));
       if (plain == s) {
@@ -268,7 +268,7 @@ struct NormalisedRows {
         gradient_row<acc_t>(d, s, ds, C, static_cast<acc_t>(weight), static_cast<acc_t>(of_p));
         add_scaled_row<acc_t>(ds, plain, static_cast<acc_t>(of_others), C);
       }
-      ds[y] = static_cast<acc_t>(-q * probability(-odds));
+      ds[y] = static_cast<acc_t>(-lost);
     }
     return static_cast<acc_t>(loss);
   }
@@ -318,6 +318,7 @@ std::tuple<Tensor, Tensor> nkd_cpu(
   const auto acc = accumulator(student, teacher);
   auto loss = empty(student, {B}, acc);
   auto dstudent = with_grad ? empty_kept(student, {B, C}, acc) : empty(student, {0}, acc);
+  if (student.numel() == 0) return {loss.zero_(), dstudent};
   const auto index = target.contiguous();
   FASTKD_DISPATCH_ACC(acc, "nkd_cpu", [&] {
     const NormalisedRows<scalar_t> rows{
@@ -392,6 +393,7 @@ std::tuple<Tensor, Tensor, Tensor> competition_cpu(
   };
   auto rows = empty(student, {B}, acc);
   auto dstudent = gradient(student, wanted[0]), dteacher = gradient(teacher, wanted[1]);
+  if (student.numel() == 0) return {rows.zero_(), dstudent, dteacher};
   FASTKD_DISPATCH_ACC(acc, "competition_cpu", [&] {
     const auto inv_temperature = static_cast<scalar_t>(1 / temperature);
     auto* out = rows.mutable_data_ptr<scalar_t>();

@@ -1,6 +1,6 @@
 """Losses of logits (B, C), accurate at extreme values and near a match.
 
-The divergence of two softmaxes has kernels, and the digits that the logits have wherever the rows of the two lie.
+All have kernels. A divergence of two softmaxes has the digits that the logits have wherever the rows of the two lie.
 """
 
 from typing import Any, Literal, cast, get_args
@@ -71,7 +71,8 @@ class _Rows(torch.autograd.Function):
         rows, dstudent = call(impl, op, student, teacher, target, *options, with_grad)
         ctx.save_for_backward(dstudent)
         ctx.dtype, ctx.factor, ctx.function = student.dtype, factor, function
-        return cast(Tensor, (rows.sum() if is_sum else rows) * factor)
+        rows = rows if factor == 1 else rows * factor
+        return cast(Tensor, rows.sum() if is_sum else rows)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -310,7 +311,7 @@ def nkd_loss(
 
     with p, q the softmax of student and teacher and p', q' that of the C - 1 classes beside the label y, at T. A
     cross-entropy: it does not vanish where student = teacher. A teacher that has switched all other classes off (-inf)
-    has no q': its second term is 0.
+    has no q': its second term is 0. A student that has done so where the teacher has not costs infinitely much.
 
     Args:
         student: (B, C) logits, C >= 2, float64 | float32 | bfloat16 | float16. Differentiable.

@@ -349,7 +349,37 @@ def test_nan_goes_through(name, backend):
     s[1, 2] = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)  # its low bits are set
     loss, ds, *_ = gradients(fastkd, name, s, t, label, backend=backend)
     assert loss.isnan()
-    assert name == "competition_loss" or ds[1].isnan().any()  # that one's clamps pass no gradient
+    assert ds[1].isnan().any()
+
+
+@pytest.mark.parametrize("nobody", ["student", "teacher", "both"])
+@pytest.mark.parametrize("name", ["dkd_loss", "nkd_loss"])
+@pytest.mark.parametrize("backend", backends("softmax_kl"))
+def test_nan_is_no_class_switched_off(backend, name, nobody):
+    """All other classes are NaN, or some and the rest switched off, where no other term is NaN for it."""
+    nan, never = torch.nan, -torch.inf
+    options = {"alpha": 0.0} if name == "dkd_loss" else {}
+    other = [never if nobody == "student" else 0.3, 0.4, -0.7]
+    for row in ([0.3, nan, nan], [0.3, nan, never]):
+        both = [row if nobody in (who, "both") else other for who in ("student", "teacher")]
+        s, t = torch.tensor(both, device=DEVICE)[:, None]
+        loss, ds = gradients(fastkd, name, s, t, 0, backend=backend, **options)
+        assert loss.isnan() and ds.isnan().any()
+
+
+@pytest.mark.parametrize("backend", backends("nkd"))
+def test_nan_at_a_target_without_other_classes(backend):
+    s, t = torch.tensor([[[torch.nan, -torch.inf, -torch.inf]], [[0.3, 0.4, -0.7]]], device=DEVICE)
+    loss, ds = gradients(fastkd, "nkd_loss", s, t, 0, backend=backend)
+    assert loss.isnan() and ds.isnan().all()
+
+
+@pytest.mark.parametrize("backend", backends("softmax_kl"))
+def test_rows_are_weighted_before_they_are_added_up(backend):
+    s, t = ([[1e32, 0.0, 0.0]] * 4, [[0.0, 1e32, 0.0]] * 4)
+    s, t = torch.tensor(s, device=DEVICE), torch.tensor(t, device=DEVICE)
+    loss = fastkd.dkd_loss(s, t, 2, temperature=1e-6, alpha=0.0, beta=1.0, backend=backend)
+    assert loss.item() == pytest.approx(1e26, rel=1e-5)
 
 
 @pytest.mark.gpu
