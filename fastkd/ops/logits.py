@@ -374,6 +374,10 @@ def competition_loss(
     check_pair(student_logits, teacher_logits, ("student_logits", "teacher_logits"), temperature)
     check.one_of("reduction", reduction, ("mean", "none"))
     refuse_transforms("competition_loss")
+    if torch.compiler.is_compiling():  # a graph has one number for an operator, and a symbol for a division
+        acc = accumulator(student_logits, teacher_logits)
+        student_logits, teacher_logits = (z.to(acc) / temperature for z in (student_logits, teacher_logits))
+        temperature = 1.0
     impl = resolve(backend, "competition", student_logits, teacher_logits)
     wanted = wants_grad(student_logits), wants_grad(teacher_logits)
     tensors = distinct(student_logits, teacher_logits)
