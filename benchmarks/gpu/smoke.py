@@ -76,6 +76,10 @@ def _per_image(f: ModuleType, x: Tensor) -> Result:
     return f.batch_moments(x, dims="image")
 
 
+def _competition(f: ModuleType, s: Tensor, t: Tensor) -> Tensor:
+    return f.competition_loss(s, t)
+
+
 def _prior(f: ModuleType, x: Tensor) -> Result:
     return f.image_prior(x, tv_l1=1.0, tv_l2=1.0, l2=1.0)
 
@@ -120,6 +124,7 @@ SMOKE: dict[str, tuple[Case, ...]] = {
         logits.case("soft_target-21k", "soft_target", (64, 21841)),
         logits.case("dkd", "dkd", (64, 1000)),
         logits.case("nkd", "nkd", (64, 1000)),
+        _case("logits/competition", _competition, [(64, 10), (64, 10)], 2, 64 * 10),
     ),
 }
 

@@ -71,7 +71,8 @@ class _Rows(torch.autograd.Function):
         rows, dstudent = call(impl, op, student, teacher, target, *options, with_grad)
         ctx.save_for_backward(dstudent)
         ctx.dtype, ctx.factor, ctx.function = student.dtype, factor, function
-        rows = rows if factor == 1 else rows * factor
+        # A graph serves all factors, a batch of 1 image among them.
+        rows = rows if not torch.compiler.is_compiling() and factor == 1 else rows * factor
         return cast(Tensor, rows.sum() if is_sum else rows)
 
     @staticmethod
