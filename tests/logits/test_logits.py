@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import fastkd
 from fastkd import reference
 from fastkd.losses import DKDLoss, NKDLoss, SoftTargetLoss
-from fastkd.ops._dispatch import INTERPRETED
+from fastkd.ops._dispatch import INTERPRETED, call
 from fastkd.testing import (
     DEVICE,
     assert_matches_oracle,
@@ -365,6 +365,17 @@ def test_nan_is_no_class_switched_off(backend, name, nobody):
         s, t = torch.tensor(both, device=DEVICE)[:, None]
         loss, ds = gradients(fastkd, name, s, t, 0, backend=backend, **options)
         assert loss.isnan() and ds.isnan().any()
+
+
+@pytest.mark.skipif("native" not in backends("nkd"), reason="no compiled extension")
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_operators_of_no_logits(shape):
+    """The public functions refuse them; an operator called by its name must not end the process."""
+    x, label = torch.empty(shape), torch.zeros(shape[0], dtype=torch.int64)
+    rows, ds = call("native", "nkd", x, x, label, 1.0, 1.0, True)
+    assert not rows.any() and len(rows) == len(x) and ds.shape == shape
+    rows, ds, dt = call("native", "competition", x, x, 3.0, [True, True])
+    assert not rows.any() and len(rows) == len(x) and ds.shape == dt.shape == shape
 
 
 @pytest.mark.parametrize("backend", backends("nkd"))
