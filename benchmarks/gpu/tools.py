@@ -19,7 +19,8 @@ from benchmarks.gpu.smoke import touched
 from benchmarks.gpu.work import MARGIN, Row, Work
 from fastkd.ops import _dispatch
 
-KERNELS = "(relation|attention|moments|bn_distance|prior|softmax_kl|nkd)"  # PyTorch's kernels have other names
+# PyTorch's kernels have other names.
+KERNELS = "(relation|attention|moments|bn_distance|prior|softmax_kl|nkd|competition)"
 METRICS = (
     "gpu__time_duration.sum",
     "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",

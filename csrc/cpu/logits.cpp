@@ -346,8 +346,8 @@ struct Agreement {
 constexpr double kLeast = 0.01, kMost = 0.99;  // probability that counts
 
 // Of e^s and e^t: p and q in their place, the slopes of J by them to a and b. J = ½ Σ M log(M² / PQ) with P, Q and
-// M = (P + Q)/2 clamped; a clamped probability has slope 0. The slope by p is ¼ log(M² / PQ) + (p - q) / 4p where
-// neither P nor M is, which keeps the digits of p - q.
+// M = (P + Q)/2 clamped; a clamped probability has slope 0. Where none is, M² / PQ is 1 + (p - q)² / 4pq, and the slope
+// by p has (p - q) / 4p: they keep the digits of p - q.
 template <typename T>
 FASTKD_MULTIVERSION Agreement<T> agreement_row(T* s, T* t, T* a, T* b, int64_t n, Pair<T> inv_l) {
   n = n / kLanes * kLanes;

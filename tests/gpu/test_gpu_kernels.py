@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from triton import knobs
 
 import fastkd_kernels
-from benchmarks.gpu import call, kernels, steps
+from benchmarks.gpu import call, kernels, steps, tools
 from benchmarks.gpu.smoke import SMOKE, on
 
 FEW = "smoke prior*float32"
@@ -41,6 +42,7 @@ def test_small_calls_launch_every_kernel() -> None:
         if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
     }
     assert {kernel.name for kernel in kernels.needed("smoke *").values()} == defined
+    assert all(re.search(tools.KERNELS, name) for name in defined)  # the counters are of those alone
 
 
 def test_every_call_of_the_timed_steps_is_compiled_for() -> None:
