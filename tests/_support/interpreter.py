@@ -5,6 +5,8 @@
  - What a masked load leaves undefined is NaN or a large integer, not 0.
  - A sum or product of 32-bit integers that wraps is an error: offsets of large tensors do. So is a matrix product's.
  - bfloat16 is computed in float32 and rounded to nearest, ties to even; the interpreter's own truncates.
+ - Matrix products, exponentials and logarithms of float32 numbers are computed in float64 and rounded, because NumPy's
+   digits depend on the CPU, and those of an element of a product on its place in the tile, which on a card they do not.
  - Grids are within the limits of CUDA.
 
 It also takes a fraction of the time: triton.language is patched once, not in every launch and call of a function.
@@ -28,6 +30,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 GRID = (2**31 - 1, 65535, 65535)
 WRAPPED = "a 32-bit integer wraps"
+OF_FLOAT64 = (np.exp, np.exp2, np.log, np.log2)
 
 
 class Order:
@@ -123,7 +126,11 @@ class Builder(InterpreterBuilder):
         return super().binary_op(lhs, rhs, op)
 
     def unary_op(self, arg: TensorHandle, op: Any) -> TensorHandle:
-        return self._rounded(op(_wide(arg)), arg) if _is_bfloat16(arg) else super().unary_op(arg, op)
+        if _is_bfloat16(arg):
+            return self._rounded(op(_wide(arg)), arg)
+        if arg.data.dtype == np.float32 and op in OF_FLOAT64:
+            return TensorHandle(op(arg.data, dtype=np.float64).astype(np.float32), arg.dtype.scalar)
+        return super().unary_op(arg, op)
 
     def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
         if _is_bfloat16(z):
@@ -136,9 +143,8 @@ class Builder(InterpreterBuilder):
             if not exact.size or np.abs(exact).max() < 2**31:
                 return TensorHandle(exact.astype(np.int32), d.dtype.scalar)
             raise OverflowError(WRAPPED)
-        # Products of 16-bit numbers are exact in float32.
-        a, b = (TensorHandle(_wide(x), tl.float32) if _is_bfloat16(x) else x for x in (a, b))
-        return super().create_dot(a, b, d, *options)
+        product = _wide(a).astype(np.float64) @ _wide(b).astype(np.float64)
+        return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     def _checked(self, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
         if lhs.data.dtype != np.int32 or rhs.data.dtype != np.int32:

@@ -46,6 +46,16 @@ def _arithmetic_kernel(a_ptr, b_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _functions_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, tl.exp(-x))
+    tl.store(y_ptr + BLOCK + i, tl.exp2(-x))
+    tl.store(y_ptr + 2 * BLOCK + i, tl.log(x))
+    tl.store(y_ptr + 3 * BLOCK + i, tl.log2(x))
+
+
+@triton.jit
 def _dot_kernel(a_ptr, b_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     at = i[:, None] * BLOCK + i[None, :]
@@ -129,3 +139,20 @@ def test_bfloat16_arithmetic() -> None:
     y = torch.empty(16, 16)
     _dot_kernel[(1,)](a, b, y, BLOCK=16)
     torch.testing.assert_close(y, a.float() @ b.float())
+
+
+def test_digits_of_a_product_do_not_depend_on_the_place() -> None:
+    row, column = torch.randn(2, 64)
+    product = (row.double() @ column.double()).float()
+    a, b = row.expand(64, 64).contiguous(), column[:, None].expand(64, 64).contiguous()
+    y = torch.empty(64, 64)
+    _dot_kernel[(1,)](a, b, y, BLOCK=64)
+    assert (y == product).all()
+
+
+def test_exponentials_and_logarithms_are_rounded_once() -> None:
+    x = torch.rand(256) * 80 + 1
+    y = torch.empty(4, 256)
+    _functions_kernel[(1,)](x, y, BLOCK=256)
+    wide = x.double()
+    assert torch.equal(y, torch.stack([(-wide).exp(), (-wide).exp2(), wide.log(), wide.log2()]).float())
