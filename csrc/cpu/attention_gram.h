@@ -23,9 +23,9 @@ struct Grams {
 
   // xw: x with its rows weighted.
   void add(const double* s, const double* t, const double* sw, const double* tw, int64_t rows) {
-    gemm<double>(Op::kTransposed, Op::kAsIs, d_s, d_s, rows, 1, sw, d_s, s, d_s, 1, ss.data(), d_s);
-    gemm<double>(Op::kTransposed, Op::kAsIs, d_t, d_s, rows, 1, tw, d_t, s, d_s, 1, ts.data(), d_s);
-    gemm<double>(Op::kTransposed, Op::kAsIs, d_t, d_t, rows, 1, tw, d_t, t, d_t, 1, tt.data(), d_t);
+    gemm<double>(Op::kTransposed, d_s, d_s, rows, 1, sw, d_s, s, d_s, true, ss.data(), d_s);
+    gemm<double>(Op::kTransposed, d_t, d_s, rows, 1, tw, d_t, s, d_s, true, ts.data(), d_s);
+    gemm<double>(Op::kTransposed, d_t, d_t, rows, 1, tw, d_t, t, d_t, true, tt.data(), d_t);
   }
 };
 
@@ -81,10 +81,8 @@ double gram(const Problem& problem) {
           const int64_t rows = std::min(height, n - i0);
           load(queries, i0, rows);
           double *u_s = sw.data(), *u_t = u.data();
-          gemm<double>(
-              Op::kAsIs, Op::kAsIs, rows, d_s, d_s, 2 * f_ss, s.data(), d_s, grams.ss.data(), d_s, 0, u_s, d_s);
-          gemm<double>(
-              Op::kAsIs, Op::kAsIs, rows, d_s, d_t, 2 * f_ts, t.data(), d_t, grams.ts.data(), d_s, 0, u_t, d_s);
+          gemm<double>(Op::kAsIs, rows, d_s, d_s, 2 * f_ss, s.data(), d_s, grams.ss.data(), d_s, false, u_s, d_s);
+          gemm<double>(Op::kAsIs, rows, d_s, d_t, 2 * f_ts, t.data(), d_t, grams.ts.data(), d_s, false, u_t, d_s);
           for (int64_t i = 0; i < rows * d_s; ++i) u_s[i] -= u_t[i];
           for (int64_t i = 0; i < rows; ++i) store_row<double>(out, b, h, i0 + i, u_s + i * d_s, queries ? w[i] : 1);
         }

@@ -104,6 +104,7 @@ struct Products {
   using acc_t = T;
   const Problem& problem;
   Buffer<T> q_s, q_t, k_s, k_t, dq, mean;
+  std::vector<RightRows<T>> right_s, right_t;  // the keys of each head
   int64_t b = 0, h0 = 0, n = 0, most_rows = 0;
 
   Products(const Problem& problem, int64_t most_rows) : problem(problem), most_rows(most_rows) {}
@@ -113,21 +114,23 @@ struct Products {
   // Size of a head's dK.
   int64_t dk_size() const { return problem.N_k() * problem.s.d(); }
 
-  void load_keys(const Network& x, const std::vector<int64_t>& keys, Buffer<T>& k) {
+  void load_keys(const Network& x, const std::vector<int64_t>& keys, Buffer<T>& k, std::vector<RightRows<T>>& right) {
     const int64_t d = x.d();
     k.resize(heads(x) * n * d);
+    right.resize(heads(x));
     mean.resize(d);
     for (int64_t h = 0; h < heads(x); ++h) {
       T* out = k.data() + h * n * d;
       load_rows<T>(x.k, b, h0 + h, n, [&](int64_t j) { return keys[j]; }, 1, out, d);
       if (problem.has_softmax() && n > 0) centre_rows<T>(out, n, d, mean.data());
+      right[h].assign(out, d, n, d);
     }
   }
 
   void load(const Task& task, const std::vector<int64_t>& keys) {
     b = task.b, h0 = task.h, n = keys.size();
-    load_keys(problem.s, keys, k_s);
-    load_keys(problem.t, keys, k_t);
+    load_keys(problem.s, keys, k_s, right_s);
+    load_keys(problem.t, keys, k_t, right_t);
     q_s.resize(heads(problem.s) * most_rows * problem.s.d());
     q_t.resize(most_rows * problem.t.d());
     dq.resize(most_rows * problem.s.d());
@@ -140,8 +143,7 @@ struct Products {
     T* q = student ? q_s.data() + h * most_rows * d : q_t.data();
     load_rows<T>(
         x.q, b, h0 + h, rows, [&](int64_t i) { return w[i] == 0 ? -1 : i0 + i; }, static_cast<T>(x.scale), q, d);
-    const T* k = (student ? k_s : k_t).data() + h * n * d;
-    gemm<T>(Op::kAsIs, Op::kTransposed, rows, columns, d, 1, q, d, k, d, 0, z, ld);
+    (student ? right_s : right_t)[h].multiply(rows, q, d, 0, columns, z, ld);
   }
   T scale_of_scores(bool) const { return 1; }
 
@@ -157,14 +159,14 @@ struct Products {
     const int64_t d = problem.s.d();
     const T *k = k_s.data() + h * n * d, scale = static_cast<T>(problem.s.scale);
     out = out ? out : dq.data();
-    gemm<T>(Op::kAsIs, Op::kAsIs, rows, d, columns, scale, dz, ld, k, d, add ? 1 : 0, out, d);
+    gemm<T>(Op::kAsIs, rows, d, columns, scale, dz, ld, k, d, add, out, d);
     return {out, d};
   }
   // dK, or what the strip adds to it.
   void keys_gradient(int64_t h, int64_t rows, int64_t columns, const T* dz, int64_t ld, bool add, T* dk) {
     const int64_t d = problem.s.d();
     const T* q = q_s.data() + h * most_rows * d;
-    gemm<T>(Op::kTransposed, Op::kAsIs, columns, d, rows, 1, dz, ld, q, d, add ? 1 : 0, dk, d);
+    gemm<T>(Op::kTransposed, columns, d, rows, 1, dz, ld, q, d, add, dk, d);
   }
   void prepare_gradient(int64_t, int64_t, T*, int64_t) {}
   // dK as rows of d.
@@ -208,16 +210,7 @@ FASTKD_MULTIVERSION void split_rows(
   }
 }
 
-// Xᵀ (n, m) of X (m, n), in squares that stay in L1.
-template <typename scalar_t>
-FASTKD_MULTIVERSION void transpose(const scalar_t* x, int64_t m, int64_t n, int64_t ld, scalar_t* out) {
-  for (int64_t i0 = 0; i0 < m; i0 += kLanes)
-    for (int64_t j0 = 0; j0 < n; j0 += kLanes)
-      for (int64_t j = j0; j < std::min(j0 + kLanes, n); ++j)
-        for (int64_t i = i0; i < std::min(i0 + kLanes, m); ++i) out[j * m + i] = x[i * ld + j];
-}
-
-// The same for bfloat16 networks where the CPU has a matrix unit for them. Scales come after the products.
+// The same for bfloat16 networks where the CPU has instructions for them. Scales come after the products.
 struct ProductsBf16 {
   using acc_t = float;
   const Problem& problem;
@@ -327,7 +320,7 @@ struct ProductsBf16 {
   void keys_gradient(int64_t, int64_t rows, int64_t columns, const float*, int64_t ld, bool add, float* dk) {
     const int64_t d = problem.s.d(), ld_q = even(d), pairs = even(rows);
     if (pairs > rows) std::fill_n(q_s.data() + rows * ld_q, ld_q, BFloat16(0));
-    transpose(q_s.data(), pairs, d, ld_q, q_columns.data());
+    transpose(q_s.data(), pairs, d, ld_q, q_columns.data(), pairs);
     const auto product = [&](const Buffer<uint32_t>& dz, bool add) {
       const auto* packed = reinterpret_cast<const BFloat16*>(dz.data());
       gemm_bf16(d, padded(columns), pairs, q_columns.data(), pairs, packed, ld, add, dk, padded(n));
@@ -338,7 +331,7 @@ struct ProductsBf16 {
   const float* finish_keys_gradient(float* dk) {
     const int64_t d = problem.s.d(), width = padded(n);
     dk_rows.resize(n * d);
-    transpose(dk, d, n, width, dk_rows.data());
+    transpose(dk, d, n, width, dk_rows.data(), d);
     round_row<float, float>(dk_rows.data(), n * d, static_cast<float>(problem.s.scale), dk_rows.data());
     return dk_rows.data();
   }

@@ -28,6 +28,7 @@ Threshold kPrefetchedRows{"attention.prefetched_rows", 1024};  // of a head: bey
 constexpr int64_t kMostBlock = 8;
 Threshold kBlock{"attention.block_rows", kMostBlock};      // rows that are taken through a step together, at most,
 Threshold kBlockBytes{"attention.block_bytes", 24 << 10};  // and what they may take of L1
+Threshold kPairKeys{"attention.pair_keys", 128};           // from which on products of bfloat16 pairs gain
 Threshold kGramRows{"attention.gram_rows", 128};           // rows of a block of the Gram algorithm
 
 enum class Divergence { kKL, kReverseKL, kJS, kCE, kMSE, kScoreMSE };

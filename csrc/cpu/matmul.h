@@ -1,7 +1,8 @@
-// Single-threaded row-major matrix products for use inside parallel_for, on the micro-kernels that torch ships.
+// Single-threaded row-major matrix products for use inside parallel_for, on our own kernels or those that torch ships.
 #pragma once
 
 #include "cpu/panels.h"
+#include "cpu/vector.h"
 #include "isa.h"
 #include "tensor.h"
 #include "thresholds.h"
@@ -67,9 +68,23 @@ namespace fastkd {
 
 enum class Op { kAsIs, kTransposed };
 
-// C (m, n) = alpha op(A) (m, k) op(B) (k, n) + beta C; beta = 0 leaves C unread.
+// 1: where a library's take no AVX-512; 2: wherever AVX-512 is; 3: nowhere.
+inline Threshold kOwnProducts{"matmul.own_products", 1};
+
+// Whether products of float32 and float64 matrices are formed by our own kernels: MKL runs at under half their rate on
+// CPUs of other makes than Intel's.
+inline bool has_own_products() {
+#if FASTKD_HAS_MULTIVERSION
+  static const bool is_slow = !__builtin_cpu_is("intel") || !sgemm_;
+  return has_avx512() && (kOwnProducts == 2 || (kOwnProducts == 1 && is_slow));
+#else
+  return false;
+#endif
+}
+
+// C (m, n) = alpha op(A) (m, k) op(B) (k, n), or added to C, by the library that torch is linked against.
 template <typename T>
-void gemm(
+void library_gemm(
     Op op_a,
     Op op_b,
     int64_t m,
@@ -80,13 +95,14 @@ void gemm(
     int64_t lda,
     const T* b,
     int64_t ldb,
-    T beta,
+    bool add,
     T* c,
     int64_t ldc) {
   // Row-major C = A B is column-major Cᵀ = Bᵀ Aᵀ.
   const char *ta = op_b == Op::kAsIs ? "N" : "T", *tb = op_a == Op::kAsIs ? "N" : "T";
   const int im = static_cast<int>(n), in = static_cast<int>(m), ik = static_cast<int>(k);
   const int ia = static_cast<int>(ldb), ib = static_cast<int>(lda), ic = static_cast<int>(ldc);
+  const T beta = add ? 1 : 0;
   if constexpr (std::is_same_v<T, float>) {
     if (sgemm_) return sgemm_(ta, tb, &im, &in, &ik, &alpha, b, &ia, a, &ib, &beta, c, &ic);
   } else {
@@ -102,7 +118,89 @@ void gemm(
   require(aoti_torch_cpu_addmm_out(C.get(), C.get(), A.get(), B.get(), beta, alpha));
 }
 
-// 1: where the CPU has a unit for them; 2: everywhere, element by element, for tests of what is built on them.
+// C (m, n) = alpha op(A) (m, k) B (k, n), or added to C.
+template <typename T>
+void gemm(
+    Op op_a,
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    T alpha,
+    const T* a,
+    int64_t lda,
+    const T* b,
+    int64_t ldb,
+    bool add,
+    T* c,
+    int64_t ldc) {
+  if (!has_own_products()) return library_gemm<T>(op_a, Op::kAsIs, m, n, k, alpha, a, lda, b, ldb, add, c, ldc);
+  const bool as_is = op_a == Op::kAsIs;
+  Ahead nothing;
+  nothing.clear();
+  multiply<T>(m, n, {a, as_is ? lda : 1, as_is ? 1 : lda, k}, {b, ldb, kWidth<T>}, {c, ldc, add, alpha}, nothing);
+}
+
+// Xᵀ (n, m) of X (m, n), in squares that stay in L1.
+template <typename scalar_t>
+static FASTKD_MULTIVERSION void transpose(
+    const scalar_t* x,
+    int64_t m,
+    int64_t n,
+    int64_t ld,
+    scalar_t* out,
+    int64_t ld_out) {
+  for (int64_t i0 = 0; i0 < m; i0 += kLanes)
+    for (int64_t j0 = 0; j0 < n; j0 += kLanes)
+      for (int64_t j = j0; j < std::min(j0 + kLanes, n); ++j)
+        for (int64_t i = i0; i < std::min(i0 + kLanes, m); ++i) out[j * ld_out + i] = x[i * ld + j];
+}
+
+// 32-bit words (n, k), rows ld bytes apart, transposed to (k, cols), in squares that stay in cache; cols >= n is whole
+// vectors.
+inline void transpose_rows(const void* from, int64_t ld, int64_t n, int64_t k, int64_t cols, void* to) {
+  constexpr int64_t kSquare = 16, kWord = 4;
+  const auto* src = static_cast<const char*>(from);
+  auto* out = static_cast<char*>(to);
+  const int64_t done = has_avx512() ? transpose_words(src, ld, n, k, cols, static_cast<float*>(to)) : 0;
+  for (int64_t j0 = 0; j0 < n; j0 += kSquare)
+    for (int64_t p0 = done; p0 < k; p0 += kSquare)
+      for (int64_t p = p0; p < std::min(p0 + kSquare, k); ++p)
+        for (int64_t j = j0; j < std::min(j0 + kSquare, n); ++j)
+          std::memcpy(out + (p * cols + j) * kWord, src + j * ld + p * kWord, kWord);
+}
+
+// Rows B (n, k) for products A Bᵀ: packed as Bᵀ where those are our own, and otherwise as they lie.
+template <typename T>
+class RightRows {
+ public:
+  void assign(const T* rows, int64_t ld, int64_t n, int64_t k) {
+    rows_ = rows, ld_ = ld, k_ = k, is_own_ = has_own_products();
+    if (!is_own_) return;
+    pitch_ = padded(n);
+    packed_.resize(k * pitch_);
+    if constexpr (std::is_same_v<T, float>) {
+      transpose_rows(rows, ld * sizeof(T), n, k, pitch_, packed_.data());
+    } else {
+      transpose(rows, n, k, ld, packed_.data(), pitch_);
+    }
+  }
+
+  // C (m, columns) = A (m, k) times the transpose of `columns` rows from `first` on.
+  void multiply(int64_t m, const T* a, int64_t lda, int64_t first, int64_t columns, T* c, int64_t ldc) const {
+    if (is_own_) return gemm<T>(Op::kAsIs, m, columns, k_, 1, a, lda, packed_.data() + first, pitch_, false, c, ldc);
+    const T* b = rows_ + first * ld_;
+    library_gemm<T>(Op::kAsIs, Op::kTransposed, m, columns, k_, 1, a, lda, b, ld_, false, c, ldc);
+  }
+
+ private:
+  Buffer<T> packed_;  // (k, pitch)
+  const T* rows_ = nullptr;
+  int64_t ld_ = 0, k_ = 0, pitch_ = 0;
+  bool is_own_ = false;
+};
+
+// 1: where the CPU has instructions for them; 2: everywhere, element by element, for tests of what is built on them; 3:
+// nowhere; 4: as 2, but as if in pairs.
 inline Threshold kBf16Products{"matmul.bf16_products", 1};
 
 // Columns of a packed operand, padded to whole tiles.
@@ -127,18 +225,8 @@ static FASTKD_MULTIVERSION void interleave_rows(
 // `transposed`: src is Bᵀ (n, k), k even.
 inline void pack_bf16(const BFloat16* src, int64_t ld, int64_t k, int64_t n, bool transposed, BFloat16* out) {
   const int64_t cols = packed_columns(n);
-  if (transposed) {  // pairs are adjacent: a transpose of 32-bit words, in squares that stay in cache
-    constexpr int64_t kSquare = 16;
-    int64_t done = 0;
-    if (has_avx512()) {
-      const int64_t bytes = ld * sizeof *src;
-      done = transpose_words(reinterpret_cast<const char*>(src), bytes, n, k / 2, cols, reinterpret_cast<float*>(out));
-    }
-    for (int64_t j0 = 0; j0 < n; j0 += kSquare)
-      for (int64_t p0 = done; p0 < k / 2; p0 += kSquare)
-        for (int64_t p = p0; p < std::min(p0 + kSquare, k / 2); ++p)
-          for (int64_t j = j0; j < std::min(j0 + kSquare, n); ++j)
-            std::memcpy(static_cast<void*>(out + (p * cols + j) * 2), src + j * ld + 2 * p, 2 * sizeof(BFloat16));
+  if (transposed) {  // pairs are adjacent
+    transpose_rows(src, ld * sizeof *src, n, k / 2, cols, out);
   } else {
     for (int64_t p = 0; p < (k + 1) / 2; ++p) {
       const auto* first = reinterpret_cast<const uint16_t*>(src + 2 * p * ld);
@@ -168,15 +256,24 @@ inline void emulate_bf16(
     }
 }
 
-// Whether this CPU multiplies bfloat16 matrices (AMX) and torch has the function that is known here: its name is all
-// that is known of it, so a small product of whole numbers is tried.
-inline bool has_bf16_products() {
-  if (kBf16Products > 1) return true;
-  static const bool has = [] {
+// What a CPU has for products of bfloat16 matrices. With pairs (AVX512-BF16), at twice the rate of float32, they gain
+// where little else is done; with tiles (AMX) everywhere.
+enum class Bf16 { kNothing, kPairs, kTiles };
+
+// What this CPU has, if torch has the function that is known here: its name is all that is known of it, so a small
+// product of whole numbers is tried.
+inline Bf16 bf16_products() {
+  if (kBf16Products > 1) return kBf16Products == 2 ? Bf16::kTiles : kBf16Products == 4 ? Bf16::kPairs : Bf16::kNothing;
+  static const Bf16 has = [] {
     using namespace at::native::cpublas;
-    if (could_pack == nullptr || brgemm == nullptr || brgemm_release == nullptr) return false;
+    if (could_pack == nullptr || brgemm == nullptr || brgemm_release == nullptr) return Bf16::kNothing;
+    const bool tiles = could_pack(ScalarType::BFloat16);
+#if FASTKD_HAS_MULTIVERSION
+    if (!tiles && !(has_avx512() && __builtin_cpu_supports("avx512bf16"))) return Bf16::kNothing;
+#else
+    if (!tiles) return Bf16::kNothing;
+#endif
     constexpr int64_t n = 32;
-    if (!could_pack(ScalarType::BFloat16)) return false;
     std::vector<BFloat16> a(n * n), b(n * n), packed(n * n);
     std::vector<float> right(n * n, 0.f), found(n * n, 1.f);
     for (int64_t i = 0; i < n * n; ++i) a[i] = static_cast<float>(i % 7 - 3), b[i] = static_cast<float>(i % 5 - 2);
@@ -186,9 +283,10 @@ inline bool has_bf16_products() {
       brgemm(n, n, n, n, n, n, /*add=*/false, a.data(), packed.data(), found.data(), /*is_vnni=*/true);
       brgemm_release(true);
     } catch (const std::exception&) {
-      return false;
+      return Bf16::kNothing;
     }
-    return found == right;
+    if (found != right) return Bf16::kNothing;
+    return tiles ? Bf16::kTiles : Bf16::kPairs;
   }();
   return has;
 }

@@ -1,8 +1,9 @@
-// float32 products of matrices that stay in L2, for AVX-512: a library's pack and dispatch anew at each call.
+// Products of matrices that stay in L2, for AVX-512: a library's pack and dispatch anew at each call.
 //
 // Rows are packed 16 together and transposed, [rows / 16][D][16], zeros beyond the last row. A tile of C is up to 8
 // rows by 3 vectors: 24 accumulators, and 11 loads for the 24 multiply-adds of a step. A map of few wide rows is formed
-// from the rows as they lie, 4 by 4 of its elements in as many vectors that are added up at the end.
+// from the rows as they lie, 4 by 4 of its elements in as many vectors that are added up at the end. Tiles are of
+// float32 or float64, packed rows and maps of float32.
 #pragma once
 
 #include "cpu/vector.h"
@@ -19,24 +20,35 @@ namespace fastkd {
 constexpr int64_t kPanel = 16;                      // rows of a panel, columns of a vector
 constexpr int64_t kTileRows = 8, kTileVectors = 3;  // of a tile, at most
 
+// Elements of a vector.
+template <typename T>
+constexpr int64_t kWidth = 64 / sizeof(T);
+
 // Element (i, k) of a left operand is data[i * row + k * step], k < count.
-struct Left {
-  const float* data;
+template <typename T>
+struct LeftOf {
+  const T* data;
   int64_t row, step, count;
 };
+using Left = LeftOf<float>;
 
 // Row k of vector v of a right operand starts at data[k * step + v * next].
-struct Right {
-  const float* data;
+template <typename T>
+struct RightOf {
+  const T* data;
   int64_t step, next;
 };
+using Right = RightOf<float>;
 
-// Rows of C, `row` apart: a product is added to them, or replaces them.
-struct Out {
-  float* data;
+// Rows of C, `row` apart: alpha times a product is added to them, or replaces them.
+template <typename T>
+struct OutOf {
+  T* data;
   int64_t row;
   bool add;
+  T alpha = 1;
 };
+using Out = OutOf<float>;
 
 // out_ij = <x_i, x_j> of n rows, D to whole vectors; out has room for whole vectors of them in both directions.
 struct RowMap {
@@ -99,26 +111,52 @@ class Ahead {
 
 typedef float Vector __attribute__((vector_size(64), aligned(2), may_alias));
 
-// C (rows, 16 vectors) = [A A'] B, or added to C; fetches from `ahead` on, `pace` bytes a step.
-template <int rows, int vectors>
-FASTKD_AVX512 void tile(const Left& first, const Left& second, const Right& b, Out c, const char* ahead, int64_t pace) {
-  Vector sum[rows][vectors];
+// Loads and stores of the first elements of a vector: `lanes` has a bit for each.
+FASTKD_AVX512 FASTKD_INLINE __m512 load(const float* x, __mmask16 lanes) {
+  return _mm512_maskz_loadu_ps(lanes, x);
+}
+FASTKD_AVX512 FASTKD_INLINE __m512d load(const double* x, __mmask16 lanes) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), x);
+}
+FASTKD_AVX512 FASTKD_INLINE void store(float* out, __mmask16 lanes, __m512 x) {
+  _mm512_mask_storeu_ps(out, lanes, x);
+}
+FASTKD_AVX512 FASTKD_INLINE void store(double* out, __mmask16 lanes, __m512d x) {
+  _mm512_mask_storeu_pd(out, static_cast<__mmask8>(lanes), x);
+}
+
+constexpr __mmask16 kAllLanes = 0xffff;
+
+// C (rows, vectors) = [A A'] B, or added to C; fetches from `ahead` on, `pace` bytes a step. The last vector has
+// `lanes`.
+template <typename T, int rows, int vectors>
+FASTKD_AVX512 void tile(
+    const LeftOf<T>& first,
+    const LeftOf<T>& second,
+    const RightOf<T>& b,
+    OutOf<T> c,
+    __mmask16 lanes,
+    const char* ahead,
+    int64_t pace) {
+  using Wide = std::conditional_t<std::is_same_v<T, float>, __m512, __m512d>;
+  const auto lanes_of = [lanes](int v) { return v == vectors - 1 ? lanes : kAllLanes; };
+  Wide sum[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < vectors; ++v) sum[i][v] = Vector{};
-  const float* y = b.data;
+    for (int v = 0; v < vectors; ++v) sum[i][v] = Wide{};
+  const T* y = b.data;
   for (int part = 0; part < 2; ++part) {
-    const Left x = part == 0 ? first : second;
-    const float* a = x.data;
+    const LeftOf<T> x = part == 0 ? first : second;
+    const T* a = x.data;
     for (int64_t k = 0; k < x.count; ++k, a += x.step, y += b.step, ahead += pace) {
       __builtin_prefetch(ahead, 0, 2);
-      Vector right[vectors];
+      Wide right[vectors];
 #pragma GCC unroll 3
-      for (int v = 0; v < vectors; ++v) right[v] = *reinterpret_cast<const Vector*>(y + v * b.next);
+      for (int v = 0; v < vectors; ++v) right[v] = load(y + v * b.next, lanes_of(v));
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
-        const float left = a[i * x.row];
+        const T left = a[i * x.row];
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
       }
@@ -128,8 +166,9 @@ FASTKD_AVX512 void tile(const Left& first, const Left& second, const Right& b, O
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) {
-      Vector* out = reinterpret_cast<Vector*>(c.data + i * c.row + v * kPanel);
-      *out = c.add ? *out + sum[i][v] : sum[i][v];
+      T* out = c.data + i * c.row + v * kWidth<T>;
+      const Wide product = c.alpha * sum[i][v];
+      store(out, lanes_of(v), c.add ? load(out, lanes_of(v)) + product : product);
     }
 }
 
@@ -138,43 +177,55 @@ inline int64_t tile_width(int64_t left) {
   return left == kTileVectors + 1 ? 2 : std::min(left, kTileVectors);
 }
 
-// As tile, for up to kTileRows rows and any number of vectors.
-inline void tile_row(
+template <typename T>
+using Tile = void (*)(const LeftOf<T>&, const LeftOf<T>&, const RightOf<T>&, OutOf<T>, __mmask16, const char*, int64_t);
+
+template <typename T>
+constexpr Tile<T> kTiles[kTileRows][kTileVectors] = {
+    {tile<T, 1, 1>, tile<T, 1, 2>, tile<T, 1, 3>},
+    {tile<T, 2, 1>, tile<T, 2, 2>, tile<T, 2, 3>},
+    {tile<T, 3, 1>, tile<T, 3, 2>, tile<T, 3, 3>},
+    {tile<T, 4, 1>, tile<T, 4, 2>, tile<T, 4, 3>},
+    {tile<T, 5, 1>, tile<T, 5, 2>, tile<T, 5, 3>},
+    {tile<T, 6, 1>, tile<T, 6, 2>, tile<T, 6, 3>},
+    {tile<T, 7, 1>, tile<T, 7, 2>, tile<T, 7, 3>},
+    {tile<T, 8, 1>, tile<T, 8, 2>, tile<T, 8, 3>}};
+
+// As tile, for up to kTileRows rows and any number of vectors; `lanes` of the last.
+template <typename T>
+void tile_row(
     int64_t rows,
     int64_t vectors,
-    const Left& first,
-    const Left& second,
-    const Right& b,
-    Out c,
-    Ahead& ahead) {
-  using Tile = void (*)(const Left&, const Left&, const Right&, Out, const char*, int64_t);
-  static constexpr Tile kTiles[kTileRows][kTileVectors] = {
-      {tile<1, 1>, tile<1, 2>, tile<1, 3>},
-      {tile<2, 1>, tile<2, 2>, tile<2, 3>},
-      {tile<3, 1>, tile<3, 2>, tile<3, 3>},
-      {tile<4, 1>, tile<4, 2>, tile<4, 3>},
-      {tile<5, 1>, tile<5, 2>, tile<5, 3>},
-      {tile<6, 1>, tile<6, 2>, tile<6, 3>},
-      {tile<7, 1>, tile<7, 2>, tile<7, 3>},
-      {tile<8, 1>, tile<8, 2>, tile<8, 3>}};
+    const LeftOf<T>& first,
+    const LeftOf<T>& second,
+    const RightOf<T>& b,
+    OutOf<T> c,
+    Ahead& ahead,
+    unsigned lanes = kAllLanes) {
   for (int64_t v = 0, width; v < vectors; v += width) {
     width = tile_width(vectors - v);
-    const Right z{b.data + v * b.next, b.step, b.next};
+    const RightOf<T> z{b.data + v * b.next, b.step, b.next};
+    const OutOf<T> out{c.data + v * kWidth<T>, c.row, c.add, c.alpha};
+    const auto last = static_cast<__mmask16>(v + width == vectors ? lanes : kAllLanes);
     const char* fetched = ahead.take(first.count + second.count);
-    kTiles[rows - 1][width - 1](first, second, z, {c.data + v * kPanel, c.row, c.add}, fetched, ahead.pace());
+    kTiles<T>[rows - 1][width - 1](first, second, z, out, last, fetched, ahead.pace());
   }
 }
 
-// C (rows, 16 vectors) = A B, or added to C, for any number of rows and vectors, a few columns of B at a time in L1.
-inline void multiply(int64_t rows, int64_t vectors, const Left& a, const Right& b, Out c, Ahead& ahead) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+// C (rows, columns) = alpha A B, or added to C, for any number of rows, a few columns of B at a time in L1.
+template <typename T>
+void multiply(int64_t rows, int64_t columns, const LeftOf<T>& a, const RightOf<T>& b, OutOf<T> c, Ahead& ahead) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, vectors = (columns + kWidth<T> - 1) / kWidth<T>;
+  const unsigned partial = (1u << (columns - (vectors - 1) * kWidth<T>)) - 1;
   for (int64_t v = 0, width; v < vectors; v += width) {
     width = tile_width(vectors - v);
+    const unsigned lanes = v + width == vectors ? partial : kAllLanes;
     for (int64_t k = 0; k < tiles; ++k) {  // as even as possible: a tile of a few rows runs at a fraction of the rate
       const int64_t i = k * rows / tiles, height = (k + 1) * rows / tiles - i;
-      const Left left{a.data + i * a.row, a.row, a.step, a.count};
-      const Right right{b.data + v * b.next, b.step, b.next};
-      tile_row(height, width, left, {}, right, {c.data + i * c.row + v * kPanel, c.row, c.add}, ahead);
+      const LeftOf<T> left{a.data + i * a.row, a.row, a.step, a.count};
+      const RightOf<T> right{b.data + v * b.next, b.step, b.next};
+      const OutOf<T> out{c.data + i * c.row + v * kWidth<T>, c.row, c.add, c.alpha};
+      tile_row<T>(height, width, left, {}, right, out, ahead, lanes);
     }
   }
 }
@@ -328,8 +379,10 @@ FASTKD_AVX512 inline void map_rows(RowMap map, int64_t begin, int64_t end, Ahead
 
 #else
 
-inline void tile_row(int64_t, int64_t, const Left&, const Left&, const Right&, Out, Ahead&) {}
-inline void multiply(int64_t, int64_t, const Left&, const Right&, Out, Ahead&) {}
+template <typename T>
+void tile_row(int64_t, int64_t, const LeftOf<T>&, const LeftOf<T>&, const RightOf<T>&, OutOf<T>, Ahead&) {}
+template <typename T>
+void multiply(int64_t, int64_t, const LeftOf<T>&, const RightOf<T>&, OutOf<T>, Ahead&) {}
 inline void pack_panel(const float* const*, int64_t, float*, float*) {}
 inline void map_rows(RowMap, int64_t, int64_t, Ahead&) {}
 inline int64_t transpose_words(const char*, int64_t, int64_t, int64_t, int64_t, float*) {

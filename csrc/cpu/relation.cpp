@@ -16,7 +16,7 @@ namespace {
 
 bool both_bf16(const Tensor& student, const Tensor& teacher) {
   return student.scalar_type() == ScalarType::BFloat16 && teacher.scalar_type() == ScalarType::BFloat16 &&
-         has_bf16_products();
+         bf16_products() == Bf16::kTiles;
 }
 
 template <typename acc_t>

@@ -12,7 +12,7 @@ void add_gram(const double* x, int64_t rows, int64_t D, double* gram) {
   const int64_t step = kGramColumns;
   for (int64_t c = 0; c < D; c += step) {
     const int64_t columns = std::min(step, D - c);
-    gemm<double>(Op::kTransposed, Op::kAsIs, D - c, columns, rows, 1, x + c, D, x + c, D, 1, gram + c * D + c, D);
+    gemm<double>(Op::kTransposed, D - c, columns, rows, 1, x + c, D, x + c, D, true, gram + c * D + c, D);
   }
 }
 
@@ -75,7 +75,7 @@ double gram(const Term<acc_t>& term) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t i0 = k * height, i1 = std::min(n, i0 + height);
       rows.load(term, g, i0, i1, false);
-      gemm<acc_t>(Op::kAsIs, Op::kAsIs, i1 - i0, Ds, D, 1, rows.x.data(), D, factor, Ds, 0, u.data(), Ds);
+      gemm<acc_t>(Op::kAsIs, i1 - i0, Ds, D, 1, rows.x.data(), D, factor, Ds, false, u.data(), Ds);
       FASTKD_DISPATCH(term.s.x.scalar_type(), "gram", [&] {
         using stored_t = std::conditional_t<std::is_same_v<scalar_t, Half>, float, scalar_t>;
         auto* d_ptr = static_cast<stored_t*>(term.dstudent.mutable_data_ptr());

@@ -83,7 +83,7 @@ struct WholeMaps {
     const int64_t ld = in_place && term.s.across ? term.s.per_image * s.D : s.D;
     float* out = in_place ? term.u + term.s.token(g, begin) * s.D : u.data() + begin * s.D;
     const Left weights{w.data() + begin * pitch, pitch, 1, n};
-    multiply(end - begin, s.D / kPanel, weights, {s.x, s.ld, kPanel}, {out, ld, in_place && term.add}, ahead);
+    multiply(end - begin, s.D, weights, {s.x, s.ld, kPanel}, {out, ld, in_place && term.add}, ahead);
     if (!in_place || term.add) term.store(g, begin, end, out, ld, term.add ? r_i : nullptr);
     return sum;
   }

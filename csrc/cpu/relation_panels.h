@@ -243,9 +243,9 @@ struct PanelSweep {
     maps(s_i, t_i, false);
     if (!term.with_grad()) return;
     const int64_t ld = pitch(s_j.rows);
-    const int64_t vectors = padded(term.s.D) / kPanel;
+    const int64_t width = padded(term.s.D);
     const auto add = [&](const Left& weights, const PanelRows& to, const PanelRows& from, int64_t first) {
-      multiply(to.rows, vectors, weights, from.right_rows(), {sums.u + first * sums.ld, sums.ld, true}, ahead);
+      multiply(to.rows, width, weights, from.right_rows(), {sums.u + first * sums.ld, sums.ld, true}, ahead);
     };
     add({w.data(), ld, 1, s_j.rows}, s_i, s_j, begin);
     add({w.data(), 1, ld, s_i.rows}, s_j, s_i, blocks.begin(j));

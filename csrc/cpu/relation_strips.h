@@ -1,4 +1,4 @@
-// Maps in strips of rows, whose products PyTorch's matrix kernels form.
+// Maps in strips of rows, by general matrix products.
 #pragma once
 #include "cpu/relation_rows.h"
 #include "cpu/relation_term.h"
@@ -10,6 +10,7 @@ namespace {
 template <typename acc_t>
 struct Rows {
   std::vector<acc_t> copy, inverse;
+  RightRows<acc_t> right;
   const acc_t* data = nullptr;
   int64_t ld = 0;
 
@@ -19,12 +20,13 @@ struct Rows {
     if (x.in_place(CppTypeToScalarType<acc_t>::value)) {
       data = x.x.template const_data_ptr<acc_t>() + x.offset(g, 0);
       ld = x.ld();
-      return;
+    } else {
+      copy.resize(x.n * x.D);
+      convert_rows<acc_t>(x, g, 0, x.n, nullptr, copy.data(), x.D);
+      data = copy.data();
+      ld = x.D;
     }
-    copy.resize(x.n * x.D);
-    convert_rows<acc_t>(x, g, 0, x.n, nullptr, copy.data(), x.D);
-    data = copy.data();
-    ld = x.D;
+    right.assign(data, ld, x.n, x.D);
   }
 };
 
@@ -58,27 +60,14 @@ double strip(
     Pieces<acc_t>& pieces,
     acc_t* u,
     int64_t ldu) {
-  const int64_t n = term.s.n, Ds = term.s.D, Dt = term.t.D, rows = i1 - i0, step = std::min(n, piece_columns());
+  const int64_t n = term.s.n, Ds = term.s.D, rows = i1 - i0, step = std::min(n, piece_columns());
   acc_t *p = pieces.p.data(), *pt = pieces.pt.data();
   double sum = 0;
   for (int64_t j0 = triangle ? i0 : 0, first = 1; j0 < n; j0 += step, first = 0) {
     const int64_t columns = std::min(step, n - j0), diagonal = triangle && first ? std::min(rows, columns) : 0;
     const acc_t *s_i = s.data + i0 * s.ld, *s_j = s.data + j0 * s.ld;
-    gemm<acc_t>(Op::kAsIs, Op::kTransposed, rows, columns, Ds, 1, s_i, s.ld, s_j, s.ld, 0, p, columns);
-    gemm<acc_t>(
-        Op::kAsIs,
-        Op::kTransposed,
-        rows,
-        columns,
-        Dt,
-        1,
-        t.data + i0 * t.ld,
-        t.ld,
-        t.data + j0 * t.ld,
-        t.ld,
-        0,
-        pt,
-        columns);
+    s.right.multiply(rows, s_i, s.ld, j0, columns, p, columns);
+    t.right.multiply(rows, t.data + i0 * t.ld, t.ld, j0, columns, pt, columns);
     for (int64_t i = 0; i < rows; ++i) {
       const acc_t r_i = s.inverse[i0 + i], q_i = t.inverse[i0 + i];
       const auto part = [&](int64_t begin, int64_t end) {
@@ -94,22 +83,11 @@ double strip(
     if (!u) continue;
     const bool written = term.add || (triangle ? i0 > 0 || !first : !first);
     acc_t* u_i = triangle ? u + i0 * ldu : u;
-    gemm<acc_t>(Op::kAsIs, Op::kAsIs, rows, Ds, columns, 1, p, columns, s_j, s.ld, written ? 1 : 0, u_i, ldu);
-    if (triangle && columns > diagonal)
-      gemm<acc_t>(
-          Op::kTransposed,
-          Op::kAsIs,
-          columns - diagonal,
-          Ds,
-          rows,
-          1,
-          p + diagonal,
-          columns,
-          s_i,
-          s.ld,
-          term.add || i0 > 0 ? 1 : 0,
-          u + (j0 + diagonal) * ldu,
-          ldu);
+    gemm<acc_t>(Op::kAsIs, rows, Ds, columns, 1, p, columns, s_j, s.ld, written, u_i, ldu);
+    if (!triangle || columns == diagonal) continue;
+    const bool add = term.add || i0 > 0;
+    acc_t* u_j = u + (j0 + diagonal) * ldu;
+    gemm<acc_t>(Op::kTransposed, columns - diagonal, Ds, rows, 1, p + diagonal, columns, s_i, s.ld, add, u_j, ldu);
   }
   return sum;
 }

@@ -189,7 +189,14 @@ SPLITS = {
     "block_bytes": Split({"block_bytes": 3 * 3 * 16 * 8}, 3),
     "prefetched_rows": Split({"prefetched_rows": 3}, 3),
     "keys": Split({"most_rows": 5}, 16, lambda n: (2, 3, 6, n, 5, 7)),
+    "pair_keys": Split({"pair_keys": 16, "most_rows": 5}, 16, lambda n: (2, 3, 6, n, 5, 7)),
 }
+# Products of float32 and float64: our own kernels', the library's. Of bfloat16: as of a matrix unit, as of pairs.
+PRODUCTS = {
+    torch.float32: {"own": {"matmul_own_products": 2}, "others": {"matmul_own_products": 3}},
+    torch.bfloat16: {"own": {"matmul_bf16_products": 2}, "others": {"matmul_bf16_products": 4}},
+}
+PRODUCTS[torch.float64] = PRODUCTS[torch.float32]
 VARIANTS = {
     "plain": {},
     "causal": {"is_causal": True},
@@ -229,14 +236,14 @@ def of_variant(variant: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], d
         "variant": VARIANTS,
         "divergence": DIVERGENCES,
         "dtype": [torch.float64, torch.bfloat16],
+        "products": ["own", "others"],
     },
     allowed=lambda x: x.get("divergence") != "score_mse" or VARIANTS[x.get("variant", "plain")].get("heads") != "mean",
 )
-def test_native_splits(split: str, variant: str, divergence: str, dtype: torch.dtype) -> None:
-    """On any number of threads the values are the oracle's, and equal bits on as many threads. In bfloat16 on products
-    as a matrix unit has them."""
+def test_native_splits(split: str, variant: str, divergence: str, dtype: torch.dtype, products: str) -> None:
+    """On any number of threads the values are the oracle's, and equal bits on as many threads, on all products."""
     lowered, size, shape_of = SPLITS[split]
-    lowered = {f"attention_{name}": value for name, value in lowered.items()} | {"matmul_bf16_products": 2}
+    lowered = {f"attention_{name}": value for name, value in lowered.items()} | PRODUCTS[dtype][products]
     for n in around(size):
         shape, options = of_variant(variant, shape_of(n))
         x, bias = operands(*shape, dtype), options.pop("bias", None)
@@ -246,14 +253,41 @@ def test_native_splits(split: str, variant: str, divergence: str, dtype: torch.d
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("divergence", ["kl", "score_mse"])
+@pytest.mark.parametrize("d", [1, 5, 16, 17, 33, 64])
+def test_own_products_in_float32(d: int, divergence: str) -> None:
+    """Whole vectors and parts of one, in every direction: the values of the library's products."""
+    for N_q, N_k in ((1, 1), (7, 49), (9, 16), (40, 15)):
+        q, k, *teacher = operands(2, 2, N_q, N_k, d, 24)
+        found = []
+        for products in PRODUCTS[torch.float32].values():
+            with thresholds(attention_most_rows=17, **products), poisoned_allocations():
+                found.append(
+                    loss_and_gradients(
+                        lambda q, k, teacher=teacher: fastkd.attention_loss(
+                            q, k, *teacher, divergence=divergence, backend="native"
+                        ),
+                        [q, k],
+                    )
+                )
+        if N_k > 1 or divergence == "score_mse":  # one key has probability 1: all is 0
+            assert all(relative_difference(a, b) < 2e-6 for a, b in zip(*found, strict=True))
+        else:
+            assert all((x == 0).all() for x in (*found[0], *found[1]))
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("products", PRODUCTS[torch.float32].values(), ids=PRODUCTS[torch.float32])
 @pytest.mark.parametrize("masks", [(), ("key_mask", "query_mask")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
-def test_native_grams_in_blocks(dtype: torch.dtype, masks: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_grams_in_blocks(
+    dtype: torch.dtype, masks: tuple[str, ...], products: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ops, "pick_algorithm", lambda *_: "gram")
     for n in around(5):
         for N_q, N_k in ((n, 13), (13, n)):
             options = {name: half_of(2, {"key_mask": N_k, "query_mask": N_q}[name]) for name in masks}
-            with thresholds(attention_gram_rows=5):
+            with thresholds(attention_gram_rows=5, **products):
                 check(operands(2, 3, N_q, N_k, 3, 2, dtype), divergence="score_mse", backend="native",
                       repeats=on_every_number_of_threads, **options)  # fmt: skip
 

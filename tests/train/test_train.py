@@ -574,7 +574,8 @@ def test_diverged_loss_names_step_parts_and_layer(folder, tmp_path, monkeypatch)
         count += self.label == "student distilled"
         if count == 6:  # the second of the second epoch
             with torch.no_grad():
-                self.network.blocks[1].mlp.fc1.bias.fill_(3e38)
+                for layer in (self.network.blocks[1].mlp.fc1.bias, self.network.blocks[1].mlp.fc2.weight):
+                    layer.fill_(1e30)
         return step(self, epoch, number, group)
 
     monkeypatch.setattr(Trainee, "_step", poisoned)
