@@ -263,7 +263,7 @@ struct ProductsBf16 {
     b = task.b, h0 = task.h, n = keys.size();
     load_keys(problem.s, keys, k_s_columns, problem.with_grad());
     load_keys(problem.t, keys, k_t_columns, false);
-    const int64_t d = even(problem.s.d()), ld = padded(n), rows = even(most_rows);
+    const int64_t d = even(problem.s.d()), ld = pitch_of(n), rows = even(most_rows);
     q_s.resize(rows * d);
     q_columns.resize(rows * d);
     q_t.resize(rows * even(problem.t.d()));

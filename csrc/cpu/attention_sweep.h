@@ -91,7 +91,7 @@ struct Sweep {
     this->task = task;
     keys = problem.keys(task.b);
     products.load(task, keys);
-    const int64_t ld = padded(keys.size()), heads_s = heads(), heads_t = problem.mean_heads ? problem.t.H() : 1;
+    const int64_t ld = pitch_of(keys.size()), heads_s = heads(), heads_t = problem.mean_heads ? problem.t.H() : 1;
     z_s.resize(heads_s * most_rows * ld);
     z_t.resize(heads_t * most_rows * ld);
     room.resize((kMostBlock + 1) * ld);
@@ -225,7 +225,7 @@ struct Sweep {
 
   // Rows [begin, end) of the task. Fills dk with their sums, and their part of dq; returns the sum of the losses.
   double run(int64_t begin, int64_t end, T* dk, T* dq) {
-    const int64_t strips = (end - begin + most_rows - 1) / most_rows, ld = padded(keys.size());
+    const int64_t strips = (end - begin + most_rows - 1) / most_rows, ld = pitch_of(keys.size());
     const T factor = static_cast<T>(problem.factor);
     const T* weights = problem.weight.const_data_ptr<T>();
     double sum = 0;

@@ -71,8 +71,16 @@ enum class Op { kAsIs, kTransposed };
 // 1: where a library's take no AVX-512; 2: wherever AVX-512 is; 3: nowhere.
 inline Threshold kOwnProducts{"matmul.own_products", 1};
 
-// Whether products of float32 and float64 matrices are formed by our own kernels: MKL runs at under half their rate on
-// CPUs of other makes than Intel's.
+// Elements from one row of n to the next, whole vectors: rows that are powers of two apart would meet in the cache.
+inline int64_t pitch_of(int64_t n) {
+  const int64_t whole = padded(n);
+  return whole % 256 == 0 ? whole + kLanes : whole;
+}
+
+inline Threshold kDepth{"matmul.depth", 256};  // terms of a sum that are added up one by one
+
+// Whether products of float32 and float64 matrices are formed by our own kernels: MKL takes AVX-512 on Intel's CPUs
+// alone, and on a Zen 5 runs at under half the rate of ours.
 inline bool has_own_products() {
 #if FASTKD_HAS_MULTIVERSION
   static const bool is_slow = !__builtin_cpu_is("intel") || !sgemm_;
@@ -134,10 +142,16 @@ void gemm(
     T* c,
     int64_t ldc) {
   if (!has_own_products()) return library_gemm<T>(op_a, Op::kAsIs, m, n, k, alpha, a, lda, b, ldb, add, c, ldc);
-  const bool as_is = op_a == Op::kAsIs;
+  const int64_t row = op_a == Op::kAsIs ? lda : 1, step = op_a == Op::kAsIs ? 1 : lda;
   Ahead nothing;
   nothing.clear();
-  multiply<T>(m, n, {a, as_is ? lda : 1, as_is ? 1 : lda, k}, {b, ldb, kWidth<T>}, {c, ldc, add, alpha}, nothing);
+  int64_t p = 0;
+  do {  // a sum of thousands of terms one by one would lose digits
+    const int64_t depth = std::min<int64_t>(k - p, kDepth);
+    const OutOf<T> out{c, ldc, add || p > 0, alpha};
+    multiply<T>(m, n, {a + p * step, row, step, depth}, {b + p * ldb, ldb, kWidth<T>}, out, nothing);
+    p += depth;
+  } while (p < k);
 }
 
 // Xᵀ (n, m) of X (m, n), in squares that stay in L1.
@@ -176,7 +190,7 @@ class RightRows {
   void assign(const T* rows, int64_t ld, int64_t n, int64_t k) {
     rows_ = rows, ld_ = ld, k_ = k, is_own_ = has_own_products();
     if (!is_own_) return;
-    pitch_ = padded(n);
+    pitch_ = pitch_of(n);
     packed_.resize(k * pitch_);
     if constexpr (std::is_same_v<T, float>) {
       transpose_rows(rows, ld * sizeof(T), n, k, pitch_, packed_.data());
@@ -260,35 +274,43 @@ inline void emulate_bf16(
 // where little else is done; with tiles (AMX) everywhere.
 enum class Bf16 { kNothing, kPairs, kTiles };
 
-// What this CPU has, if torch has the function that is known here: its name is all that is known of it, so a small
-// product of whole numbers is tried.
+// Whether torch's function multiplies as it is known here: its name is all that is known of it, so a small product of
+// whole numbers is tried.
+inline bool multiplies_bf16() {
+  constexpr int64_t n = 32;
+  std::vector<BFloat16> a(n * n), b(n * n), packed(n * n);
+  std::vector<float> right(n * n, 0.f), found(n * n, 1.f);
+  for (int64_t i = 0; i < n * n; ++i) a[i] = static_cast<float>(i % 7 - 3), b[i] = static_cast<float>(i % 5 - 2);
+  pack_bf16(b.data(), n, n, n, /*transposed=*/false, packed.data());
+  emulate_bf16(n, n, n, a.data(), n, packed.data(), n, right.data(), n);
+  at::native::cpublas::brgemm(n, n, n, n, n, n, /*add=*/false, a.data(), packed.data(), found.data(), /*is_vnni=*/true);
+  at::native::cpublas::brgemm_release(true);
+  return found == right;
+}
+
+// What this CPU has, if torch has the function and oneDNN is not switched off at the moment.
 inline Bf16 bf16_products() {
   if (kBf16Products > 1) return kBf16Products == 2 ? Bf16::kTiles : kBf16Products == 4 ? Bf16::kPairs : Bf16::kNothing;
-  static const Bf16 has = [] {
-    using namespace at::native::cpublas;
-    if (could_pack == nullptr || brgemm == nullptr || brgemm_release == nullptr) return Bf16::kNothing;
-    const bool tiles = could_pack(ScalarType::BFloat16);
+  using namespace at::native::cpublas;
+  if (could_pack == nullptr || brgemm == nullptr || brgemm_release == nullptr) return Bf16::kNothing;
 #if FASTKD_HAS_MULTIVERSION
-    if (!tiles && !(has_avx512() && __builtin_cpu_supports("avx512bf16"))) return Bf16::kNothing;
+  static const bool has_pairs = has_avx512() && __builtin_cpu_supports("avx512bf16");
 #else
-    if (!tiles) return Bf16::kNothing;
+  constexpr bool has_pairs = false;
 #endif
-    constexpr int64_t n = 32;
-    std::vector<BFloat16> a(n * n), b(n * n), packed(n * n);
-    std::vector<float> right(n * n, 0.f), found(n * n, 1.f);
-    for (int64_t i = 0; i < n * n; ++i) a[i] = static_cast<float>(i % 7 - 3), b[i] = static_cast<float>(i % 5 - 2);
-    pack_bf16(b.data(), n, n, n, /*transposed=*/false, packed.data());
-    emulate_bf16(n, n, n, a.data(), n, packed.data(), n, right.data(), n);
-    try {
-      brgemm(n, n, n, n, n, n, /*add=*/false, a.data(), packed.data(), found.data(), /*is_vnni=*/true);
-      brgemm_release(true);
-    } catch (const std::exception&) {
-      return Bf16::kNothing;
-    }
-    if (found != right) return Bf16::kNothing;
-    return tiles ? Bf16::kTiles : Bf16::kPairs;
-  }();
-  return has;
+  const bool has_tiles = could_pack(ScalarType::BFloat16);
+  if (!has_tiles && !has_pairs) return Bf16::kNothing;
+  try {
+    static const bool is_right = multiplies_bf16();  // tried again after an exception
+    constexpr int64_t n = 16;
+    const BFloat16 a[n * 2] = {}, b[n * 2] = {};
+    float c[n * n];
+    brgemm(n, n, 2, 2, n, n, /*add=*/false, a, b, c, /*is_vnni=*/true);
+    brgemm_release(true);
+    return !is_right ? Bf16::kNothing : has_tiles ? Bf16::kTiles : Bf16::kPairs;
+  } catch (const std::exception&) {
+    return Bf16::kNothing;
+  }
 }
 
 // C (m, n) = A (m, k) B + add C, with B packed; k even. C has packed_columns(n) columns at least.

@@ -111,6 +111,17 @@ class Ahead {
 
 typedef float Vector __attribute__((vector_size(64), aligned(2), may_alias));
 
+template <typename T>
+struct Wide;
+template <>
+struct Wide<float> {
+  using type = __m512;
+};
+template <>
+struct Wide<double> {
+  using type = __m512d;
+};
+
 // Loads and stores of the first elements of a vector: `lanes` has a bit for each.
 FASTKD_AVX512 FASTKD_INLINE __m512 load(const float* x, __mmask16 lanes) {
   return _mm512_maskz_loadu_ps(lanes, x);
@@ -138,20 +149,20 @@ FASTKD_AVX512 void tile(
     __mmask16 lanes,
     const char* ahead,
     int64_t pace) {
-  using Wide = std::conditional_t<std::is_same_v<T, float>, __m512, __m512d>;
+  using Vector = typename Wide<T>::type;
   const auto lanes_of = [lanes](int v) { return v == vectors - 1 ? lanes : kAllLanes; };
-  Wide sum[rows][vectors];
+  Vector sum[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < vectors; ++v) sum[i][v] = Wide{};
+    for (int v = 0; v < vectors; ++v) sum[i][v] = Vector{};
   const T* y = b.data;
   for (int part = 0; part < 2; ++part) {
     const LeftOf<T> x = part == 0 ? first : second;
     const T* a = x.data;
     for (int64_t k = 0; k < x.count; ++k, a += x.step, y += b.step, ahead += pace) {
       __builtin_prefetch(ahead, 0, 2);
-      Wide right[vectors];
+      Vector right[vectors];
 #pragma GCC unroll 3
       for (int v = 0; v < vectors; ++v) right[v] = load(y + v * b.next, lanes_of(v));
 #pragma GCC unroll 8
@@ -167,7 +178,7 @@ FASTKD_AVX512 void tile(
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) {
       T* out = c.data + i * c.row + v * kWidth<T>;
-      const Wide product = c.alpha * sum[i][v];
+      const Vector product = c.alpha * sum[i][v];
       store(out, lanes_of(v), c.add ? load(out, lanes_of(v)) + product : product);
     }
 }

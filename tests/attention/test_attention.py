@@ -189,6 +189,7 @@ SPLITS = {
     "block_bytes": Split({"block_bytes": 3 * 3 * 16 * 8}, 3),
     "prefetched_rows": Split({"prefetched_rows": 3}, 3),
     "keys": Split({"most_rows": 5}, 16, lambda n: (2, 3, 6, n, 5, 7)),
+    "depth": Split({"matmul_depth": 4, "most_rows": 5}, 4, lambda n: (2, 3, n, n, 5, 7)),
     "pair_keys": Split({"pair_keys": 16, "most_rows": 5}, 16, lambda n: (2, 3, 6, n, 5, 7)),
 }
 # Products of float32 and float64: our own kernels', the library's. Of bfloat16: as of a matrix unit, as of pairs.
@@ -243,13 +244,38 @@ def of_variant(variant: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], d
 def test_native_splits(split: str, variant: str, divergence: str, dtype: torch.dtype, products: str) -> None:
     """On any number of threads the values are the oracle's, and equal bits on as many threads, on all products."""
     lowered, size, shape_of = SPLITS[split]
-    lowered = {f"attention_{name}": value for name, value in lowered.items()} | PRODUCTS[dtype][products]
+    lowered = {name if "matmul" in name else f"attention_{name}": value for name, value in lowered.items()}
+    lowered |= PRODUCTS[dtype][products]
     for n in around(size):
         shape, options = of_variant(variant, shape_of(n))
         x, bias = operands(*shape, dtype), options.pop("bias", None)
         with thresholds(**lowered):
             check(x, None if bias is None else bias.to(dtype), divergence=divergence, backend="native",
                   repeats=on_every_number_of_threads, **options)  # fmt: skip
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("products", PRODUCTS[torch.float32].values(), ids=PRODUCTS[torch.float32])
+def test_gradients_of_many_keys_keep_their_digits(products: dict[str, int]) -> None:
+    """A sum of thousands of products one by one has an error several times that of PyTorch's sums in parts."""
+    q, k, *teacher = operands(1, 1, 16, 8192, 64, 64)
+    with thresholds(**products):
+        call = partial(fastkd.attention_loss, backend="native")
+        actual = loss_and_gradients(lambda q: call(q, k, *teacher), [q])
+    oracle = loss_and_gradients(
+        lambda q: reference.attention_loss(q, k.double(), *(x.double() for x in teacher)), [q.double()]
+    )
+    assert all(relative_difference(a, o) < 1.2e-6 for a, o in zip(actual, oracle, strict=True))
+
+
+def test_bfloat16_with_onednn_switched_off() -> None:
+    """Its matrix products are then refused."""
+    x = operands(1, 1, 9, 200, 8, 8, torch.bfloat16)
+    expected = fastkd.attention_loss(*x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        found = fastkd.attention_loss(*x)
+    assert relative_difference(found, expected) < 1e-5
+    assert fastkd.attention_loss(*x) == expected
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")

@@ -267,6 +267,7 @@ SPLITS = {
     "matrix_pieces": Split(
         EMULATED | {"relation_strip_rows": 3, "relation_strip_columns": 16}, 16, maps_of((18, 6)), torch.bfloat16
     ),
+    "depth": Split({"matmul_depth": 5, "relation_strip_rows": 7}, 5, maps_of(NARROW), torch.float64),
     "gram_rows": Split({"relation_gram_rows": 16}, 16, maps_of((13, 9)), algorithm="gram"),
     "gram_columns": Split(
         {"relation_gram_columns": 6, "relation_gram_rows": 8},
