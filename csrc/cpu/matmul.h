@@ -274,6 +274,11 @@ inline void emulate_bf16(
 // where little else is done; with tiles (AMX) everywhere.
 enum class Bf16 { kNothing, kPairs, kTiles };
 
+// Whether maps of bfloat16 rows are formed by our own kernels from the rows as they are.
+inline bool has_bf16_pairs() {
+  return has_avx512_bf16() && kBf16Products != 3;
+}
+
 // Whether torch's function multiplies as it is known here: its name is all that is known of it, so a small product of
 // whole numbers is tried.
 inline bool multiplies_bf16() {
@@ -293,13 +298,8 @@ inline Bf16 bf16_products() {
   if (kBf16Products > 1) return kBf16Products == 2 ? Bf16::kTiles : kBf16Products == 4 ? Bf16::kPairs : Bf16::kNothing;
   using namespace at::native::cpublas;
   if (could_pack == nullptr || brgemm == nullptr || brgemm_release == nullptr) return Bf16::kNothing;
-#if FASTKD_HAS_MULTIVERSION
-  static const bool has_pairs = has_avx512() && __builtin_cpu_supports("avx512bf16");
-#else
-  constexpr bool has_pairs = false;
-#endif
   const bool has_tiles = could_pack(ScalarType::BFloat16);
-  if (!has_tiles && !has_pairs) return Bf16::kNothing;
+  if (!has_tiles && !has_avx512_bf16()) return Bf16::kNothing;
   try {
     static const bool is_right = multiplies_bf16();  // tried again after an exception
     constexpr int64_t n = 16;

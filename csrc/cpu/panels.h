@@ -3,7 +3,7 @@
 // Rows are packed 16 together and transposed, [rows / 16][D][16], zeros beyond the last row. A tile of C is up to 8
 // rows by 3 vectors: 24 accumulators, and 11 loads for the 24 multiply-adds of a step. A map of few wide rows is formed
 // from the rows as they lie, 4 by 4 of its elements in as many vectors that are added up at the end. Tiles are of
-// float32 or float64, packed rows and maps of float32.
+// float32 or float64, packed rows of float32, rows of a map of float32 or, where has_avx512_bf16(), of bfloat16.
 #pragma once
 
 #include "cpu/vector.h"
@@ -51,8 +51,9 @@ struct OutOf {
 using Out = OutOf<float>;
 
 // out_ij = <x_i, x_j> of n rows, D to whole vectors; out has room for whole vectors of them in both directions.
+template <typename T>
 struct RowMap {
-  const float* x;
+  const T* x;
   int64_t ld, n, D;
   float* out;
   int64_t ldo;
@@ -337,27 +338,41 @@ FASTKD_AVX512 FASTKD_INLINE Vector sums(Vector (&x)[kPanel]) {
          __builtin_shufflevector(y[0], y[1], 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
 }
 
+// A vector of a row, and what the products of two of them add to each lane's sum.
+FASTKD_AVX512_BF16 FASTKD_INLINE __m512 vector_of(const float* x) {
+  return _mm512_loadu_ps(x);
+}
+FASTKD_AVX512_BF16 FASTKD_INLINE __m512bh vector_of(const BFloat16* x) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(x));
+}
+FASTKD_AVX512_BF16 FASTKD_INLINE __m512 add_products(__m512 sum, __m512 x, __m512 y) {
+  return sum + x * y;
+}
+FASTKD_AVX512_BF16 FASTKD_INLINE __m512 add_products(__m512 sum, __m512bh x, __m512bh y) {
+  return _mm512_dpbf16_ps(sum, x, y);
+}
+
 // The products of `rows` rows from i on with `columns` from j on, in both triangles; columns beyond n repeat the last.
-template <int rows, int columns>
-FASTKD_AVX512 FASTKD_INLINE void dots(RowMap map, int64_t i, int64_t j, Ahead& ahead) {
-  const float *a[rows], *b[columns];
+template <int rows, int columns, typename T>
+FASTKD_AVX512_BF16 FASTKD_INLINE void dots(const RowMap<T>& map, int64_t i, int64_t j, Ahead& ahead) {
+  const T *a[rows], *b[columns];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) a[r] = map.x + (i + r) * map.ld;
 #pragma GCC unroll 8
   for (int c = 0; c < columns; ++c) b[c] = map.x + std::min(j + c, map.n - 1) * map.ld;
-  const char* fetched = ahead.take(map.D / kPanel);
+  const char* fetched = ahead.take(map.D / kWidth<T>);
   const int64_t pace = ahead.pace();
   Vector sum[kPanel] = {};
-  for (int64_t d = 0; d < map.D; d += kPanel, fetched += pace) {
+  for (int64_t d = 0; d < map.D; d += kWidth<T>, fetched += pace) {
     __builtin_prefetch(fetched, 0, 2);
-    Vector right[columns];
+    decltype(vector_of(a[0])) right[columns];
 #pragma GCC unroll 8
-    for (int c = 0; c < columns; ++c) right[c] = *reinterpret_cast<const Vector*>(b[c] + d);
+    for (int c = 0; c < columns; ++c) right[c] = vector_of(b[c] + d);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const Vector left = *reinterpret_cast<const Vector*>(a[r] + d);
+      const auto left = vector_of(a[r] + d);
 #pragma GCC unroll 8
-      for (int c = 0; c < columns; ++c) sum[r * columns + c] += left * right[c];
+      for (int c = 0; c < columns; ++c) sum[r * columns + c] = add_products(sum[r * columns + c], left, right[c]);
     }
   }
   const Vector by_row = sums(sum);
@@ -377,7 +392,8 @@ FASTKD_AVX512 FASTKD_INLINE void dots(RowMap map, int64_t i, int64_t j, Ahead& a
 
 // Rows [begin, end) of the map up to the diagonal, and the columns that mirror them; begin a multiple of 8, as is end
 // unless it is n.
-FASTKD_AVX512 inline void map_rows(RowMap map, int64_t begin, int64_t end, Ahead& ahead) {
+template <typename T>
+FASTKD_AVX512_BF16 void map_rows(const RowMap<T>& map, int64_t begin, int64_t end, Ahead& ahead) {
   const int64_t whole = end / 4 * 4;
   for (int64_t i0 = begin; i0 < whole; i0 += 8)  // twice 4 rows stay in L1 while those before them pass
     for (int64_t j = 0, i1 = std::min(i0 + 8, whole); j < i1; j += 4)
@@ -395,7 +411,8 @@ void tile_row(int64_t, int64_t, const LeftOf<T>&, const LeftOf<T>&, const RightO
 template <typename T>
 void multiply(int64_t, int64_t, const LeftOf<T>&, const RightOf<T>&, OutOf<T>, Ahead&) {}
 inline void pack_panel(const float* const*, int64_t, float*, float*) {}
-inline void map_rows(RowMap, int64_t, int64_t, Ahead&) {}
+template <typename T>
+void map_rows(const RowMap<T>&, int64_t, int64_t, Ahead&) {}
 inline int64_t transpose_words(const char*, int64_t, int64_t, int64_t, int64_t, float*) {
   return 0;
 }

@@ -14,8 +14,20 @@ struct WholeMaps {
   const Term<float>& term;
   int64_t n, pitch;
   bool in_place;  // the gradient is formed where it belongs
-  Buffer<float> s_copy, t_copy, w, pt, r, q, u;
-  RowMap s, t;
+  Buffer<float> w, pt, r, q, u;
+
+  // A network's rows: what its map is formed from, and the student's as float32, which W multiplies.
+  struct Rows {
+    RowMap<float> wide{};
+    RowMap<BFloat16> narrow{};  // if its x is null, the map is that of wide
+    Buffer<float> copy;
+    Buffer<BFloat16> narrow_copy;
+
+    void map(int64_t begin, int64_t end, Ahead& ahead) const {
+      if (narrow.x) return map_rows(narrow, begin, end, ahead);
+      map_rows(wide, begin, end, ahead);
+    }
+  } s, t;
   Ahead ahead;
   int64_t g = -1;
 
@@ -40,22 +52,33 @@ struct WholeMaps {
 
   void load(int64_t group) {
     g = group;
-    const auto rows = [&](const Groups& x, Buffer<float>& copy, float* out) -> RowMap {
-      const int64_t width = padded(x.D);
-      if (in_vectors(x) && !x.across)
-        return {x.x.const_data_ptr<float>() + x.offset(g, 0), x.ld(), n, width, out, pitch};
-      copy.resize(n * width);
-      copy_rows(x, g, 0, n, copy.data());
-      return {copy.data(), width, n, width, out, pitch};
-    };
-    s = rows(term.s, s_copy, w.data());
-    t = rows(term.t, t_copy, pt.data());
+    load(term.s, s, w.data(), term.with_grad());
+    load(term.t, t, pt.data(), false);
+  }
+
+  void load(const Groups& x, Rows& rows, float* out, bool as_float) {
+    const int64_t width = padded(x.D);
+    if (in_vectors<BFloat16>(x) && has_bf16_pairs()) {
+      rows.narrow = {x.x.const_data_ptr<BFloat16>() + x.offset(g, 0), x.ld(), n, x.D, out, pitch};
+      if (x.across) {
+        rows.narrow_copy.resize(n * x.D);
+        for (int64_t i = 0; i < n; ++i) std::copy_n(rows.narrow.x + i * x.ld(), x.D, rows.narrow_copy.data() + i * x.D);
+        rows.narrow.x = rows.narrow_copy.data(), rows.narrow.ld = x.D;
+      }
+      if (!as_float) return;
+    } else if (in_vectors(x) && !x.across) {
+      rows.wide = {x.x.const_data_ptr<float>() + x.offset(g, 0), x.ld(), n, width, out, pitch};
+      return;
+    }
+    rows.copy.resize(n * width);
+    copy_rows(x, g, 0, n, rows.copy.data());
+    rows.wide = {rows.copy.data(), width, n, width, out, pitch};
   }
 
   // Rows [begin, end) of both maps, as map_rows has them.
   void products(int64_t begin, int64_t end, Ahead& ahead) const {
-    map_rows(s, begin, end, ahead);
-    map_rows(t, begin, end, ahead);
+    s.map(begin, end, ahead);
+    t.map(begin, end, ahead);
   }
 
   // Call this after all products are computed.
@@ -80,10 +103,11 @@ struct WholeMaps {
       if (term.normalize) p[i] -= r_i[i - begin] * r_i[i - begin] * row.dot;
     }
     if (!term.with_grad()) return sum;
-    const int64_t ld = in_place && term.s.across ? term.s.per_image * s.D : s.D;
-    float* out = in_place ? term.u + term.s.token(g, begin) * s.D : u.data() + begin * s.D;
+    const RowMap<float>& x = s.wide;
+    const int64_t ld = in_place && term.s.across ? term.s.per_image * x.D : x.D;
+    float* out = in_place ? term.u + term.s.token(g, begin) * x.D : u.data() + begin * x.D;
     const Left weights{w.data() + begin * pitch, pitch, 1, n};
-    multiply(end - begin, s.D, weights, {s.x, s.ld, kPanel}, {out, ld, in_place && term.add}, ahead);
+    multiply(end - begin, x.D, weights, {x.x, x.ld, kPanel}, {out, ld, in_place && term.add}, ahead);
     if (!in_place || term.add) term.store(g, begin, end, out, ld, term.add ? r_i : nullptr);
     return sum;
   }
@@ -94,8 +118,9 @@ struct WholeMaps {
     ahead.clear();
     if (in_place) fetch_sums(ahead, term, g, 0, n);
     fetch_rows(ahead, term, after, 0, n);
-    const int64_t weighted = term.with_grad() ? s.D : 0;
-    const double of_products = (s.D + t.D) / 2. / (kPanel * kPanel);
+    const int64_t weighted = term.with_grad() ? term.s.D : 0;
+    const auto steps = [](const Rows& x) { return x.narrow.x ? x.narrow.D / 2 : x.wide.D; };
+    const double of_products = static_cast<double>(steps(s) + steps(t)) / 2. / (kPanel * kPanel);
     ahead.spread(n * n * (of_products + weighted / static_cast<double>(kTileRows * kTileVectors * kPanel)));
     products(0, n, ahead);
     norms();

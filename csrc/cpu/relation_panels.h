@@ -15,9 +15,10 @@ struct RowBlocks {
   int64_t height() const { return (padded(n) / kPanel + count - 1) / count * kPanel; }
 };
 
-// Whether rows are whole vectors of float32 where they lie.
+// Whether rows are whole vectors of T where they lie.
+template <typename T = float>
 bool in_vectors(const Groups& x) {
-  return x.in_place(ScalarType::Float) && x.D % kPanel == 0;
+  return x.in_place(CppTypeToScalarType<T>::value) && x.D % kWidth<T> == 0;
 }
 
 // Rows [begin, end) of group g as whole vectors.

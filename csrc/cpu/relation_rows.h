@@ -88,6 +88,10 @@ template <typename acc_t>
 void convert_rows(const Groups& x, int64_t g, int64_t begin, int64_t end, const acc_t* scale, acc_t* out, int64_t ld) {
   FASTKD_DISPATCH(x.x.scalar_type(), "convert_rows", [&] {
     const auto* p = x.x.const_data_ptr<scalar_t>();
+    if (!scale && x.x.stride(2) == 1 && x.row_stride == x.D && ld == x.D) {  // one long row
+      convert_row<scalar_t, acc_t>(p + x.offset(g, begin), 1, (end - begin) * x.D, 1, out);
+      return;
+    }
     for (int64_t i = begin; i < end; ++i)
       convert_row<scalar_t, acc_t>(
           p + x.offset(g, i), x.x.stride(2), x.D, scale ? scale[i - begin] : acc_t(1), out + (i - begin) * ld);
@@ -229,6 +233,13 @@ FASTKD_INLINE void assign(out_t& to, acc_t x) {
   } else {
     to = static_cast<out_t>(x);
   }
+}
+
+// n numbers, rounded to what a gradient is stored in.
+template <typename acc_t, typename out_t>
+FASTKD_MULTIVERSION void round_all(const acc_t* x, int64_t n, out_t* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) assign(out[i], x[i]);
 }
 
 // dS_i = c (U_i - s_i r_i² <s_i, U_i>); c U_i where rows are not normalised. out may be u.

@@ -38,6 +38,8 @@ struct Term {
       const auto* s_ptr = s.x.const_data_ptr<scalar_t>();
       auto* d_ptr = static_cast<stored_t*>(dstudent.mutable_data_ptr());
       const bool project = normalize && inverse != nullptr;
+      if (!project && !s.across && ld == s.D)  // one long row
+        return round_all<acc_t, stored_t>(rows, (end - begin) * s.D, d_ptr + s.token(g, begin) * s.D);
       Buffer<acc_t> wide;
       if (kIsHalf<scalar_t, acc_t>) wide.resize(s.D);
       for (int64_t i = begin; i < end; ++i) {

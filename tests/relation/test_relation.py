@@ -232,6 +232,7 @@ def maps_of(widths: tuple[int, int], groups: int = 2) -> Callable[[int], tuple[i
 
 # Maps of at most (Ds + Dt) / 2 rows are formed whole, others in blocks. Five groups: some threads have one more.
 NARROW, WIDE = (8, 5), (48, 80)
+PAIRS = (64, 96)  # whole vectors of bfloat16
 EMULATED = {"matmul_bf16_products": 2, "relation_matrix_rows": 1}
 SPLITS = {
     "strips": Split({"relation_strip_rows": 4}, 4, maps_of(NARROW), torch.float64),
@@ -248,6 +249,12 @@ SPLITS = {
     "whole_rows": Split({"relation_panel_rows": 21}, 21, maps_of(WIDE)),
     "whole_bytes": Split({"relation_panel_bytes": 21 * 80 * 4}, 21, maps_of(WIDE)),
     "whole_inter": Split({"relation_panel_rows": 21}, 21, lambda n: (n, 2, *WIDE), scope="inter"),
+    "whole_bf16": Split({"relation_panel_rows": 21}, 21, maps_of(WIDE), torch.bfloat16),
+    "whole_pairs": Split({"relation_panel_rows": 21}, 21, maps_of(PAIRS), torch.bfloat16),
+    "whole_pairs_inter": Split(
+        {"relation_panel_rows": 21}, 21, lambda n: (n, 2, *PAIRS), torch.bfloat16, scope="inter"
+    ),
+    "shared_pairs": Split({"relation_shared_maps": 17 * 17 * (3 * 64 + 96)}, 17, maps_of(PAIRS, 5), torch.bfloat16),
     "shared_rows": Split({"relation_shared_blocks": 1, "relation_shared_rows": 33}, 33, maps_of(NARROW, 5)),
     "shared_blocks": Split(
         {"relation_shared_blocks": 32 * 32 * (3 * 8 + 5), "relation_shared_rows": 17, "relation_panel_rows": 16},
