@@ -214,7 +214,7 @@ class RightRows {
 };
 
 // 1: where the CPU has instructions for them; 2: everywhere, element by element, for tests of what is built on them; 3:
-// nowhere; 4: as 2, but as if in pairs.
+// nowhere; 4: as 2, but as if in pairs alone.
 inline Threshold kBf16Products{"matmul.bf16_products", 1};
 
 // Columns of a packed operand, padded to whole tiles.
@@ -276,7 +276,7 @@ enum class Bf16 { kNothing, kPairs, kTiles };
 
 // Whether maps of bfloat16 rows are formed by our own kernels from the rows as they are.
 inline bool has_bf16_pairs() {
-  return has_avx512_bf16() && kBf16Products != 3;
+  return kBf16Products == 1 ? has_avx512_bf16() : kBf16Products != 3;
 }
 
 // Whether torch's function multiplies as it is known here: its name is all that is known of it, so a small product of

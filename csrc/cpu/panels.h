@@ -8,6 +8,7 @@
 
 #include "cpu/vector.h"
 #include "isa.h"
+#include "tensor.h"
 
 #include <algorithm>
 #include <cmath>

@@ -25,7 +25,7 @@ double visit(const Term<acc_t>& term) {
     const bool rows_in_place = term.s.in_place(ScalarType::BFloat16) && term.t.in_place(ScalarType::BFloat16);
     const bool fits = rows_in_place && term.s.D % 2 == 0 && term.t.D % 2 == 0;
     const bool fills = term.s.n >= kMatrixRows || !has_avx512();
-    if (both_bf16(term.s.x, term.t.x) && fits && fills) return tile_bf16(term);
+    if (both_bf16(term.s.x, term.t.x) && fits && fills && term.keeps_its_digits_in_bf16()) return tile_bf16(term);
     if (has_avx512()) return tile_panels(term);
   }
   return tile(term);

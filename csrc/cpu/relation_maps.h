@@ -24,8 +24,18 @@ struct WholeMaps {
     Buffer<BFloat16> narrow_copy;
 
     void map(int64_t begin, int64_t end, Ahead& ahead) const {
-      if (narrow.x) return map_rows(narrow, begin, end, ahead);
-      map_rows(wide, begin, end, ahead);
+      if (!narrow.x) return map_rows(wide, begin, end, ahead);
+      kBf16Products == 1 ? map_rows(narrow, begin, end, ahead) : emulate(begin, end);
+    }
+
+    void emulate(int64_t begin, int64_t end) const {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = 0; j <= i; ++j) {
+          const auto *x = narrow.x + i * narrow.ld, *y = narrow.x + j * narrow.ld;
+          float sum = 0;
+          for (int64_t d = 0; d < narrow.D; ++d) sum += static_cast<float>(x[d]) * static_cast<float>(y[d]);
+          narrow.out[i * narrow.ldo + j] = narrow.out[j * narrow.ldo + i] = sum;
+        }
     }
   } s, t;
   Ahead ahead;
@@ -58,7 +68,7 @@ struct WholeMaps {
 
   void load(const Groups& x, Rows& rows, float* out, bool as_float) {
     const int64_t width = padded(x.D);
-    if (in_vectors<BFloat16>(x) && has_bf16_pairs()) {
+    if (in_vectors<BFloat16>(x) && has_bf16_pairs() && term.keeps_its_digits_in_bf16()) {
       rows.narrow = {x.x.const_data_ptr<BFloat16>() + x.offset(g, 0), x.ld(), n, x.D, out, pitch};
       if (x.across) {
         rows.narrow_copy.resize(n * x.D);

@@ -19,6 +19,9 @@ struct Term {
 
   bool with_grad() const { return u || dstudent.defined(); }
 
+  // Whether sums of products that instructions for bfloat16 take for 0, below 1.2e-38, are of rows that count as 0.
+  bool keeps_its_digits_in_bf16() const { return !normalize || eps >= 1e-15; }
+
   // U of rows [begin, end) of group g, complete for this term, to where it belongs; inverse: their inverse norms, null
   // where this term's rows are projected already.
   void store(int64_t g, int64_t begin, int64_t end, acc_t* rows, int64_t ld, const acc_t* inverse) const {

@@ -233,6 +233,7 @@ def maps_of(widths: tuple[int, int], groups: int = 2) -> Callable[[int], tuple[i
 # Maps of at most (Ds + Dt) / 2 rows are formed whole, others in blocks. Five groups: some threads have one more.
 NARROW, WIDE = (8, 5), (48, 80)
 PAIRS = (64, 96)  # whole vectors of bfloat16
+IN_PAIRS = {"matmul_bf16_products": 4}
 EMULATED = {"matmul_bf16_products": 2, "relation_matrix_rows": 1}
 SPLITS = {
     "strips": Split({"relation_strip_rows": 4}, 4, maps_of(NARROW), torch.float64),
@@ -249,12 +250,14 @@ SPLITS = {
     "whole_rows": Split({"relation_panel_rows": 21}, 21, maps_of(WIDE)),
     "whole_bytes": Split({"relation_panel_bytes": 21 * 80 * 4}, 21, maps_of(WIDE)),
     "whole_inter": Split({"relation_panel_rows": 21}, 21, lambda n: (n, 2, *WIDE), scope="inter"),
-    "whole_bf16": Split({"relation_panel_rows": 21}, 21, maps_of(WIDE), torch.bfloat16),
+    "whole_bf16": Split(IN_PAIRS | {"relation_panel_rows": 21}, 21, maps_of(WIDE), torch.bfloat16),
     "whole_pairs": Split({"relation_panel_rows": 21}, 21, maps_of(PAIRS), torch.bfloat16),
     "whole_pairs_inter": Split(
-        {"relation_panel_rows": 21}, 21, lambda n: (n, 2, *PAIRS), torch.bfloat16, scope="inter"
+        IN_PAIRS | {"relation_panel_rows": 21}, 21, lambda n: (n, 2, *PAIRS), torch.bfloat16, scope="inter"
     ),
-    "shared_pairs": Split({"relation_shared_maps": 17 * 17 * (3 * 64 + 96)}, 17, maps_of(PAIRS, 5), torch.bfloat16),
+    "shared_pairs": Split(
+        IN_PAIRS | {"relation_shared_maps": 17 * 17 * (3 * 64 + 96)}, 17, maps_of(PAIRS, 5), torch.bfloat16
+    ),
     "shared_rows": Split({"relation_shared_blocks": 1, "relation_shared_rows": 33}, 33, maps_of(NARROW, 5)),
     "shared_blocks": Split(
         {"relation_shared_blocks": 32 * 32 * (3 * 8 + 5), "relation_shared_rows": 17, "relation_panel_rows": 16},
@@ -317,6 +320,20 @@ def test_native_splits(split: str, products: int, options: dict) -> None:
                 with torch.no_grad():  # forms no gradient, and splits otherwise
                     alone = call(student)
                 assert_matches_oracle(alone, eager[0], oracle[0], n * shape[2], f"loss alone, size {size}")
+
+
+@pytest.mark.parametrize("n", [7, 70])  # below and in whole tiles of a matrix unit
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_rows_of_tiny_norms(backend: str, n: int) -> None:
+    """Instructions for bfloat16 take their products for 0; the rows count, down to eps."""
+    student, teacher = features(2, n, 128, 192, torch.bfloat16)
+    norm = student.float().norm(dim=-1, keepdim=True)
+    tiny = (student.float() / norm * 4e-18).to(torch.bfloat16)
+    call = partial(fastkd.relation_loss, eps=0.0, algorithm="tile", backend=backend)
+    found = loss_and_gradients(lambda s: call(s, teacher) * 2.0**-60, [tiny])
+    oracle = oracle_of(tiny, teacher, torch.float64, eps=0.0)
+    assert relative_difference(found[0] * 2.0**60, oracle[0]) < 1e-5
+    assert relative_difference(found[1].double() * 2.0**60, oracle[1]) < 1e-2
 
 
 @pytest.mark.parametrize(
