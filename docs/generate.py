@@ -199,7 +199,7 @@ HEADLINE = (
 
 
 def anchoring() -> str:
-    """Return the results of `python -m experiments.anchoring`, means over its seeds."""
+    """Return the results of `python -m experiments.anchoring`, means and ranges over its seeds."""
     path = RESULTS / "anchoring.json"
     if not path.exists():
         return NONE
@@ -207,7 +207,10 @@ def anchoring() -> str:
 
     def mean(runs: list[Row], name: str, form: str) -> str:
         values = [run[name] for run in runs if run[name] is not None]
-        return format(statistics.fmean(values), form) if values else "-"
+        if not values:
+            return "-"
+        least, most = (format(limit(values), form) for limit in (min, max))
+        return format(statistics.fmean(values), form) + (f" ({least} to {most})" if least != most else "")
 
     lines = [
         [label, mean(runs, "drift", ".2g"), mean(runs, "explained", ".1%"), mean(runs, "top1", ".1f")]
@@ -216,7 +219,8 @@ def anchoring() -> str:
     head = ["network", "difference of patch relations", "variance of ink explained", "top-1 (%)"]
     seeds = len(next(iter(found["rows"].values())))
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{table(head, lines)}\nMean of {seeds} seed(s) on {found['machine']} ({versions}), {found['date']}.\n"
+    where = f"{found['machine']} ({versions}), {found['date']}"
+    return f"{table(head, lines)}\nMean and range of {seeds} seed(s) on {where}.\n"
 
 
 def studies() -> list[Row]:
