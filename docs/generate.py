@@ -550,8 +550,9 @@ def work() -> str:
     """Return the tables of counted work: per case, then the kernels of each target."""
     found = json.loads((RESULTS / "work.json").read_text())
     versions = found["header"]["versions"]
-    about = f"{found['header']['cpu']}; Triton {versions['triton']}, torch {versions['torch']}, "
-    parts = [f"{about}commit {found['header']['commit']}, {found['header']['date'][:10]}.\n"]
+    header = found["header"]
+    about = f"Triton {versions['triton']}, torch {versions['torch']}, commit {header['commit']}, {header['date'][:10]}."
+    parts = [f"{about}\n*host us*: {header.get('host', header['cpu'])}.\n"]
     before = json.loads((RESULTS / "work-before.json").read_text())
     parts[0] += f"*before*: commit {before['header']['commit']}.\n"
     earlier = {(row["case"], row["dtype"], row["target"]): row["work"] for row in before["work"] if "target" in row}
