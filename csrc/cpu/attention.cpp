@@ -15,8 +15,9 @@ namespace {
 bool fits_bf16(const Problem& problem) {
   for (const Network* x : {&problem.s, &problem.t})
     if (x->q.scalar_type() != ScalarType::BFloat16 || x->k.scalar_type() != ScalarType::BFloat16) return false;
+  if (problem.mean_heads) return false;
   const Bf16 has = bf16_products();
-  return !problem.mean_heads && (has == Bf16::kTiles || (has == Bf16::kPairs && problem.N_k() >= kPairKeys));
+  return has == Bf16::kTiles || (has == Bf16::kPairs && problem.N_k() >= kPairKeys);
 }
 
 double run(const Problem& problem, const std::string& algorithm, ScalarType acc) {

@@ -14,18 +14,13 @@
 namespace fastkd {
 namespace {
 
-bool both_bf16(const Tensor& student, const Tensor& teacher) {
-  return student.scalar_type() == ScalarType::BFloat16 && teacher.scalar_type() == ScalarType::BFloat16 &&
-         bf16_products() == Bf16::kTiles;
-}
-
 template <typename acc_t>
 double visit(const Term<acc_t>& term) {
   if constexpr (std::is_same_v<acc_t, float>) {
     const bool rows_in_place = term.s.in_place(ScalarType::BFloat16) && term.t.in_place(ScalarType::BFloat16);
     const bool fits = rows_in_place && term.s.D % 2 == 0 && term.t.D % 2 == 0;
     const bool fills = term.s.n >= kMatrixRows || !has_avx512();
-    if (both_bf16(term.s.x, term.t.x) && fits && fills && term.keeps_its_digits_in_bf16()) return tile_bf16(term);
+    if (fits && fills && term.keeps_its_digits_in_bf16() && bf16_products() == Bf16::kTiles) return tile_bf16(term);
     if (has_avx512()) return tile_panels(term);
   }
   return tile(term);

@@ -25,7 +25,8 @@ struct WholeMaps {
 
     void map(int64_t begin, int64_t end, Ahead& ahead) const {
       if (!narrow.x) return map_rows(wide, begin, end, ahead);
-      kBf16Products == 1 ? map_rows(narrow, begin, end, ahead) : emulate(begin, end);
+      if (kBf16Products > 1) return emulate(begin, end);
+      map_rows(narrow, begin, end, ahead);
     }
 
     void emulate(int64_t begin, int64_t end) const {
