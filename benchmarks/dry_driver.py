@@ -10,7 +10,9 @@ Nothing is executed: outputs are uninitialised memory. Nothing is compiled until
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import inspect
 import pkgutil
 import re
 import time
@@ -228,6 +230,8 @@ def launcher(op: str, package: str = "fastkd_kernels") -> Callable[..., Any]:
     """Return an operator's function in kernels/ or eager/, with its arguments in the order of the schema."""
     function = getattr(importlib.import_module(f"{package}.{_schemas.STEMS[op]}"), op)
     names = [argument.name for argument in getattr(torch.ops.fastkd, op).default._schema.arguments]
+    if names == list(inspect.signature(function).parameters):
+        return function
     return lambda *args: function(**dict(zip(names, args, strict=True)))
 
 
@@ -311,9 +315,20 @@ def bound(target: str, after: Callable[[], None]) -> Iterator[None]:
         yield
 
 
+def _keep_freed_memory() -> None:
+    """Let malloc hand out memory that was freed, as PyTorch's allocator does on a GPU: it would map large tensors anew,
+    which takes longer than all else that a launch needs."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
+
+
 def host_seconds(launches: Sequence[Launch], rounds: int = 50) -> list[float]:
     """Return, of each launch of some calls, the time on this CPU since the one before it, or since its call began: to
     derive and to bind its arguments, and for PyTorch to provide tensors. The least of several rounds."""
+    _keep_freed_memory()
     least: dict[Call, list[float]] = {}
     marks: list[float] = []
     for launch in launches:

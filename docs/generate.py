@@ -563,14 +563,16 @@ def work() -> str:
         lines = []
         for row in rows:
             floor = row["floor"]
-            lines.append([row["case"], row["dtype"], "fastkd", *_counted(row["work"])])
+            own = [(kernel["launches"], kernel["launch_us"]) for kernel in row["kernels"] if "launch_us" in kernel]
+            host = f"{sum(n * us for n, us in own) / sum(n for n, _ in own):.0f}" if own else "-"
+            lines.append([row["case"], row["dtype"], "fastkd", *_counted(row["work"]), host])
             if was := earlier.get((row["case"], row["dtype"], target)):
-                lines.append(["", "", "before", *_counted(was)])
+                lines.append(["", "", "before", *_counted(was), ""])
             if target == "sm_90":
-                lines.append(["", "", "compile", *_counted(forms[row["case"], row["dtype"]])])
+                lines.append(["", "", "compile", *_counted(forms[row["case"], row["dtype"]]), ""])
                 least = [_amount(floor["bytes"] / 1e6), _amount(floor["flops"] / 1e9)]
-                lines.append(["", "", "floor", "-", *least, "-"])
-        head = ["case", "dtype", "", "launches", "MB", "GFLOP", "M exp"]
+                lines.append(["", "", "floor", "-", *least, "-", ""])
+        head = ["case", "dtype", "", "launches", "MB", "GFLOP", "M exp", "host us"]
         parts.append(f"## {target}\n\n{table(head, lines)}")
         head = ["case", "kernel", "launches", "programs", "per SM", "registers", "blocks per SM", "host us"]
         lines = [

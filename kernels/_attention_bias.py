@@ -13,8 +13,8 @@ from ._attention_tiles import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bias_kernel(  # noqa: C901 (branches on constants, of which one is compiled)
     student, teacher,  # Operands
-    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
-    weight,  # (B, H, N_q) and strides; unused unless HAS_WEIGHT
+    key_mask,  # (B, N_k) and strides, or None
+    weight,  # (B, H, N_q) and strides, or None
     stats_ptr,  # (6, B, H, N_q): m_s, l_s (0: no gradient), m_t, l_s / l_t - 1, c, v_top
     y_ptr, dlog_ptr,  # (images, strip_rows, pitch): the mean p or its log2, gradient by its log; unused unless IS_MEAN
     partial_ptr,  # (splits, B | 1, H | 1, N_q | 1, N_k | 1): added to

@@ -30,8 +30,8 @@ def _query_gradient(dz, k, factors, IS_FLOAT16: tl.constexpr, PRECISION: tl.cons
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_fused_kernel(
     student, teacher,  # Operands
-    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
-    weight,  # (B, H, N_q) and strides; unused unless HAS_WEIGHT
+    key_mask,  # (B, N_k) and strides, or None
+    weight,  # (B, H, N_q) and strides, or None
     loss_ptr,  # (B, H, N_q)
     dq_ptr,  # (B, H, N_q, d)
     dk_ptr,  # (B, H, N_k, d)

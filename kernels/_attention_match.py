@@ -68,8 +68,8 @@ def _match_dz(z_s, z_t, w, stats_ptr, row, in_i, rows_total, inv_keys, ARE_KEYS_
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_rows_kernel(  # noqa: C901 (branches on constants, of which one is compiled)
     student, teacher,  # Operands
-    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
-    weight,  # (B, H, N_q) and strides; unused unless HAS_WEIGHT
+    key_mask,  # (B, N_k) and strides, or None
+    weight,  # (B, H, N_q) and strides, or None
     loss_ptr,  # (B, H, N_q)
     stats_ptr,  # (6, B, H, N_q): m_s, l_s (0: no gradient), m_t, l_s / l_t - 1, c, v_top
     dq_ptr,  # (B, H, N_q, d)
@@ -214,8 +214,8 @@ def _attention_rows_kernel(  # noqa: C901 (branches on constants, of which one i
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_keys_kernel(
     student, teacher,  # Operands
-    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
-    weight,  # (B, H, N_q) and strides; unused unless HAS_WEIGHT
+    key_mask,  # (B, N_k) and strides, or None
+    weight,  # (B, H, N_q) and strides, or None
     stats_ptr,  # (6, B, H, N_q): m_s, l_s (0: no gradient), m_t, l_s / l_t - 1, c, v_top
     y_ptr, dlog_ptr,  # (images, strip_rows, pitch): the mean p or its log2, gradient by its log; unused unless IS_MEAN
     sum_ptr,  # (B, H, N_k, d), float32: added where IS_ADDED

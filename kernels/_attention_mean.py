@@ -61,8 +61,8 @@ def _mean_dz(z, stats_ptr, y_ptr, dlog_ptr, place, row, in_i, j, N_k, rows_total
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_stats_kernel(
     network,  # Operands
-    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
-    weight,  # (B, 1, N_q) and strides; unused unless HAS_WEIGHT
+    key_mask,  # (B, N_k) and strides, or None
+    weight,  # (B, 1, N_q) and strides, or None
     stats_ptr,  # (2, B, H, N_q): m, l
     H, N_q, N_k, q_tiles, rows_total, row_start, row_step,
     scale, bias_scale, factor,
@@ -137,8 +137,8 @@ def _share_with_keys(stats_ptr, b, i, in_i, H, N_q, rows_total):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_mean_kernel(
     student, teacher,  # Operands
-    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
-    weight,  # (B, 1, N_q) and strides; unused unless HAS_WEIGHT
+    key_mask,  # (B, N_k) and strides, or None
+    weight,  # (B, 1, N_q) and strides, or None
     stats_ptr, stats_t_ptr,  # (4, B, H_s, N_q), (2, B, H_t, N_q): m, l
     loss_ptr,  # (B, 1, N_q)
     y_ptr, dlog_ptr,  # (images, strip_rows, pitch): student: mean p or its log2; gradient by its log
@@ -206,8 +206,8 @@ def _attention_mean_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_head_kernel(
     student,  # Operands
-    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
-    weight,  # (B, 1, N_q) and strides; unused unless HAS_WEIGHT
+    key_mask,  # (B, N_k) and strides, or None
+    weight,  # (B, 1, N_q) and strides, or None
     stats_ptr,  # (4, B, H, N_q): m, l, c, part_top
     y_ptr, dlog_ptr,  # (images, strip_rows, pitch)
     dq_ptr,  # (B, H, N_q, d)

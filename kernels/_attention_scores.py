@@ -131,7 +131,7 @@ def _keys_seen(i_last, N_k, row_start, row_step, IS_CAUSAL: tl.constexpr):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_centre_kernel(
     k_ptr,  # (B, H, N_k, d)
-    key_mask,  # (B, N_k) and strides; unused unless HAS_MASK
+    key_mask,  # (B, N_k) and strides, or None
     mean_ptr,  # (B, H, d)
     k_strides,
     H, N_k, D,

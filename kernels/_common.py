@@ -90,9 +90,15 @@ def architecture(device: torch.device) -> str:
     return _of_card(device)[1] if device.type == "cuda" else "9.0"  # interpreted: what the largest cards run
 
 
-def stored_gradient(x: Tensor) -> torch.dtype:
-    """float16 gradients wait in float32: the incoming gradient (GradScaler's scale) must come before the rounding."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+def empty_gradient(x: Tensor, is_wanted: bool) -> Tensor:
+    """Return contiguous room for the gradient of x, or for nothing.
+
+    float16 gradients wait in float32: the incoming gradient (GradScaler's scale) must come before the rounding.
+    """
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    if not is_wanted:
+        return x.new_empty(0, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)  # new_empty takes twice as long
 
 
 def float32_products() -> str:

@@ -11,8 +11,9 @@ from ._relation_tiles import UNSPECIALIZED
 
 @triton.jit
 def _apply(i, piece, first_tail, w, along, s, s_strides, norms, norm_strides, index_ptr, layer, g, run, n, Ds,
-           columns, pitch, before, out, d_strides, factor, scale, NORMALIZE: tl.constexpr, TERMS: tl.constexpr,
-           TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+           columns, pitch, before, out, d_strides, sums, powers, total, factor, scale,
+           NORMALIZE: tl.constexpr, TERMS: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Store rows i of the gradient: W S in tiles of BLOCK_N rows of S, and one of its last TAIL rows."""
     d = piece * BLOCK_D + tl.arange(0, BLOCK_D)
     u = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -23,8 +24,10 @@ def _apply(i, piece, first_tail, w, along, s, s_strides, norms, norm_strides, in
     if TAIL > 0:
         u = _add_products(u, w_rows, pitch * pitch, s, g, run, s_strides, norms, norm_strides, index_ptr, layer,
                           first_tail + tl.arange(0, TAIL), n, d, Ds, NORMALIZE, TERMS)  # fmt: skip
+    if sums is not None:
+        powers += total.to(tl.int64) * piece
     _store_gradient(u, s, s_strides, norms, norm_strides, index_ptr, layer, g, run, i, n, d, Ds, along, columns, before,
-                    out, d_strides, factor, scale, NORMALIZE)  # fmt: skip
+                    out, d_strides, sums, powers, factor, scale, NORMALIZE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -38,7 +41,9 @@ def _relation_group_kernel(
     w_ptr,  # (programs, TERMS, pitch, pitch): each program's W, of one group after another
     along_ptr,  # (programs, column tiles, n)
     before_ptr,  # layers of float32 gradients that are added, or None
-    ds_ptr,  # layers of (B, N, Ds), or of (1, n, Ds) of drawn rows
+    ds_ptr,  # layers of (B, N, Ds), or of (1, n, Ds) of drawn rows; None if the gradients go to the sums
+    sums_ptr,  # float16 (layers, tokens, Ds), or None: gradients that are added to those of ds, or written without ds
+    powers_ptr,  # (pieces of BLOCK_D columns, layers, tokens): powers of two that the sums are to be multiplied by
     s_strides, t_strides, norm_strides, d_strides,
     total, tokens, n, G, run, Ds, Dt,
     groups, programs, full, pitch, factor, eps,
@@ -67,6 +72,8 @@ def _relation_group_kernel(
                 _norms(t, i, to, i < n, g, run, Dt, t_strides, norms + total, eps, NORMALIZE, BLOCK_M, BLOCK_K)
             tl.debug_barrier()  # they are read by other threads
         scale = W_SCALE if scale_ptr is None else tl.load(scale_ptr + group)
+        sums = None if sums_ptr is None else sums_ptr + layer * tokens * Ds
+        powers = None if sums_ptr is None else powers_ptr + layer * tokens
 
         square = 0.0
         for column_i in range(columns):
@@ -92,10 +99,11 @@ def _relation_group_kernel(
             for tile in range(full * pieces):
                 _apply(tile // pieces * BLOCK_M + block, tile % pieces, full * BLOCK_M, w, along, s, s_strides, norms,
                        norm_strides, index_ptr, layer, g, run, n, Ds, columns, pitch, before_ptr, ds_ptr, d_strides,
-                       factor, scale, NORMALIZE, TERMS, TAIL, BLOCK_M, BLOCK_N, BLOCK_D)  # fmt: skip
+                       sums, powers, total, factor, scale, NORMALIZE, TERMS, TAIL, BLOCK_M, BLOCK_N,
+                       BLOCK_D)  # fmt: skip
             if TAIL > 0:
                 for piece in range(pieces):
                     _apply(tail, piece, full * BLOCK_M, w, along, s, s_strides, norms, norm_strides, index_ptr, layer,
-                           g, run, n, Ds, columns, pitch, before_ptr, ds_ptr, d_strides, factor, scale, NORMALIZE,
-                           TERMS, TAIL, TAIL, BLOCK_N, BLOCK_D)  # fmt: skip
+                           g, run, n, Ds, columns, pitch, before_ptr, ds_ptr, d_strides, sums, powers, total,
+                           factor, scale, NORMALIZE, TERMS, TAIL, TAIL, BLOCK_N, BLOCK_D)  # fmt: skip
             tl.debug_barrier()  # the next group's W replaces this one's

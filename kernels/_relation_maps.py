@@ -177,9 +177,22 @@ def _add_products(u, w_rows, term, s, g, run, s_strides, norms, norm_strides, in
 
 
 @triton.jit
+def _to_halves(x):
+    """Return rows of float32 numbers as float16 ones, and of each row the power of two that they are to be multiplied
+    by. The largest comes to 2**14 and more, so that numbers down to 2**-28 of it keep 11 bits."""
+    exponent = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    down = tl.maximum(exponent, 15 << 23) - (14 << 23)
+    halves = x * (0x7F000000 - down).to(tl.float32, bitcast=True)[:, None]
+    return halves.to(tl.float16), down.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _store_gradient(u, s, s_strides, norms, norm_strides, index_ptr, layer, g, run, i, n, d, Ds, along, columns,
-                    before, out, d_strides, factor, scale, NORMALIZE: tl.constexpr):  # fmt: skip
-    """factor r_i (u / scale - ŝ_i Σ_j E_ij Ŝ_ij) on columns d, or factor u / scale of raw rows; plus `before`."""
+                    before, out, d_strides, sums, powers, factor, scale, NORMALIZE: tl.constexpr):  # fmt: skip
+    """factor r_i (u / scale - ŝ_i Σ_j E_ij Ŝ_ij) on columns d, or factor u / scale of raw rows; plus `before`.
+
+    sums and powers, at these columns: where they are given, they are what is added; without `out`, they are written.
+    """
     mask = i < n
     u = u * (1.0 / scale)
     if NORMALIZE:
@@ -191,10 +204,22 @@ def _store_gradient(u, s, s_strides, norms, norm_strides, index_ptr, layer, g, r
         rows = _load(_row_pointers(s, g, row_i, run, s_strides), mask, d, Ds, s_strides[3]).to(tl.float32)
         u = r_i[:, None] * (u - rows * r_i[:, None] * a[:, None])
     u = u * factor
+    if sums is not None:
+        token = g * norm_strides[0] + i.to(tl.int64) * norm_strides[1]
+        sum_rows = sums + token * Ds
+        if out is None:
+            halves, power = _to_halves(u)
+            tl.store(sum_rows[:, None] + d[None, :], halves, mask=mask[:, None] & (d < Ds)[None, :])
+            tl.store(powers + token, power.to(powers.dtype.element_ty), mask=mask)
+        else:
+            power = tl.load(powers + token, mask=mask, other=0.0).to(tl.float32)
+            u += _load(sum_rows, mask, d, Ds, 1).to(tl.float32) * power[:, None]
     if before is not None:
         u += _load(_row_pointers(of_layer(before, layer), g, i, run, d_strides), mask, d, Ds, d_strides[3])
-    out = _row_pointers(of_layer(out, layer), g, i, run, d_strides)[:, None] + d.to(tl.int64)[None, :] * d_strides[3]
-    tl.store(out, u.to(out.dtype.element_ty), mask=mask[:, None] & (d < Ds)[None, :])
+    if out is not None:
+        rows = _row_pointers(of_layer(out, layer), g, i, run, d_strides)
+        to = rows[:, None] + d.to(tl.int64)[None, :] * d_strides[3]
+        tl.store(to, u.to(to.dtype.element_ty), mask=mask[:, None] & (d < Ds)[None, :])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -230,7 +255,7 @@ def _relation_apply_kernel(
                           j0 + tl.arange(0, BLOCK_N), n, d, Ds, NORMALIZE, TERMS)  # fmt: skip
     scale = W_SCALE if scale_ptr is None else tl.load(scale_ptr + group)
     _store_gradient(u, s, s_strides, norms, norm_strides, index_ptr, layer, g, run, first_row + i_w, n, d, Ds,
-                    along_ptr + local * columns * n, columns, before_ptr, ds_ptr, d_strides, factor, scale,
+                    along_ptr + local * columns * n, columns, before_ptr, ds_ptr, d_strides, None, None, factor, scale,
                     NORMALIZE)  # fmt: skip
 
 
@@ -238,13 +263,15 @@ def _relation_apply_kernel(
 def _relation_scatter_kernel(
     d_ptr,  # layers of (1, K, D)
     index_ptr,  # layers of (K,)
-    out_ptr,  # layers of (B, N, D), contiguous
-    K, D,
+    out_ptr,  # layers of (B, N, D), contiguous, or None
+    sums_ptr,  # float16 (layers, tokens, D), or None
+    powers_ptr,  # (pieces, layers, tokens), of the sums
+    K, D, tokens, total,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per drawn row and piece of its width: adds all draws of that row, by the first of them."""
-    k, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    k, layer, piece = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     index, drawn = of_layer(index_ptr, layer), of_layer(d_ptr, layer)
     row = tl.load(index + k)
     others = tl.arange(0, BLOCK_K)
@@ -252,11 +279,20 @@ def _relation_scatter_kernel(
     for k0 in range(0, k, BLOCK_K):
         earlier += tl.sum((tl.load(index + k0 + others, mask=k0 + others < k, other=-1) == row).to(tl.int32))
     if earlier == 0:
-        d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-        total = tl.zeros((BLOCK_D,), tl.float32)
+        d = piece * BLOCK_D + tl.arange(0, BLOCK_D)
+        added = tl.zeros((BLOCK_D,), tl.float32)
         for k0 in range(k, K, BLOCK_K):
             same = tl.load(index + k0 + others, mask=k0 + others < K, other=-1) == row
             at = (k0 + others).to(tl.int64)[:, None] * D + d[None, :]
-            total += tl.sum(tl.load(drawn + at, mask=same[:, None] & (d < D)[None, :], other=0.0), 0)
-        out = of_layer(out_ptr, layer) + row * D + d
-        tl.store(out, tl.load(out, mask=d < D, other=0.0) + total, mask=d < D)
+            added += tl.sum(tl.load(drawn + at, mask=same[:, None] & (d < D)[None, :], other=0.0), 0)
+        if sums_ptr is None:
+            out = of_layer(out_ptr, layer) + row * D + d
+            tl.store(out, tl.load(out, mask=d < D, other=0.0) + added, mask=d < D)
+        else:
+            row += layer * tokens
+            at = sums_ptr + row * D + d
+            power = powers_ptr + total.to(tl.int64) * piece + row + tl.zeros((1,), tl.int32)
+            before = tl.load(at, mask=d < D, other=0.0).to(tl.float32)[None, :] * tl.load(power).to(tl.float32)
+            halves, down = _to_halves(before + added[None, :])
+            tl.store(at[None, :], halves, mask=(d < D)[None, :])
+            tl.store(power, down.to(power.dtype.element_ty))

@@ -11,6 +11,7 @@ p_s - p_t = (e_s - e_t - ρ e_t) / l_s is exactly 0 for equal networks. A gradie
 numbers more, c and v_top. Gradients of 16-bit networks go to the matrix units as two terms, high and low: one shows.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from ._attention_mean import _attention_head_kernel, _attention_mean_kernel, _at
 from ._attention_rows import LOG2_E
 from ._attention_scores import CENTRE_BLOCK, _attention_centre_kernel
 from ._attention_tiles import CONFIGS, Tile
-from ._common import architecture, blocks, cdiv, float32_products, multiprocessors, stored_gradient
+from ._common import PLANS, architecture, cdiv, empty_gradient, float32_products, multiprocessors
 
 STRIP_BYTES = 64 << 20  # of what averages of heads keep
 PARTIAL_BYTES = 32 << 20  # of a bias gradient's partial sums
@@ -34,6 +35,11 @@ def _broadcast(x: Tensor | None, ndim: int) -> tuple[int, ...]:
     if x is None:
         return (0,) * ndim
     return tuple(0 if n == 1 else stride for n, stride in zip(x.shape[:ndim], x.stride()[:ndim], strict=True))
+
+
+def _strided(x: Tensor | None, ndim: int) -> tuple[Any, ...] | None:
+    """A tensor and its strides as one argument."""
+    return None if x is None else (x, *_broadcast(x, ndim))
 
 
 def _width(d: int) -> int:
@@ -54,17 +60,34 @@ class Operands(NamedTuple):
     k_stride_h: int
     k_stride_n: int
     k_stride_d: int
-    mean: Tensor  # (B, H, d), of keys; unused unless IS_CENTRED
-    bias: Tensor  # (B | 1, H | 1, N_q | 1, N_k | 1); unused unless HAS_BIAS
+    mean: Tensor | None  # (B, H, d), of keys that are centred
+    D: int
+
+
+class Biased(NamedTuple):
+    """A network with a bias: what Operands holds, and more."""
+
+    q: Tensor
+    q_stride_b: int
+    q_stride_h: int
+    q_stride_n: int
+    q_stride_d: int
+    k: Tensor
+    k_stride_b: int
+    k_stride_h: int
+    k_stride_n: int
+    k_stride_d: int
+    mean: Tensor | None
+    D: int
+    bias: Tensor  # (B | 1, H | 1, N_q | 1, N_k | 1)
     bias_stride_b: int
     bias_stride_h: int
     bias_stride_q: int
     bias_stride_k: int
-    top: Tensor  # (B | 1, H | 1, N_q | 1), maxima of the bias' rows; unused unless HAS_BIAS
+    top: Tensor | None  # (B | 1, H | 1, N_q | 1), maxima of the bias' rows under a softmax
     top_stride_b: int
     top_stride_h: int
     top_stride_q: int
-    D: int
 
 
 class _Network:
@@ -75,7 +98,7 @@ class _Network:
         self.bias = None if has_softmax and bias is not None and bias.shape[3] == 1 else bias  # the same for all keys
         self.top = None if self.bias is None or not has_softmax else self.bias.amax(-1)
         self.has_softmax, self.is_centred = has_softmax, False
-        self.mean = q  # a stand-in for what is not read
+        self.mean: Tensor | None = None
 
     def widen(self) -> None:
         """Convert to float32 like the other network: 16-bit beside float32 saves little and spills registers."""
@@ -90,20 +113,128 @@ class _Network:
         self.mean = self.k.new_empty((B, H, D), dtype=torch.float32)
         BLOCK_D = min(_width(D), 64)
         _attention_centre_kernel[(B * H, cdiv(D, BLOCK_D))](
-            self.k, (self.k if mask is None else mask, *_broadcast(mask, 2)), self.mean, self.k.stride(), H, N_k, D,
+            self.k, _strided(mask, 2), self.mean, self.k.stride(), H, N_k, D,
             HAS_MASK=mask is not None, BLOCK_N=CENTRE_BLOCK, BLOCK_D=BLOCK_D,
         )  # fmt: skip
 
-    def operands(self) -> Operands:
-        bias, top = (self.q if x is None else x for x in (self.bias, self.top))  # stand-ins
-        return Operands._make((
-            self.q, *self.q.stride(), self.k, *self.k.stride(), self.mean,
-            bias, *_broadcast(self.bias, 4), top, *_broadcast(self.top, 3), self.q.shape[3],
-        ))  # fmt: skip
+    def operands(self) -> Operands | Biased:
+        plain = (self.q, *self.q.stride(), self.k, *self.k.stride(), self.mean, self.q.shape[3])
+        if self.bias is None:
+            return Operands._make(plain)
+        return Biased._make((*plain, self.bias, *_broadcast(self.bias, 4), self.top, *_broadcast(self.top, 3)))
+
+
+class _Sizes(NamedTuple):
+    """All that the numbers of a call's launches follow from."""
+
+    shape: torch.Size  # of the student's queries
+    N_k: int
+    H_t: int
+    D_t: int
+    precision: str
+    architecture: str
+    multiprocessors: int
+    itemsize: int  # of the widest input
+    has_bias_s: bool
+    has_bias_t: bool
+    is_centred_s: bool
+    is_centred_t: bool
+    has_mask: bool
+    has_weight: bool
+    scale_s: float
+    scale_t: float
+    bias_scale: float
+    factor: float
+    divergence: str
+    is_causal: bool
+    row_start: int
+    row_step: int
+
+
+class _Plan:
+    """Tiles and numbers of a call, which are kept by its sizes."""
+
+    def __init__(self, sizes: _Sizes) -> None:
+        self.B, self.H, self.N_q, D_s = sizes.shape
+        self.N_k, self.sizes = sizes.N_k, sizes
+        table = CONFIGS[sizes.architecture, 2 if sizes.itemsize == 2 else sizes.precision]
+        width, widest = max(_width(D_s), _width(sizes.D_t)), max(table)
+        is_wide = width > widest
+        self.config = table[widest if is_wide else min(w for w in table if w >= width)]
+        self.BLOCK_DS, self.BLOCK_DT = (widest if is_wide else _width(D) for D in (D_s, sizes.D_t))
+        self.pieces = cdiv(D_s, self.BLOCK_DS)
+        in_log2 = LOG2_E.value if sizes.divergence != "score_mse" else 1.0
+        self.scale_s, self.scale_t = sizes.scale_s * in_log2, sizes.scale_t * in_log2
+        self.numbers: dict[str, Any] = {
+            "HAS_BIAS_S": sizes.has_bias_s,
+            "HAS_BIAS_T": sizes.has_bias_t,
+            "IS_CENTRED_S": sizes.is_centred_s,
+            "IS_CENTRED_T": sizes.is_centred_t,
+            "H": self.H,
+            "H_s": self.H,
+            "H_t": sizes.H_t,
+            "N_q": self.N_q,
+            "N_k": self.N_k,
+            "rows_total": self.B * self.H * self.N_q,
+            "row_start": sizes.row_start,
+            "row_step": sizes.row_step,
+            "first_b": 0,
+            "first_row": 0,
+            "strip_rows": self.N_q,
+            "pitch": 0,
+            "scale_s": self.scale_s,
+            "scale_t": self.scale_t,
+            "bias_scale": sizes.bias_scale * in_log2,
+            "dbias_scale": sizes.bias_scale,
+            "dq_scale": sizes.scale_s,
+            "dk_scale": sizes.scale_s,
+            "factor": sizes.factor,
+            "inv_keys": 1 / self.N_k,
+            "inv_H": 1 / self.H,
+            "DIVERGENCE": sizes.divergence,
+            "IS_MEAN": False,
+            "HAS_MASK": sizes.has_mask,
+            "HAS_WEIGHT": sizes.has_weight,
+            "IS_CAUSAL": sizes.is_causal,
+            "IS_WIDE": is_wide,
+            "PRECISION": sizes.precision,
+            "BLOCK_DS": self.BLOCK_DS,
+            "BLOCK_DT": self.BLOCK_DT,
+        }
+        self.fused = self._fused()
+        has_bias = sizes.has_bias_s or sizes.has_bias_t
+        self.strips = self.config.narrow if has_bias else self.config.rows  # compares networks head by head
+        self._templates: dict[tuple[int, Tile], tuple[list[Any], dict[str, int], dict[str, int]]] = {}
+
+    def _fused(self) -> Tile | None:
+        """Return the tile of the kernel that computes every score once; all keys must fit on chip, and heads must fill
+        the GPU."""
+        sizes = self.sizes
+        if sizes.is_centred_s or sizes.is_centred_t or self.B * self.H < sizes.multiprocessors:
+            return None
+        is_plain = not sizes.has_bias_s and not sizes.has_bias_t and sizes.divergence != "js"
+        tiles = (*self.config.fused, *self.config.plain) if is_plain else self.config.fused
+        return next((tile for tile in tiles if tile.BLOCK_N >= self.N_k), None)
+
+    def template(self, kernel: Any, tile: Tile) -> tuple[list[Any], dict[str, int], dict[str, int]]:
+        """Return a kernel's arguments without tensors, the place of each name among them, and the launch's options."""
+        found = self._templates.get((id(kernel), tile))
+        if found is None:
+            named = {**self.numbers, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N}
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            if self.sizes.architecture == "cdna":
+                options["matrix_instr_nonkdim"] = 16  # rows that a warp computes, as elsewhere; 32 needs larger tiles
+            places = {name: at for at, name in enumerate(kernel.arg_names)}
+            found = [named.get(name) for name in kernel.arg_names], places, options
+            self._templates[id(kernel), tile] = found
+        return found
+
+
+_plan = lru_cache(PLANS)(_Plan)
 
 
 class _Problem:
-    """The arguments that all kernels of a call share, by name."""
+    """The tensors that all kernels of a call share, and its plan."""
 
     def __init__(
         self,
@@ -119,89 +250,38 @@ class _Problem:
         row_step: int,
     ) -> None:
         self.student, self.teacher = student, teacher
-        has_softmax = divergence != "score_mse"
-        in_log2 = LOG2_E.value if has_softmax else 1.0
         mask = None if key_mask is None else key_mask.view(torch.uint8)
-        networks = (student, teacher)
-        itemsize = max(x.itemsize for network in networks for x in (network.q, network.k))
-        for network in networks:
+        itemsize = max(student.q.itemsize, student.k.itemsize, teacher.q.itemsize, teacher.k.itemsize)
+        for network in (student, teacher):
             if itemsize == torch.float32.itemsize:
                 network.widen()
             network.centre(mask)
-        (B, H, N_q, D_s), D_t, N_k = student.q.shape, teacher.q.shape[3], student.k.shape[2]
-        self.B, self.H, self.N_q, self.N_k = B, H, N_q, N_k
-        precision = "ieee" if itemsize == 2 else float32_products()
-        table = CONFIGS[architecture(student.q.device), 2 if itemsize == 2 else precision]
-        width, widest = max(_width(D_s), _width(D_t)), max(table)
-        is_wide = width > widest
-        self.config = table[widest if is_wide else min(w for w in table if w >= width)]
-        self.blocks = {
-            "BLOCK_DS": widest if is_wide else _width(D_s), "BLOCK_DT": widest if is_wide else _width(D_t)
+        q, q_t = student.q, teacher.q
+        self.B, self.H, self.N_q, _ = q.shape
+        self.N_k = student.k.shape[2]
+        self.plan = _plan(_Sizes(
+            q.shape, self.N_k, q_t.shape[1], q_t.shape[3], "ieee" if itemsize == 2 else float32_products(),
+            architecture(q.device), multiprocessors(q.device), itemsize, student.bias is not None,
+            teacher.bias is not None, student.is_centred, teacher.is_centred, mask is not None, weight is not None,
+            student.scale, teacher.scale, bias_scale, factor, divergence, is_causal, row_start, row_step,
+        ))  # fmt: skip
+        self.config, self.pieces = self.plan.config, self.plan.pieces
+        # y, dlog and sum: stand-ins of what a launch may not have
+        self.tensors = {
+            "student": student.operands(), "teacher": teacher.operands(), "key_mask": _strided(mask, 2),
+            "weight": _strided(weight, 3), "y_ptr": q, "dlog_ptr": q, "sum_ptr": q,
         }  # fmt: skip
-        self.pieces = cdiv(D_s, self.blocks["BLOCK_DS"])
-        self.arguments: dict[str, Any] = {
-            "student": student.operands(),
-            "teacher": teacher.operands(),
-            "key_mask": (student.q if mask is None else mask, *_broadcast(mask, 2)),
-            "weight": (student.q if weight is None else weight, *_broadcast(weight, 3)),
-            "HAS_BIAS_S": student.bias is not None,
-            "HAS_BIAS_T": teacher.bias is not None,
-            "IS_CENTRED_S": student.is_centred,
-            "IS_CENTRED_T": teacher.is_centred,
-            "H": H,
-            "H_s": H,
-            "H_t": teacher.q.shape[1],
-            "N_q": N_q,
-            "N_k": N_k,
-            "rows_total": B * H * N_q,
-            "row_start": row_start,
-            "row_step": row_step,
-            "first_b": 0,
-            "first_row": 0,
-            "strip_rows": N_q,
-            "pitch": 0,
-            "scale_s": student.scale * in_log2,
-            "scale_t": teacher.scale * in_log2,
-            "bias_scale": bias_scale * in_log2,
-            "dbias_scale": bias_scale,
-            "dq_scale": student.scale,
-            "dk_scale": student.scale,
-            "factor": factor,
-            "inv_keys": 1 / N_k,
-            "inv_H": 1 / H,
-            "y_ptr": student.q,
-            "dlog_ptr": student.q,
-            "sum_ptr": student.q,
-            "DIVERGENCE": divergence,
-            "IS_MEAN": False,
-            "HAS_MASK": mask is not None,
-            "HAS_WEIGHT": weight is not None,
-            "IS_CAUSAL": is_causal,
-            "IS_WIDE": is_wide,
-            "PRECISION": precision,
-        }
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
         """Run a kernel with those of the arguments that it names."""
-        arguments = {**self.arguments, **self.blocks, **blocks(tile), **more}
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        if torch.version.hip is not None:
-            options["matrix_instr_nonkdim"] = 16  # rows that a warp computes, as elsewhere; 32 would need larger tiles
-        kernel[grid](*[arguments[name] for name in kernel.arg_names], **options)
-
-    def fused(self) -> Tile | None:
-        """Run the kernel that computes every score once; all keys must fit on chip, and heads must fill the GPU."""
-        heads, in_float32 = self.B * self.H, self.student.is_centred or self.teacher.is_centred
-        if in_float32 or heads < multiprocessors(self.student.q.device):
-            return None
-        is_plain = self.student.bias is None and self.teacher.bias is None and self.arguments["DIVERGENCE"] != "js"
-        tiles = (*self.config.fused, *self.config.plain) if is_plain else self.config.fused
-        return next((tile for tile in tiles if tile.BLOCK_N >= self.N_k), None)
-
-    def strips(self) -> Tile:
-        """Return the tile of the kernel that compares networks head by head."""
-        has_bias = self.student.bias is not None or self.teacher.bias is not None
-        return self.config.narrow if has_bias else self.config.rows
+        values, places, options = self.plan.template(kernel, tile)
+        values = values.copy()
+        for named in (self.tensors, more):
+            for name, value in named.items():
+                at = places.get(name)
+                if at is not None:
+                    values[at] = value
+        kernel[grid](*values, **options)
 
     def tiles(self, rows: int, columns: int, tile: Tile) -> dict[str, int]:
         return {"q_tiles": cdiv(rows, tile.BLOCK_M), "k_tiles": cdiv(columns, tile.BLOCK_N)}
@@ -245,7 +325,7 @@ class _Problem:
 def _match(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbias: Tensor | None, shared: bool) -> None:
     """Row losses (B, H, N_q) and the gradients wanted, head by head. shared: keys are the queries, and dq is all."""
     q = p.student.q
-    fused = p.fused()
+    fused = p.plan.fused
     if dbias is None and (dq is not None or dk is not None) and fused is not None:
         d_queries, d_keys = dq, dk
         if shared and dq is not None:  # rounded once, as their sum
@@ -256,7 +336,7 @@ def _match(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbia
         if shared and d_queries is not None and d_keys is not None:
             torch.add(d_queries, d_keys, out=dq)
         return
-    tile = p.strips()
+    tile = p.plan.strips
     tiles = cdiv(p.N_q, tile.BLOCK_M)
     stats = q.new_empty((6, p.B, p.H, p.N_q), dtype=torch.float32)
     part = dq
@@ -289,8 +369,8 @@ def _stats(p: _Problem, network: _Network, scale: float, BLOCK_D: int, planes: i
 def _mean(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbias: Tensor | None, shared: bool) -> None:
     """The same for maps averaged over heads, loss (B, 1, N_q): strip by strip, of which averages are kept."""
     q = p.student.q
-    stats_s = _stats(p, p.student, p.arguments["scale_s"], p.blocks["BLOCK_DS"], 4)
-    stats_t = _stats(p, p.teacher, p.arguments["scale_t"], p.blocks["BLOCK_DT"], 2)
+    stats_s = _stats(p, p.student, p.plan.scale_s, p.plan.BLOCK_DS, 4)
+    stats_t = _stats(p, p.teacher, p.plan.scale_t, p.plan.BLOCK_DT, 2)
     has_grad = dq is not None or dk is not None or dbias is not None
     budget = max(STRIP_BYTES // (8 * p.N_k), p.config.narrow.BLOCK_M) if has_grad else p.B * p.N_q
     images, rows = max(min(budget // p.N_q, p.B), 1), min(budget, p.N_q)
@@ -354,15 +434,20 @@ def attention_fwd(
     B, H, N_q = q_student.shape[:3]
     H_out = 1 if heads == "mean" else H
     losses = q_student.new_empty((B, H_out, N_q), dtype=torch.float32)
-    dq, dk, dbias = (
-        x.new_empty(x.shape if want else (0,), dtype=stored_gradient(x))
-        for x, want in zip((q_student, k, losses if bias_student is None else bias_student), wanted, strict=True)
-    )
+    with_dq, with_dk, with_dbias = wanted
+    dq, dk = empty_gradient(q_student, with_dq), empty_gradient(k, with_dk)
+    dbias = empty_gradient(losses if bias_student is None else bias_student, with_dbias)
     factor = 1.0
     if reduction == "mean":
         factor = 1 / (B * H_out) if row_weight is not None else 1 / (B * H_out * N_q)
     problem = _Problem(student, teacher, key_mask, row_weight, factor, divergence, bias_scale, is_causal, *rows)
-    to_q, to_k, to_bias = (x if want else None for x, want in zip((dq, dk, dbias), wanted, strict=True))
-    (_mean if heads == "mean" else _match)(problem, losses, to_q, to_k, to_bias, shared=k_student is None)
+    (_mean if heads == "mean" else _match)(
+        problem,
+        losses,
+        dq if with_dq else None,
+        dk if with_dk else None,
+        dbias if with_dbias else None,
+        shared=k_student is None,
+    )
     loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).float()
     return loss, dq, dk, dbias

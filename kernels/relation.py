@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import PLANS, alike, architecture, blocks, cdiv, multiprocessors, stored_gradient
+from ._common import PLANS, alike, architecture, blocks, cdiv, empty_gradient, multiprocessors
 from ._relation_gram import (
     _relation_digits_kernel,
     _relation_factor_kernel,
@@ -36,6 +36,7 @@ from ._relation_tiles import (
     SCATTER_BLOCK,
     SUM_BLOCK,
     Apply,
+    Group,
 )
 
 STRIP_BYTES = 32 << 20  # of W: it stays in cache between two launches; one map of 4096 rows in one term
@@ -71,6 +72,14 @@ class Term(NamedTuple):
     scale: float
 
 
+class Sums(NamedTuple):
+    """Gradients of layers between two launches, rows in float16 that are to be multiplied by powers of two."""
+
+    values: Tensor  # (layers, B * N, Ds)
+    powers: Tensor  # (pieces, layers, B * N)
+    width: int  # columns of a piece
+
+
 class Alike:
     """Layers of one shape, dtype and strides, whose maps share launches; and their rows' inverse norms."""
 
@@ -103,6 +112,27 @@ class Alike:
         )  # fmt: skip
         self.has_norms = True
 
+    def short(self, n: int, is_drawn: bool = False) -> Group | None:
+        """Return the tile of the kernel that takes groups of n rows whole, or None where maps are formed instead."""
+        # Drawn or unaligned float32 rows would spill registers there, and two terms of W of 16-bit rows be computed by
+        # warps twice.
+        if n > GROUP_ROWS or (self.terms == 2 if self.is_narrow else is_drawn or not self.is_aligned):
+            return None
+        return self.config.group
+
+    def sums(self) -> Sums | None:
+        """Return room for the gradients of one scope that another adds to its own, if both take groups whole; else
+        they are summed in float32."""
+        tile = self.short(max(self.B, self.N))
+        if tile is None or self.terms == 2:
+            return None
+        tokens, new = self.B * self.N, self.s.new_empty
+        return Sums(
+            new((self.layers, tokens, self.Ds), dtype=torch.float16),
+            new((cdiv(self.Ds, tile.BLOCK_D), self.layers, tokens), dtype=torch.bfloat16),
+            tile.BLOCK_D,
+        )
+
     def scales(self, scope: str) -> Tensor | None:
         """(layers, G) by which float16 holds a W of raw rows, for largest values a of both networks:
         |W| <= (Ds a_s² + Dt a_t²) 2**-11 a_s."""
@@ -120,14 +150,17 @@ class Alike:
         weight: float = 1.0,
         before: Sequence[Tensor] | None = None,
         index: Sequence[Tensor] | None = None,
+        sums: Sums | None = None,
     ) -> Term:
-        """Write the gradients of weight times the losses of a scope, added to float32 ones `before`. With index, per
-        layer (K,), the groups are those rows of a batch, and so are dstudents (1, K, Ds)."""
+        """Write the gradients of weight times the losses of a scope, added to float32 ones `before` or to the sums;
+        without dstudents, to the sums alone. With index, per layer (K,), the groups are those rows of a batch, and so
+        are dstudents (1, K, Ds)."""
         B, N, tokens = self.B, self.N, self.B * self.N
         G, n, run = {"intra": (B, N, None), "inter": (N, B, None), "batch": (1, tokens, N)}[scope]
         n = n if index is None else index[0].shape[0]
         every = self.layers * G
         s_rows, t_rows = _rows(self.s, scope), _rows(self.t, scope)
+        has_grad = dstudents is not None or sums is not None
         d_rows = s_rows if dstudents is None else _rows(dstudents[0], scope)
         if index is not None:  # drawn rows are contiguous: N of them occupy N rows
             d_rows = Rows(0, N * self.Ds, self.Ds, 1)
@@ -142,24 +175,21 @@ class Alike:
         factor, mean = 4 * weight / (G * n * n), 1 / (G * n * n)
         new = self.s.new_empty
 
-        tile = self.config.group
-        # Drawn or unaligned float32 rows would spill registers there, and two terms of W of 16-bit rows be computed by
-        # warps twice.
-        if self.terms == 2 if self.is_narrow else index is not None or not self.is_aligned:
-            tile = None
-        if n <= GROUP_ROWS and tile is not None:
+        tile = self.short(n, index is not None)
+        if tile is not None:
             if not self.normalize and not self.has_norms:
                 self.form_norms()
             full, tail, pitch = tile.cut(n)
             programs = min(every, multiprocessors(self.s.device))
-            held = programs if dstudents is not None else 0
+            held = programs if has_grad else 0
             w = new((held, self.terms, pitch, pitch), dtype=torch.float16)
             along = new((held, full + (tail > 0), n), dtype=torch.float32)
             partial = new(every, dtype=torch.float32)
+            values, powers, _ = sums or (None, None, 0)
             _relation_group_kernel[(programs,)](
                 self.students, self.teachers, drawn, self.norms, self.scales(scope), partial, w, along, added, out,
-                s_rows, t_rows, of_tokens, d_rows, *networks, every, programs, full, pitch, factor, self.eps,
-                HAS_NORMS=self.has_norms, HAS_GRAD=out is not None, TAIL=tail, **flags, **clamps, **blocks(tile),
+                values, powers, s_rows, t_rows, of_tokens, d_rows, *networks, every, programs, full, pitch, factor,
+                self.eps, HAS_NORMS=self.has_norms, HAS_GRAD=has_grad, TAIL=tail, **flags, **clamps, **blocks(tile),
             )  # fmt: skip
             self.has_norms = True
             return Term(partial, mean)
@@ -205,6 +235,20 @@ class Alike:
                     *sizes, g, first_tile * BLOCK_M, apply_tiles, columns, *strip, factor, **flags, **blocks(apply),
                 )  # fmt: skip
         return Term(partial, mean)
+
+    def scatter(
+        self, drawn: Sequence[Tensor], index: Sequence[Tensor], before: Sequence[Tensor] | None, sums: Sums | None
+    ) -> None:
+        """Add the gradients of drawn rows, per layer (1, K, Ds), to float32 ones or to the sums."""
+        K, (BLOCK_K, BLOCK_D) = len(index[0]), SCATTER_BLOCK
+        if sums is not None:
+            BLOCK_D = sums.width
+        values, powers, _ = sums or (None, None, 0)
+        tokens = self.B * self.N
+        _relation_scatter_kernel[(K, self.layers, cdiv(self.Ds, BLOCK_D))](
+            tuple(drawn), tuple(index), None if before is None else tuple(before), values, powers, K, self.Ds,
+            tokens, self.layers * tokens, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
 
 
 def _sum(
@@ -314,7 +358,7 @@ def relation_fwd(
     algorithm: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    dstudent = student.new_empty(student.shape if with_grad else (0,), dtype=stored_gradient(student))
+    dstudent = empty_gradient(student, with_grad)
     ds = dstudent if with_grad else None
     if algorithm == "gram":
         return _gram(student, teacher, ds, scope, normalize, eps), dstudent
@@ -325,10 +369,11 @@ def relation_fwd(
 
 
 def _alike(students: list[Tensor], teachers: list[Tensor], indices: list[Tensor]) -> list[list[int]]:
-    """Return the runs of layers that can share launches: those of equal shape, dtype and strides."""
+    """Return the runs of layers that can share launches: those of equal shapes, dtypes and strides. Indices are made
+    contiguous."""
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for layer, tensors in enumerate(zip(students, teachers, indices, strict=True)):
-        key = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
+    for layer, (s, t, index) in enumerate(zip(students, teachers, indices, strict=True)):
+        key = (s.shape, s.stride(), s.dtype, t.shape, t.stride(), t.dtype, index.shape)
         groups.setdefault(key, []).append(layer)
     return [members[i : i + LAYERS] for members in groups.values() for i in range(0, len(members), LAYERS)]
 
@@ -345,28 +390,28 @@ def manifold_fwd(
     loss = students[0].new_empty(1, dtype=torch.float32)
     means = students[0].new_empty(3, dtype=torch.float32)
     every = len(students)
-    dstudents = [s.new_empty(s.shape if with_grad else (0,), dtype=stored_gradient(s)) for s in students]
+    dstudents = [empty_gradient(s, with_grad) for s in students]
     for at, layers in enumerate(_alike(students, teachers, indices)):
         alike = Alike([students[i] for i in layers], [teachers[i] for i in layers], True, 1e-12)
         index = [indices[i].contiguous() for i in layers]
         ds: Sequence[Tensor] | None = None
-        sums: Sequence[Tensor] | None = None
+        before: Sequence[Tensor] | None = None
         drawn: Sequence[Tensor] | None = None
+        sums: Sums | None = None
         if with_grad:
-            # In float32 until the three terms are added up, by the last of them.
+            # The three terms are added up before they are rounded, by the last of them.
             ds = [dstudents[i] for i in layers]
-            one, sums = alike.s, ds
-            if ds[0].dtype != torch.float32:
-                sums = one.new_empty((len(layers), *one.shape), dtype=torch.float32).unbind()
+            one, sums = alike.s, alike.sums()
+            if sums is None:
+                before = ds
+                if ds[0].dtype != torch.float32:
+                    before = one.new_empty((len(layers), *one.shape), dtype=torch.float32).unbind()
             drawn = one.new_empty((len(layers), 1, len(index[0]), alike.Ds), dtype=torch.float32).unbind()
-        of_images = alike.add("intra", sums, weight=intra / every)
+        of_images = alike.add("intra", before, weight=intra / every, sums=sums)
         of_draws = alike.add("batch", drawn, weight=random / every, index=index)
-        if sums is not None and drawn is not None:
-            (K, D), (BLOCK_K, BLOCK_D) = drawn[0].shape[1:], SCATTER_BLOCK
-            _relation_scatter_kernel[(K, len(layers), cdiv(D, BLOCK_D))](
-                tuple(drawn), tuple(index), tuple(sums), K, D, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D
-            )
-        of_tokens = alike.add("inter", ds, weight=inter / every, before=sums)
+        if drawn is not None:
+            alike.scatter(drawn, index, before, sums)
+        of_tokens = alike.add("inter", ds, weight=inter / every, before=before, sums=sums)
         terms = [term._replace(scale=term.scale / every) for term in (of_images, of_tokens, of_draws)]
         _sum(loss, terms, (intra, inter, random), means, add=at > 0)
     return loss.view(()), means, dstudents

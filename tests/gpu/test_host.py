@@ -67,9 +67,9 @@ def counts(case: Case) -> list[tuple[int, int]]:
     [
         ("relation_loss-deit", 28, 55),
         ("relation_loss-long", 26, 45),
-        ("manifold_loss-deit", 55, 90),
-        ("attention_loss-deit", 95, 85),
-        ("attention_loss-causal", 52, 95),
+        ("manifold_loss-deit", 50, 85),
+        ("attention_loss-deit", 64, 62),
+        ("attention_loss-causal", 48, 75),
         ("batch_moments-resnet", 26, 45),
         ("image_prior-224", 22, 30),
         ("soft_target_loss-1000", 22, 20),

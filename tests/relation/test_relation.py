@@ -661,6 +661,31 @@ def test_layers_in_several_launches(backend: str, monkeypatch: pytest.MonkeyPatc
         assert_matches_oracle(a, e, o, 7 * 24, f"result {i}")
 
 
+@pytest.mark.parametrize("backend", TRITON)
+def test_sums_between_scopes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bfloat16 students they are float16 numbers, which keep 11 bits of small ones beside large ones of a row; once
+    more where drawn rows are added. Gradients are seen before they are rounded."""
+    kernels = pytest.importorskip("fastkd_kernels.relation")
+    monkeypatch.setattr(kernels, "empty_gradient", lambda x, _: x.new_empty(x.shape, dtype=torch.float32))
+    layers = [features(3, 5, D, 40, torch.bfloat16) for D in (72, 72, 24)]
+    students, teachers = [s for s, _ in layers], [t for _, t in layers]
+    for s in students:
+        s *= 2.0 ** -torch.arange(s.shape[2], device=DEVICE).remainder(20)
+        s[1, 2] *= 2.0**-100
+    students[0][2, 3] = 0
+    indices = [torch.tensor([1, 7, 7, 13, i], device=DEVICE) for i in range(3)]
+
+    def run(inter: float, random: float) -> list[Tensor]:
+        return list(kernels.manifold_fwd(students, teachers, indices, 1.0, inter, random, True)[2])
+
+    actual = run(0.5, 1.0)
+    monkeypatch.setattr(kernels.Alike, "sums", lambda self: None)
+    for a, e, of_images, of_both in zip(actual, run(0.5, 1.0), run(0.0, 0.0), run(0.0, 1.0), strict=True):
+        peak = torch.maximum(of_images.abs().amax(2, keepdim=True), of_both.abs().amax(2, keepdim=True))
+        bound = 2**-11 * (of_images.abs() + of_both.abs()) + 2**-38 * peak + 2**-22 * e.abs()
+        assert not torch.equal(a, e) and ((a - e).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_trained_student(backend: str, dtype: torch.dtype) -> None:
