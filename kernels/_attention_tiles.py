@@ -30,6 +30,7 @@ class Config:
     mean: Tile  # strips of queries, over keys and heads
     fused: tuple[Tile, ...] = ()  # all keys, up to BLOCK_N, and strips of queries: loss and gradients in one pass
     plain: tuple[Tile, ...] = ()  # more of these, where neither a bias nor js takes registers
+    biased: Tile | None = None  # rows with a bias, where narrow ones spill
 
 
 _AMPERE = {
@@ -75,7 +76,10 @@ _FLOAT32 = {
 }  # fmt: skip
 _SHORT = Tile(64, 16, 4, 1)
 _SHORT8 = Tile(64, 16, 8, 1)
-_TF32_AMPERE = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT8)}
+_TF32_AMPERE = {
+    16: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT8),
+    64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT8, biased=Tile(16, 32, 4, 1)),
+}
 _TF32_HOPPER = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT8, _SHORT8)}
 _CDNA_FLOAT32 = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT)}
 _TF32_BLACKWELL = {64: Config(_SHORT8, _SHORT8, Tile(16, 64, 8, 1), _SHORT8, _SHORT8)}

@@ -203,7 +203,8 @@ class _Plan:
         }
         self.fused = self._fused()
         has_bias = sizes.has_bias_s or sizes.has_bias_t
-        self.strips = self.config.narrow if has_bias else self.config.rows  # compares networks head by head
+        # compares networks head by head
+        self.strips = (self.config.biased or self.config.narrow) if has_bias else self.config.rows
         self._templates: dict[tuple[int, Tile], tuple[list[Any], dict[str, int], dict[str, int]]] = {}
 
     def _fused(self) -> Tile | None:
