@@ -3,7 +3,8 @@
 // Rows are packed 16 together and transposed, [rows / 16][D][16], zeros beyond the last row. A tile of C is up to 8
 // rows by 3 vectors: 24 accumulators, and 11 loads for the 24 multiply-adds of a step. A map of few wide rows is formed
 // from the rows as they lie, 4 by 4 of its elements in as many vectors that are added up at the end. Tiles are of
-// float32 or float64, packed rows of float32, rows of a map of float32 or, where has_avx512_bf16(), of bfloat16.
+// float32 or float64, packed rows of float32, rows of a map of float32. Where has_avx512_bf16(), packed rows and maps
+// may be of bfloat16, two adjacent numbers in what is then called a word, and a float32 elsewhere.
 #pragma once
 
 #include "cpu/vector.h"
@@ -141,9 +142,9 @@ FASTKD_AVX512 FASTKD_INLINE void store(double* out, __mmask16 lanes, __m512d x) 
 constexpr __mmask16 kAllLanes = 0xffff;
 
 // C (rows, vectors) = [A A'] B, or added to C; fetches from `ahead` on, `pace` bytes a step. The last vector has
-// `lanes`.
-template <typename T, int rows, int vectors>
-FASTKD_AVX512 void tile(
+// `lanes`. A and B of words: a step adds both products of a word.
+template <typename T, int rows, int vectors, bool words>
+FASTKD_AVX512_BF16 void tile(
     const LeftOf<T>& first,
     const LeftOf<T>& second,
     const RightOf<T>& b,
@@ -171,7 +172,14 @@ FASTKD_AVX512 void tile(
       for (int i = 0; i < rows; ++i) {
         const T left = a[i * x.row];
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
+        for (int v = 0; v < vectors; ++v) {
+          if constexpr (words) {
+            sum[i][v] = _mm512_dpbf16_ps(
+                sum[i][v], reinterpret_cast<__m512bh>(_mm512_set1_ps(left)), reinterpret_cast<__m512bh>(right[v]));
+          } else {
+            sum[i][v] += left * right[v];
+          }
+        }
       }
     }
   }
@@ -193,19 +201,19 @@ inline int64_t tile_width(int64_t left) {
 template <typename T>
 using Tile = void (*)(const LeftOf<T>&, const LeftOf<T>&, const RightOf<T>&, OutOf<T>, __mmask16, const char*, int64_t);
 
-template <typename T>
+template <typename T, bool words>
 constexpr Tile<T> kTiles[kTileRows][kTileVectors] = {
-    {tile<T, 1, 1>, tile<T, 1, 2>, tile<T, 1, 3>},
-    {tile<T, 2, 1>, tile<T, 2, 2>, tile<T, 2, 3>},
-    {tile<T, 3, 1>, tile<T, 3, 2>, tile<T, 3, 3>},
-    {tile<T, 4, 1>, tile<T, 4, 2>, tile<T, 4, 3>},
-    {tile<T, 5, 1>, tile<T, 5, 2>, tile<T, 5, 3>},
-    {tile<T, 6, 1>, tile<T, 6, 2>, tile<T, 6, 3>},
-    {tile<T, 7, 1>, tile<T, 7, 2>, tile<T, 7, 3>},
-    {tile<T, 8, 1>, tile<T, 8, 2>, tile<T, 8, 3>}};
+    {tile<T, 1, 1, words>, tile<T, 1, 2, words>, tile<T, 1, 3, words>},
+    {tile<T, 2, 1, words>, tile<T, 2, 2, words>, tile<T, 2, 3, words>},
+    {tile<T, 3, 1, words>, tile<T, 3, 2, words>, tile<T, 3, 3, words>},
+    {tile<T, 4, 1, words>, tile<T, 4, 2, words>, tile<T, 4, 3, words>},
+    {tile<T, 5, 1, words>, tile<T, 5, 2, words>, tile<T, 5, 3, words>},
+    {tile<T, 6, 1, words>, tile<T, 6, 2, words>, tile<T, 6, 3, words>},
+    {tile<T, 7, 1, words>, tile<T, 7, 2, words>, tile<T, 7, 3, words>},
+    {tile<T, 8, 1, words>, tile<T, 8, 2, words>, tile<T, 8, 3, words>}};
 
 // As tile, for up to kTileRows rows and any number of vectors; `lanes` of the last.
-template <typename T>
+template <typename T, bool words = false>
 void tile_row(
     int64_t rows,
     int64_t vectors,
@@ -221,7 +229,7 @@ void tile_row(
     const OutOf<T> out{c.data + v * kWidth<T>, c.row, c.add, c.alpha};
     const auto last = static_cast<__mmask16>(v + width == vectors ? lanes : kAllLanes);
     const char* fetched = ahead.take(first.count + second.count);
-    kTiles<T>[rows - 1][width - 1](first, second, z, out, last, fetched, ahead.pace());
+    kTiles<T, words>[rows - 1][width - 1](first, second, z, out, last, fetched, ahead.pace());
   }
 }
 
@@ -297,8 +305,17 @@ FASTKD_AVX512 inline int64_t transpose_words(
   return whole;
 }
 
+// Of words: the sum of both squares.
+typedef uint32_t Words __attribute__((vector_size(64)));
+FASTKD_AVX512 FASTKD_INLINE Vector square_sum(Vector words) {
+  const auto bits = reinterpret_cast<Words>(words);
+  const auto first = reinterpret_cast<Vector>(bits << 16), second = reinterpret_cast<Vector>(bits & 0xffff0000u);
+  return first * first + second * second;
+}
+
 // A panel from 16 rows, D to whole vectors; squares: each row's Σ x².
-FASTKD_AVX512 inline void pack_panel(const float* const* rows, int64_t D, float* out, float* squares) {
+template <bool words>
+FASTKD_AVX512 void pack_panel(const float* const* rows, int64_t D, float* out, float* squares) {
   Vector sums[4] = {};
   for (int64_t d = 0; d < D; d += kPanel, out += kPanel * kPanel) {
     Vector x[kPanel];
@@ -308,7 +325,11 @@ FASTKD_AVX512 inline void pack_panel(const float* const* rows, int64_t D, float*
 #pragma GCC unroll 16
     for (int k = 0; k < kPanel; ++k) {
       *reinterpret_cast<Vector*>(out + k * kPanel) = x[k];
-      sums[k % 4] += x[k] * x[k];
+      if constexpr (words) {
+        sums[k % 4] += square_sum(x[k]);
+      } else {
+        sums[k % 4] += x[k] * x[k];
+      }
     }
   }
   *reinterpret_cast<Vector*>(squares) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -407,11 +428,12 @@ FASTKD_AVX512_BF16 void map_rows(const RowMap<T>& map, int64_t begin, int64_t en
 
 #else
 
-template <typename T>
+template <typename T, bool words = false>
 void tile_row(int64_t, int64_t, const LeftOf<T>&, const LeftOf<T>&, const RightOf<T>&, OutOf<T>, Ahead&) {}
 template <typename T>
 void multiply(int64_t, int64_t, const LeftOf<T>&, const RightOf<T>&, OutOf<T>, Ahead&) {}
-inline void pack_panel(const float* const*, int64_t, float*, float*) {}
+template <bool words>
+void pack_panel(const float* const*, int64_t, float*, float*) {}
 template <typename T>
 void map_rows(const RowMap<T>&, int64_t, int64_t, Ahead&) {}
 inline int64_t transpose_words(const char*, int64_t, int64_t, int64_t, int64_t, float*) {

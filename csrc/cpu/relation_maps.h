@@ -187,11 +187,18 @@ double shared_groups(const Term<float>& term, int64_t first, int64_t threads) {
   using Block = PanelSweep::Block;
   const int64_t groups = term.s.G - first, panels = padded(term.s.n) / kPanel;
   const int64_t even = 2 * threads / std::gcd(groups, threads);  // blocks that give every thread as many pairs
-  const int64_t least = panel_blocks(term.s.n, term.s.D + term.t.D);
+  const int64_t least = panel_blocks(term);
   const int64_t count = std::min((least + even - 1) / even * even, panels / 2 * 2);
   const int64_t pairs = count / 2, tasks = groups * pairs;
-  std::vector<GroupSums> sums(groups);
-  for (int64_t g = 0; g < groups; ++g) sums[g].start(term, first + g);
+  std::vector<GroupSums> sums;
+  sums.reserve(groups);
+  for (int64_t g = 0; g < groups; ++g) sums.emplace_back(term).start(term, first + g, count);
+  parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t row = k % panels * kPanel;
+      sums[k / panels].widen(row, std::min(term.s.n, row + kPanel));
+    }
+  });
   std::vector<PanelSweep> sweeps;
   for (int64_t k = 0; k < threads; ++k) sweeps.emplace_back(term, RowBlocks{term.s.n, count});
   // Round robin: one block stays and the others rotate, such that the pairs of round 0 are adjacent.
@@ -233,7 +240,7 @@ double tile_panels(const Term<float>& term) {
   if (whole < G) sum = few_rows ? shared_maps(term, whole, threads) : shared_groups(term, whole, threads);
   if (whole == 0) return sum;
   if (few_rows) return sum + whole_groups(term, whole, threads, [&] { return WholeMaps(term); });
-  const RowBlocks blocks{n, panel_blocks(n, term.s.D + term.t.D)};
+  const RowBlocks blocks{n, panel_blocks(term)};
   return sum + whole_groups(term, whole, threads, [&] { return PanelSweep(term, blocks); });
 }
 

@@ -235,6 +235,8 @@ NARROW, WIDE = (8, 5), (48, 80)
 PAIRS = (64, 96)  # whole vectors of bfloat16
 IN_PAIRS = {"matmul_bf16_products": 4}
 EMULATED = {"matmul_bf16_products": 2, "relation_matrix_rows": 1}
+BLOCKS = {"relation_panel_rows": 16}
+SHARED_BLOCKS = BLOCKS | {"relation_shared_blocks": 1, "relation_shared_rows": 17}
 SPLITS = {
     "strips": Split({"relation_strip_rows": 4}, 4, maps_of(NARROW), torch.float64),
     "pieces": Split({"relation_strip_rows": 3, "relation_strip_columns": 16}, 16, maps_of(NARROW), torch.float64),
@@ -258,15 +260,23 @@ SPLITS = {
     "shared_pairs": Split(
         IN_PAIRS | {"relation_shared_maps": 17 * 17 * (3 * 64 + 96)}, 17, maps_of(PAIRS, 5), torch.bfloat16
     ),
+    "words": Split(BLOCKS, 32, maps_of(PAIRS), torch.bfloat16),
+    "words_emulated": Split(IN_PAIRS | BLOCKS, 32, maps_of(PAIRS), torch.bfloat16),
+    "words_inter": Split(IN_PAIRS | BLOCKS, 32, lambda n: (n, 2, *PAIRS), torch.bfloat16, "inter"),
+    "words_of_student": Split(BLOCKS, 32, maps_of((64, 40)), torch.bfloat16),
+    "words_of_teacher": Split(IN_PAIRS | BLOCKS, 32, maps_of((40, 64)), torch.bfloat16),
+    "words_shared": Split(SHARED_BLOCKS, 32, maps_of(PAIRS, 5), torch.bfloat16),
+    "words_shared_inter": Split(IN_PAIRS | SHARED_BLOCKS, 32, lambda n: (n, 5, *PAIRS), torch.bfloat16, "inter"),
+    "wide_copies": Split(BLOCKS, 32, maps_of(WIDE), torch.float16),
+    "wide_inter": Split(BLOCKS, 32, lambda n: (n, 2, *WIDE), scope="inter"),
+    "wide_shared": Split(SHARED_BLOCKS, 32, maps_of((13, 9), 5), torch.float16),
     "shared_rows": Split({"relation_shared_blocks": 1, "relation_shared_rows": 33}, 33, maps_of(NARROW, 5)),
     "shared_blocks": Split(
         {"relation_shared_blocks": 32 * 32 * (3 * 8 + 5), "relation_shared_rows": 17, "relation_panel_rows": 16},
         32,
         maps_of(NARROW, 5),
     ),
-    "shared_in_place": Split(
-        {"relation_shared_blocks": 1, "relation_shared_rows": 17, "relation_panel_rows": 16}, 32, maps_of((16, 5), 5)
-    ),
+    "shared_in_place": Split(SHARED_BLOCKS, 32, maps_of((16, 5), 5)),
     "shared_maps": Split({"relation_shared_maps": 17 * 17 * (3 * 48 + 80)}, 17, maps_of(WIDE, 5)),
     "shared_copies": Split({"relation_shared_maps": 1}, 16, lambda n: (n, 5, 56, 72), scope="inter"),
     "few_groups": Split(
@@ -320,6 +330,21 @@ def test_native_splits(split: str, products: int, options: dict) -> None:
                 with torch.no_grad():  # forms no gradient, and splits otherwise
                     alone = call(student)
                 assert_matches_oracle(alone, eager[0], oracle[0], n * shape[2], f"loss alone, size {size}")
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("strides", [(40 * 65, 65, 1), (40 * 64 + 1, 64, 1), (40 * 66, 66, 1), (64, 128, 1)], ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_bfloat16_rows_anywhere(offset: int, strides: tuple[int, int, int]) -> None:
+    """Two numbers are read as one word only where they make one."""
+    student, teacher = features(2, 40, 64, 96, torch.bfloat16)
+    given = torch.empty(2 * 40 * 66 + 2, dtype=torch.bfloat16).as_strided(student.shape, strides, offset)
+    given.copy_(student)
+    call = partial(fastkd.relation_loss, teacher=teacher, backend="native", algorithm="tile")
+    with thresholds(**BLOCKS):
+        results = [loss_and_gradients(call, [x]) for x in (student, given)]
+    for expected, actual in zip(*results, strict=True):
+        assert relative_difference(actual, expected) < 4 * torch.finfo(torch.bfloat16).eps ** 2
 
 
 @pytest.mark.parametrize("n", [7, 70])  # below and in whole tiles of a matrix unit
