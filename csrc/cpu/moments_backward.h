@@ -1,6 +1,7 @@
 // Gradients of moments, alone or with those of the batch norm that collected them.
 #pragma once
 #include "cpu/moments_blocks.h"
+#include "cpu/moments_planes.h"
 
 namespace fastkd {
 namespace {
@@ -123,15 +124,17 @@ FASTKD_MULTIVERSION void column_backward(const Backward<scalar_t, acc_t> k, int6
   }
 }
 
-// Channels [begin, end) of B images, in planes of a few positions that follow each other.
+// Channels [begin, end) of B images, in planes of a few positions that follow each other: a run of planes at a time,
+// since those of another image lie pages away.
 template <typename scalar_t, typename acc_t>
 FASTKD_MULTIVERSION void small_plane_backward(
     const Backward<scalar_t, acc_t> k,
     int64_t B,
     int64_t begin,
     int64_t end) {
-  acc_t a[kMostColumns], b[kMostColumns], mean[kMostColumns], alpha[kMostColumns];
-  const int64_t each = block_planes(k.W);
+  const int64_t each = std::max<int64_t>(1, std::min<int64_t>(kRun / k.W, end - begin));
+  Buffer<acc_t> coefficients(4 * each * k.W);
+  acc_t *a = coefficients.data(), *b = a + each * k.W, *mean = b + each * k.W, *alpha = mean + each * k.W;
   for (int64_t c = begin; c < end; c += each) {
     const int64_t n = std::min(each, end - c);
     for (int64_t i = 0, to = 0; i < n; ++i)
@@ -152,6 +155,32 @@ FASTKD_MULTIVERSION void small_plane_backward(
           alpha,
           n * k.W);
   }
+}
+
+// Planes [begin, end) of those of all images, W > kLanes positions each, which follow each other.
+template <typename scalar_t, typename acc_t>
+FASTKD_MULTIVERSION void plane_backward(const Backward<scalar_t, acc_t> k, int64_t begin, int64_t end) {
+  const auto each = [&](auto W) FASTKD_INLINE_LAMBDA {
+    int64_t n = begin / k.C, c = begin % k.C;
+    for (int64_t i = begin; i < end; ++i, ++c) {
+      if (c == k.C) c = 0, ++n;
+      const acc_t a = k.a[c], b = k.b[c], mean = k.mean[c];
+      const scalar_t* x = k.x + n * k.s.b + c * W;
+      scalar_t* dx = k.dx + n * k.d.b + c * W;
+      if (k.dy == nullptr) {
+#pragma omp simd
+        for (int64_t w = 0; w < W; ++w) dx[w] = static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[w]) - mean));
+        continue;
+      }
+      const scalar_t* dy = k.dy + n * k.g.b + c * W;
+      const acc_t alpha = k.alpha[c];
+#pragma omp simd
+      for (int64_t w = 0; w < W; ++w)
+        dx[w] = static_cast<scalar_t>(a + b * (static_cast<acc_t>(x[w]) - mean) + alpha * static_cast<acc_t>(dy[w]));
+    }
+  };
+  if (k.W == 49) return each(Width<49>());
+  each(k.W);
 }
 
 template <typename acc_t>
@@ -234,11 +263,15 @@ Tensor layer_backward(
       parallel_for(0, B * H * W, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
         column_backward(k, begin, end);
       });
-    else if (!per_image && H == 1 && is_small(W) && is_dense(s, W) && is_dense(d, W) && (!has_dy || is_dense(g, W)))
+    else if (!per_image && H == 1 && is_small(W) && is_dense(s, W) && is_dense(d, W) && (!has_dy || is_dense(g, W))) {
+      if (std::is_same_v<scalar_t, acc_t> && W > kLanes)
+        return parallel_for(0, B * C, std::max<int64_t>(1, kGrain / W), [&](int64_t begin, int64_t end) {
+          plane_backward(k, begin, end);
+        });
       parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * W)), [&](int64_t begin, int64_t end) {
         small_plane_backward(k, B, begin, end);
       });
-    else if (!per_image && B * H * W < 2 * kPart)  // as forward cuts it: what a core reads it still has in its cache
+    } else if (!per_image && B * H * W < 2 * kPart)  // as forward cuts it: what a core reads it still has in its cache
       parallel_for(0, C, std::max<int64_t>(1, kGrain / (B * H * W)), [&](int64_t begin, int64_t end) {
         for (int64_t n = 0; n < B; ++n) row_backward(k, n, begin, end);
       });

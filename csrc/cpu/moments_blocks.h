@@ -27,6 +27,7 @@ Threshold kPart{"moments.part", 8192};                // positions of a channel 
 Threshold kRows{"moments.rows", 64};                  // rows of a block of columns
 Threshold kImages{"moments.images", 32};              // images of a block of small planes
 Threshold kColumns{"moments.columns", kMostColumns};  // channels of a block of columns
+Threshold kRun{"moments.run", 2048};                  // elements of an image's planes whose gradient is formed together
 Threshold kSmall{"moments.small", 64};                // positions of a plane that make too short a row
 Threshold kGroup{"moments.group", kMostGroup};        // channels of short rows that are taken together, at the most
 Threshold kSpan{"moments.span", 1 << 14};             // about as many elements of them in an image

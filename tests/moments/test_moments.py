@@ -201,7 +201,8 @@ SPLITS: dict[str, tuple[int, Callable[[int], tuple[int, ...]], dict[str, int]]] 
     "moments_few_units": (2, lambda n: (3, n, 20), ROWS | {"moments_unit": 1, "moments_part": 8}),
     "moments_unit": (20, lambda n: (2, 7, n), ROWS | {"moments_few_units": 1 << 20}),
     "moments_units": (32, lambda n: (n, 5, 9), ROWS | {"moments_part": 1, "moments_rows": 1}),
-    "moments_grain": (4, lambda n: (3, n, 9), {}),
+    "moments_grain": (4, lambda n: (3, n, 25), {}),
+    "moments_run": (8, lambda n: (3, n, 2), {"moments_grain": 1}),
     "moments_hot": (4 * 3 * 9 * 5, lambda n: (3, 5, n // 60 + 1), {}),
     "moments_cuda_loads": (1, lambda n: (2, 3, 1036 * n), {"moments_cuda_waves": 40}),  # split off a vector's end
     "moments_cuda_waves": (1, lambda n: (1, 2, 2056 * n), {"moments_cuda_loads": 1}),
