@@ -1,6 +1,6 @@
 """Tile shapes of the attention kernels, by architecture and dtype."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 UNSPECIALIZED = (  # that a count is 1 or a multiple of 16 is not worth a compilation
@@ -31,6 +31,7 @@ class Config:
     fused: tuple[Tile, ...] = ()  # all keys, up to BLOCK_N, and strips of queries: loss and gradients in one pass
     plain: tuple[Tile, ...] = ()  # more of these, where neither a bias nor js takes registers
     biased: Tile | None = None  # rows with a bias, where narrow ones spill
+    wide: Tile | None = None  # the same of heads that are taken in pieces
 
 
 _AMPERE = {
@@ -74,15 +75,16 @@ _FLOAT32 = {
         Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)
     ),
 }  # fmt: skip
+_FLOAT32_BLACKWELL = {**_FLOAT32, 64: replace(_FLOAT32[64], keys=Tile(16, 32, 4, 1))}
 _SHORT = Tile(64, 16, 4, 1)
 _SHORT8 = Tile(64, 16, 8, 1)
 _TF32_AMPERE = {
     16: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT8),
     64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT8, biased=Tile(16, 32, 4, 1)),
 }
-_TF32_HOPPER = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT8, _SHORT8)}
+_TF32_HOPPER = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT8, _SHORT8, wide=Tile(16, 32, 4, 1))}
 _CDNA_FLOAT32 = {64: Config(_SHORT, _SHORT, Tile(16, 64, 4, 1), _SHORT, _SHORT)}
-_TF32_BLACKWELL = {64: Config(_SHORT8, _SHORT8, Tile(16, 64, 8, 1), _SHORT8, _SHORT8)}
+_TF32_BLACKWELL = {64: Config(_SHORT8, _SHORT8, Tile(16, 64, 8, 1), _SHORT8, _SHORT8, wide=_SHORT)}
 # By architecture and how float32 is multiplied, or bytes of the widest input (all are taken as wide), and the widest
 # head taken. Heads are padded to a power of two; those wider than the last are taken in pieces.
 CONFIGS: dict[tuple[str, int | str], dict[int, Config]] = {
@@ -90,7 +92,8 @@ CONFIGS: dict[tuple[str, int | str], dict[int, Config]] = {
     ("9.0", 2): _HOPPER,
     ("10.x", 2): _BLACKWELL,
     ("cdna", 2): _CDNA,
-    **dict.fromkeys((("8.x", "ieee"), ("9.0", "ieee"), ("10.x", "ieee")), _FLOAT32),
+    **dict.fromkeys((("8.x", "ieee"), ("9.0", "ieee")), _FLOAT32),
+    ("10.x", "ieee"): _FLOAT32_BLACKWELL,
     ("8.x", "tf32"): _TF32_AMPERE,
     ("9.0", "tf32"): _TF32_HOPPER,
     ("10.x", "tf32"): _TF32_BLACKWELL,

@@ -90,13 +90,15 @@ class Config:
 
 # By architecture and bytes of the wider input dtype. 8.x stays below the 99 KB that a block has on a consumer card,
 # 10.x within the 512 columns of its tensor memory; a map of 128 rows spills 240 bytes a thread there under Triton 3.6,
-# and up to 472 on 9.0 where W has two terms. A short group of float32 rows would spill on 8.x. On cdna a barrier does
-# not wait for stores to global memory, so that no thread may read what others of its program wrote.
+# and where W has two terms up to 472 on 9.0, and 160 on 8.x if rows are not aligned. A short group of float32 rows
+# would spill on 8.x. On cdna a barrier does not wait for stores to global memory, so that no thread may read what
+# others of its program wrote.
 CONFIGS: dict[tuple[str, int], Config] = {
     ("8.x", 2): Config(
         Group(64, 32, 32, 64, 8, 2),
         Map(128, 32, 8, 3),
         (Apply(128, 32, 128, 8, 3), Apply(64, 32, 64, 4, 3)),
+        Map(64, 32, 4, 3),
     ),
     ("9.0", 2): Config(
         Group(64, 64, 64, 64, 8, 3, (0, 16, 32)),
@@ -146,6 +148,8 @@ GRAMS = {
 GRAM_APPLIES = {
     "8.x": GramApply(64, 16, 64, 4, 3),
     "9.0": GramApply(128, 16, 64, 8, 3),
-    "10.x": GramApply(64, 32, 64, 4, 3),
+    "10.x": GramApply(64, 32, 64, 8, 3),
     "cdna": GramApply(64, 32, 64, 4, 2),
 }
+# Of rows that are not read in vectors, whose addresses take registers.
+UNALIGNED_GRAM_APPLIES = {"8.x": GramApply(32, 16, 64, 4, 3)}

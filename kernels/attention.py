@@ -203,8 +203,8 @@ class _Plan:
         }
         self.fused = self._fused()
         has_bias = sizes.has_bias_s or sizes.has_bias_t
-        # compares networks head by head
-        self.strips = (self.config.biased or self.config.narrow) if has_bias else self.config.rows
+        biased = (self.config.wide if is_wide else None) or self.config.biased or self.config.narrow
+        self.strips = biased if has_bias else self.config.rows  # compares networks head by head
         self._templates: dict[tuple[int, Tile], tuple[list[Any], dict[str, int], dict[str, int]]] = {}
 
     def _fused(self) -> Tile | None:

@@ -35,6 +35,7 @@ from ._relation_tiles import (
     SCALE_BLOCK,
     SCATTER_BLOCK,
     SUM_BLOCK,
+    UNALIGNED_GRAM_APPLIES,
     Apply,
     Group,
 )
@@ -63,6 +64,13 @@ def _rows(x: Tensor, scope: str) -> Rows:
 def _rows_of(strides: tuple[int, ...], scope: str) -> Rows:
     b, n, d = strides
     return {"intra": Rows(b, 0, n, d), "inter": Rows(n, 0, b, d), "batch": Rows(0, b, n, d)}[scope]
+
+
+def _is_aligned(s: Tensor, t: Tensor, *like_them: Tensor) -> bool:
+    """Return whether rows are read in vectors, whose addresses take few registers."""
+    steps = [step for x in (s, t) for step in (x.shape[2], *x.stride()[:2])]
+    addresses = (x.data_ptr() for x in (s, t, *like_them))
+    return s.stride(2) == t.stride(2) == 1 and not any(v % 16 for v in (*steps, *addresses))
 
 
 class Term(NamedTuple):
@@ -98,10 +106,7 @@ class Alike:
 
     @cached_property
     def is_aligned(self) -> bool:
-        """Return whether rows are read in vectors, whose addresses take few registers."""
-        every, one = (*self.students, *self.teachers), (self.s, self.t)
-        steps = [step for x in one for step in (x.shape[2], *x.stride()[:2])]
-        return all(x.stride(2) == 1 for x in one) and not any(v % 16 for v in (*steps, *(x.data_ptr() for x in every)))
+        return _is_aligned(self.s, self.t, *self.students, *self.teachers)
 
     def form_norms(self) -> None:
         (BLOCK_R, BLOCK_K), tokens = NORM_BLOCK, self.B * self.N
@@ -287,6 +292,8 @@ def _gram(student: Tensor, teacher: Tensor, dstudent: Tensor | None, scope: str,
     s_rows, t_rows = _rows(student, scope), _rows(teacher, scope)
     kind = architecture(student.device)
     tile, apply = GRAMS[kind], GRAM_APPLIES[kind]
+    if not _is_aligned(student, teacher):
+        apply = UNALIGNED_GRAM_APPLIES.get(kind, apply)
     columns = cdiv(D, tile.BLOCK_D)
     tiles = columns * (columns + 1) // 2
 
