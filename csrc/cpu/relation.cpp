@@ -141,10 +141,10 @@ void manifold_layer(
   const bool with_grad = dstudent.numel() > 0;
   const int64_t Ds = student.size(2);
   acc_t* u = with_grad ? sums_in<acc_t>(dstudent) : nullptr;
-  std::vector<acc_t> buffer;
+  Tensor buffer;
   if (with_grad && !u) {
-    buffer.resize(student.numel());
-    u = buffer.data();
+    buffer = empty_kept(student, student.sizes(), CppTypeToScalarType<acc_t>::value);
+    u = buffer.mutable_data_ptr<acc_t>();
   }
   const auto term_of = [&](const Tensor& s, const Tensor& t, const char* scope, double weight) {
     Term<acc_t> term{Groups(s, scope), Groups(t, scope)};
@@ -159,12 +159,12 @@ void manifold_layer(
   inter.u = u;
   losses[1] = mean(visit(inter), inter);
 
-  const int64_t K = index.numel();
+  const int64_t K = index.numel(), tokens = student.size(0) * student.size(1);
   const auto ids = index.contiguous();
   const auto* id = ids.const_data_ptr<int64_t>();
   std::vector<acc_t> u_k(with_grad ? K * Ds : 0);
   for (int64_t k = 0; k < K; ++k)
-    STD_TORCH_CHECK(id[k] >= 0 && id[k] < student.size(0) * student.size(1), "index must lie in [0, B*N), got ", id[k]);
+    STD_TORCH_CHECK(id[k] >= 0 && id[k] < tokens, "index must lie in [0, B*N = ", tokens, "), got ", id[k]);
   const auto rows_s = take_rows(student, ids), rows_t = take_rows(teacher, ids);
   auto random = term_of(rows_s, rows_t, "intra", weights[2]);
   random.u = with_grad ? u_k.data() : nullptr;

@@ -210,9 +210,11 @@ def _checked_index(index: Tensor, student: Tensor) -> Tensor:
     return index
 
 
-def _checked_indices(indices: Sequence[Tensor], students: Sequence[Tensor]) -> list[Tensor]:
+def _checked_indices(indices: Sequence[Tensor], students: Sequence[Tensor], impl: Backend) -> list[Tensor]:
     """Return the indices of layers of one device on that device; of layers with as many tokens they are asserted
-    together."""
+    together, unless the operator reads them on the CPU anyway."""
+    if impl == "native" and students[0].device.type == "cpu":
+        return [check.moved("index", index, s.device) for index, s in zip(indices, students, strict=True)]
     first, totals = indices[0], [s.shape[0] * s.shape[1] for s in students]
     if any(total != totals[0] for total in totals[1:]):
         return [_checked_index(index, s) for index, s in zip(indices, students, strict=True)]
@@ -300,9 +302,9 @@ def run_manifold(call: ManifoldCall) -> tuple[Tensor, tuple[Tensor, Tensor, Tens
         impl = resolve(call.backend, "relation_fwd", s, t)
         separate |= any(cheaper(n, s, t, "none", impl) == "gram" for n in s.shape[:2])
     if not separate:
-        if call.indices is not None:
-            indices = _checked_indices(call.indices, students)
         impl = resolve(call.backend, "manifold_fwd", *students, *teachers)
+        if call.indices is not None:
+            indices = _checked_indices(call.indices, students, impl)
         loss, means = _Manifold.apply(
             impl,
             tuple(weights.values()),

@@ -389,7 +389,9 @@ def test_the_kernels_store_gradients_as_the_schemas_say(dtype: torch.dtype) -> N
     """kernels/ does not depend on fastkd, so the rule is written there again."""
     x = torch.ones(2, dtype=dtype)
     kernels = importlib.import_module("fastkd_kernels._common")
-    assert kernels.stored_gradient(x) == _precision.stored_gradient(x)
+    for is_wanted in (True, False):
+        room = kernels.empty_gradient(x, is_wanted)
+        assert room.dtype == _precision.stored_gradient(x) and room.numel() == (x.numel() if is_wanted else 0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), True, "1", None, torch.ones(()), -1e-9])
