@@ -212,8 +212,9 @@ class Alike:
         groups = every if out is None else min(max(budget // pitch, 1), every)
         groups = cdiv(every, cdiv(every, groups))
         row_tiles = columns if is_triangle else min(max(budget // BLOCK_M, 1), columns)
-        row_tiles = cdiv(columns, cdiv(columns, row_tiles))
-        deepest = max(apply.BLOCK_M for apply in self.config.apply)  # whose tiles are read whole too
+        deepest = max(apply.BLOCK_M for apply in self.config.apply)
+        step = max(deepest // BLOCK_M, 1)  # or a strip's last rows would be written with the next one's
+        row_tiles = cdiv(cdiv(columns, cdiv(columns, row_tiles)), step) * step
         w_rows = cdiv(row_tiles * BLOCK_M, deepest) * deepest
         held = 0 if out is None else groups
         w = new((self.terms, held, w_rows, pitch), dtype=torch.float16)

@@ -686,6 +686,21 @@ def test_layers_in_several_launches(backend: str, monkeypatch: pytest.MonkeyPatc
         assert_matches_oracle(a, e, o, 7 * 24, f"result {i}")
 
 
+@pytest.mark.parametrize("scope", ["intra", "inter"])
+@pytest.mark.parametrize("backend", TRITON)
+def test_sums_over_strips(backend: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strip of a map writes no row of the next one, whose gradient may have the sum of other scopes still to read."""
+    kernels = pytest.importorskip("fastkd_kernels.relation")
+    shape = (1, 200) if scope == "intra" else (200, 1)
+    student, teacher = features(*shape, 16, 24, torch.float16)
+    index = torch.arange(5, device=DEVICE)
+    call = partial(fastkd.manifold_loss, teacher=teacher, index=index, backend=backend)
+    expected = loss_and_gradients(call, [student], 2.0**16)
+    monkeypatch.setattr(kernels, "STRIP_BYTES", 1)
+    for actual, whole in zip(loss_and_gradients(call, [student], 2.0**16), expected, strict=True):
+        assert relative_difference(actual, whole) < 1e-3
+
+
 @pytest.mark.parametrize("backend", TRITON)
 def test_sums_between_scopes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of bfloat16 students they are float16 numbers, which keep 11 bits of small ones beside large ones of a row; once
