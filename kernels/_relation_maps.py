@@ -293,6 +293,7 @@ def _relation_scatter_kernel(
             at = sums_ptr + row * D + d
             power = powers_ptr + total.to(tl.int64) * piece + row + tl.zeros((1,), tl.int32)
             before = tl.load(at, mask=d < D, other=0.0).to(tl.float32)[None, :] * tl.load(power).to(tl.float32)
+            tl.debug_barrier()  # every thread has read what one of them replaces
             halves, down = _to_halves(before + added[None, :])
             tl.store(at[None, :], halves, mask=(d < D)[None, :])
             tl.store(power, down.to(power.dtype.element_ty))
