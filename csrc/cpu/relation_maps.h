@@ -192,7 +192,7 @@ double shared_groups(const Term<float>& term, int64_t first, int64_t threads) {
   const int64_t pairs = count / 2, tasks = groups * pairs;
   std::vector<GroupSums> sums;
   sums.reserve(groups);
-  for (int64_t g = 0; g < groups; ++g) sums.emplace_back(term).start(term, first + g, count);
+  for (int64_t g = 0; g < groups; ++g) sums.emplace_back(term).start(term, first + g, count, groups);
   parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t row = k % panels * kPanel;

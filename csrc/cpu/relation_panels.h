@@ -69,11 +69,12 @@ struct PanelRows {
   int64_t ld = 0, words_ld = 0, rows = 0, depth = 0;
   bool is_packed = false, in_words = false;
 
-  // Where they lie, for left operands alone, given their inverse norms; false where they cannot be read there.
-  bool refer(const GroupRows& from, int64_t begin, int64_t end, const float* norms) {
+  // Where they lie, for left operands alone, given their inverse norms; false where they cannot be read there, by maps
+  // or, as_rows, by what W multiplies.
+  bool refer(const GroupRows& from, int64_t begin, int64_t end, const float* norms, bool as_rows) {
     const Groups& x = from.x;
     in_words = from.in_words;
-    if (in_words ? x.across : !from.lies_near()) return false;
+    if ((in_words && x.across) || ((as_rows || !in_words) && !from.lies_near())) return false;
     rows = end - begin;
     depth = from.depth();
     inverse.resize(padded(rows));
@@ -170,32 +171,28 @@ bool sums_in_place(const Term<float>& term) {
   return term.u && term.s.D % kPanel == 0 && !term.s.across;
 }
 
-// Fetch `count` rows from `begin` on of group g: what they read,
-void fetch_rows(Ahead& ahead, const Term<float>& term, int64_t g, int64_t begin, int64_t count) {
-  if (g == term.s.G) return;
-  for (const Groups* x : {&term.s, &term.t}) {
-    const int64_t size = x->x.element_size();
-    if (x->row_stride < x->D || x->x.stride(2) != 1) continue;
-    const auto* first = static_cast<const char*>(x->x.const_data_ptr()) + x->offset(g, begin) * size;
-    if (x->row_stride == x->D) {
-      ahead.add(first, count * x->D * size);
-    } else {
-      ahead.add(first, x->D * size, count, x->row_stride * size);
-    }
+// Fetch `count` rows from `begin` on of a network's group g, where they lie.
+void fetch_rows(Ahead& ahead, const Groups& x, int64_t g, int64_t begin, int64_t count) {
+  const int64_t size = x.x.element_size();
+  if (x.row_stride < x.D || x.x.stride(2) != 1) return;
+  const auto* first = static_cast<const char*>(x.x.const_data_ptr()) + x.offset(g, begin) * size;
+  if (x.row_stride == x.D) {
+    ahead.add(first, count * x.D * size);
+  } else {
+    ahead.add(first, x.D * size, count, x.row_stride * size);
   }
 }
 
-// the same of a group whose rows are known,
-void fetch_rows(
-    Ahead& ahead,
-    const Term<float>& term,
-    const GroupRows& s,
-    const GroupRows& t,
-    int64_t begin,
-    int64_t count) {
-  if (!s.wide && !t.wide) return fetch_rows(ahead, term, s.g, begin, count);
-  for (const GroupRows* x : {&s, &t})
-    if (x->wide) ahead.add(x->row(begin), count * x->width() * sizeof(float));
+// What is read of rows of both networks,
+void fetch_rows(Ahead& ahead, const Term<float>& term, int64_t g, int64_t begin, int64_t count) {
+  if (g == term.s.G) return;
+  for (const Groups* x : {&term.s, &term.t}) fetch_rows(ahead, *x, g, begin, count);
+}
+
+// the same of a group under way,
+void fetch_rows(Ahead& ahead, const GroupRows& x, int64_t begin, int64_t count) {
+  if (x.wide) ahead.add(x.row(begin), count * x.width() * sizeof(float));
+  if (!x.wide || x.in_words) fetch_rows(ahead, x.x, x.g, begin, count);
 }
 
 // and what they write where sums add up in the gradient itself.
@@ -220,14 +217,15 @@ struct GroupSums {
   explicit GroupSums(const Term<float>& term)
       : s{term.s, -1, in_words(term, term.s)}, t{term.t, -1, in_words(term, term.t)} {}
 
-  // Call widen for all rows before they are read.
-  void start(const Term<float>& term, int64_t group, int64_t blocks) {
+  // Of one of `groups` that are under way; call widen for all rows before they are read.
+  void start(const Term<float>& term, int64_t group, int64_t blocks, int64_t groups = 1) {
     s.g = t.g = group;
     r.resize(padded(term.s.n));
     q.resize(padded(term.s.n));
+    const bool fits = groups * term.s.n * (s.width() + t.width()) * static_cast<int64_t>(sizeof(float)) <= kWideBytes;
     const auto make_room = [&](GroupRows& x, Buffer<float>& room, bool as_rows) {
       x.wide = nullptr;
-      if (blocks == 1 || x.lies_near() || (x.in_words && !as_rows)) return;
+      if (blocks == 1 || !fits || x.lies_near() || (x.in_words && !as_rows)) return;
       room.resize(x.x.n * x.width());
       x.wide = room.data();
     };
@@ -286,7 +284,8 @@ struct PanelSweep {
     for (const Block& block : next) {
       const int64_t begin = blocks.begin(block.k), count = blocks.rows(block.k);
       if (block.g == sums.s.g) {
-        fetch_rows(ahead, term, sums.s, sums.t, begin, count);
+        fetch_rows(ahead, sums.s, begin, count);
+        fetch_rows(ahead, sums.t, begin, count);
       } else {
         fetch_rows(ahead, term, block.g, begin, count);
       }
@@ -350,7 +349,8 @@ struct PanelSweep {
   void pair(GroupSums& sums, int64_t i, int64_t j, torch::headeronly::HeaderOnlyArrayRef<Block> next) {
     hold(sums, j);
     const int64_t begin = blocks.begin(i), end = blocks.begin(i + 1);
-    if (!s_i.refer(sums.s, begin, end, sums.r.data() + begin) || !t_i.refer(sums.t, begin, end, sums.q.data() + begin))
+    if (!s_i.refer(sums.s, begin, end, sums.r.data() + begin, term.with_grad()) ||
+        !t_i.refer(sums.t, begin, end, sums.q.data() + begin, false))
       load(sums, i, s_i, t_i);
     look_ahead(s_i.rows * s_j.rows, sums, nullptr, next);
     maps(s_i, t_i, false);

@@ -24,6 +24,7 @@ Threshold kStrip{"relation.strip_rows", 64};         // rows of a strip of the m
 Threshold kColumns{"relation.strip_columns", 1024};  // of a piece of it: two float32 pieces are 512 KB, a share of L2
 Threshold kPanelRows{"relation.panel_rows", 256};    // rows of a block of the maps on our own kernels, at most,
 Threshold kPanelBytes{"relation.panel_bytes", 600 << 10};     // and what they may take of L2
+Threshold kWideBytes{"relation.wide_bytes", 8 << 20};         // of groups' rows that are converted at once, at most
 Threshold kFewGroups{"relation.few_groups", 8};               // a thread: more hide that some threads have one less
 Threshold kSharedBlocks{"relation.shared_blocks", 16 << 20};  // operations of a group whose blocks threads share,
 Threshold kSharedRows{"relation.shared_rows", 4 * kPanel};    // which has as many rows at least,

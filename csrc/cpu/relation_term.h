@@ -19,8 +19,10 @@ struct Term {
 
   bool with_grad() const { return u || dstudent.defined(); }
 
-  // Whether sums of products that instructions for bfloat16 take for 0, below 1.2e-38, are of rows that count as 0.
-  bool keeps_its_digits_in_bf16() const { return !normalize || eps >= 1e-15; }
+  // Whether it is all the same that instructions for bfloat16 take sums of products below 1.2e-38 for 0: those of unit
+  // rows are of rows that count as 0, and those of raw rows matter by their sign alone, to similarities that are
+  // clamped.
+  bool keeps_its_digits_in_bf16() const { return normalize ? eps >= 1e-15 : rectify != Rectify::kBoth; }
 
   // U of rows [begin, end) of group g, complete for this term, to where it belongs; inverse: their inverse norms, null
   // where this term's rows are projected already.

@@ -267,6 +267,11 @@ SPLITS = {
     "words_of_teacher": Split(IN_PAIRS | BLOCKS, 32, maps_of((40, 64)), torch.bfloat16),
     "words_shared": Split(SHARED_BLOCKS, 32, maps_of(PAIRS, 5), torch.bfloat16),
     "words_shared_inter": Split(IN_PAIRS | SHARED_BLOCKS, 32, lambda n: (n, 5, *PAIRS), torch.bfloat16, "inter"),
+    "words_of_many_rows": Split(
+        BLOCKS | {"relation_wide_bytes": 33 * (64 + 96) * 4}, 33, maps_of(PAIRS), torch.bfloat16
+    ),
+    "words_shared_by_many": Split(SHARED_BLOCKS | {"relation_wide_bytes": 1}, 33, maps_of(PAIRS, 5), torch.bfloat16),
+    "wide_bytes": Split(BLOCKS | {"relation_wide_bytes": 33 * (48 + 80) * 4}, 33, maps_of(WIDE), torch.float16),
     "wide_copies": Split(BLOCKS, 32, maps_of(WIDE), torch.float16),
     "wide_inter": Split(BLOCKS, 32, lambda n: (n, 2, *WIDE), scope="inter"),
     "wide_shared": Split(SHARED_BLOCKS, 32, maps_of((13, 9), 5), torch.float16),
@@ -359,6 +364,24 @@ def test_bfloat16_rows_of_tiny_norms(backend: str, n: int) -> None:
     oracle = oracle_of(tiny, teacher, torch.float64, eps=0.0)
     assert relative_difference(found[0] * 2.0**60, oracle[0]) < 1e-5
     assert relative_difference(found[1].double() * 2.0**60, oracle[1]) < 1e-2
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("n", [7, 40, 100])  # whole maps, and blocks of them
+@pytest.mark.parametrize("scale", [1e-20, 1e-18])
+def test_signs_of_tiny_bfloat16_products(n: int, scale: float) -> None:
+    """They decide which similarities of raw rows are clamped, and pass no gradient."""
+    student, teacher = features(2, n, 64, 32, torch.bfloat16)
+    student[0, 3] *= scale
+    student[1] *= scale
+    options = {"normalize": False, "rectify": "both"}
+    call = partial(fastkd.relation_loss, teacher=teacher, algorithm="tile", backend="native", **options)
+    (_, gradient), (_, oracle) = (
+        loss_and_gradients(call, [student], 2.0**80),
+        oracle_of(student, teacher, torch.float64, **options),
+    )
+    error = (gradient.double() * 2.0**-80 - oracle).norm(dim=-1)
+    assert (error <= 0.01 * oracle.norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize(
