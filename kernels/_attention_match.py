@@ -239,7 +239,8 @@ def _attention_keys_kernel(
     d_s, d_t = tl.arange(0, BLOCK_DS), tl.arange(0, BLOCK_DT)
     d_out = d_s + tl.program_id(1) * BLOCK_DS
     k_s = _keys(student, b, h, H, j, sees, d_s, IS_CENTRED_S)
-    k_t = _keys(teacher, b, h, H, j, sees, d_t, IS_CENTRED_T)
+    if not IS_MEAN:  # whose teacher may have fewer heads
+        k_t = _keys(teacher, b, h, H, j, sees, d_t, IS_CENTRED_T)
     begin, end = first_row, first_row + strip_rows
     if IS_CAUSAL:  # the first row at or beyond position j0
         begin = tl.maximum(begin, tl.cdiv(tl.maximum(j0 - row_start, 0), row_step))

@@ -11,6 +11,7 @@ p_s - p_t = (e_s - e_t - ρ e_t) / l_s is exactly 0 for equal networks. A gradie
 numbers more, c and v_top. Gradients of 16-bit networks go to the matrix units as two terms, high and low: one shows.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -208,25 +209,34 @@ class _Plan:
         self._templates: dict[tuple[int, Tile], tuple[list[Any], dict[str, int], dict[str, int]]] = {}
 
     def _fused(self) -> Tile | None:
-        """Return the tile of the kernel that computes every score once; all keys must fit on chip, and heads must fill
-        the GPU."""
+        """Return the tile of the kernel that computes every score once; whole heads and all keys must fit on chip, and
+        heads must fill the GPU."""
         sizes = self.sizes
-        if sizes.is_centred_s or sizes.is_centred_t or self.B * self.H < sizes.multiprocessors:
+        if self.numbers["IS_WIDE"] or sizes.is_centred_s or sizes.is_centred_t:
+            return None
+        if self.B * self.H < sizes.multiprocessors:
             return None
         is_plain = not sizes.has_bias_s and not sizes.has_bias_t and sizes.divergence != "js"
         tiles = (*self.config.fused, *self.config.plain) if is_plain else self.config.fused
         return next((tile for tile in tiles if tile.BLOCK_N >= self.N_k), None)
 
-    def template(self, kernel: Any, tile: Tile) -> tuple[list[Any], dict[str, int], dict[str, int]]:
-        """Return a kernel's arguments without tensors, the place of each name among them, and the launch's options."""
+    def template(
+        self, kernel: Any, tile: Tile, others: Iterable[str]
+    ) -> tuple[list[Any], dict[str, int], dict[str, int]]:
+        """Return a kernel's arguments without the others, the place of each name among them, and the launch's options.
+
+        Raises:
+            KeyError: the kernel takes an argument that is neither a number of the plan nor among the others.
+        """
         found = self._templates.get((id(kernel), tile))
         if found is None:
             named = {**self.numbers, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N}
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
             if self.sizes.architecture == "cdna":
                 options["matrix_instr_nonkdim"] = 16  # rows that a warp computes, as elsewhere; 32 needs larger tiles
+            named |= {name: None for name in others if name not in named}
             places = {name: at for at, name in enumerate(kernel.arg_names)}
-            found = [named.get(name) for name in kernel.arg_names], places, options
+            found = [named[name] for name in kernel.arg_names], places, options
             self._templates[id(kernel), tile] = found
         return found
 
@@ -275,7 +285,7 @@ class _Problem:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
         """Run a kernel with those of the arguments that it names."""
-        values, places, options = self.plan.template(kernel, tile)
+        values, places, options = self.plan.template(kernel, tile, (*self.tensors, *more))
         values = values.copy()
         for named in (self.tensors, more):
             for name, value in named.items():

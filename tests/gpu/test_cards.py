@@ -82,3 +82,27 @@ def test_more_layers_than_share_a_launch() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(loss, students), torch.autograd.grad(torch.stack(each).mean(), students)
     )
+
+
+@pytest.mark.parametrize("tokens", [50, 100])
+@pytest.mark.parametrize(("student", "teacher"), [(80, 80), (128, 64), (32, 160), (64, 64)])
+@pytest.mark.parametrize("architecture", ["8.x", "9.0", "10.x", "cdna"])
+def test_wide_heads(architecture: str, student: int, teacher: int, tokens: int) -> None:
+    """Those wider than a tile are taken in pieces, though all keys fit on chip and heads fill the card."""
+    widths = {"q_student": student, "k_student": student, "q_teacher": teacher, "k_teacher": teacher}
+    inputs = {name: randn(1, 2, tokens, d, seed=i) for i, (name, d) in enumerate(widths.items())}
+    call = Call("attention_loss", "attention_fwd", ("q_student", "k_student"), inputs)
+    check(call, (architecture, 2), torch.bfloat16)
+
+
+def test_averages_of_fewer_heads() -> None:
+    """The kernel of the keys' gradient reads nothing of a teacher with fewer heads."""
+    shapes = {
+        "q_student": (1, 3, 5, 24),
+        "k_student": (1, 3, 7, 24),
+        "q_teacher": (1, 2, 5, 16),
+        "k_teacher": (1, 2, 7, 16),
+    }
+    inputs = {name: randn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    call = Call("attention_loss", "attention_fwd", ("q_student", "k_student"), inputs, constants={"heads": "mean"})
+    check(call, ("9.0", 1), torch.float32)
