@@ -11,7 +11,6 @@ p_s - p_t = (e_s - e_t - ρ e_t) / l_s is exactly 0 for equal networks. A gradie
 numbers more, c and v_top. Gradients of 16-bit networks go to the matrix units as two terms, high and low: one shows.
 """
 
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -152,6 +151,15 @@ class _Sizes(NamedTuple):
     row_step: int
 
 
+class Template(NamedTuple):
+    """A kernel's arguments, with None in place of tensors; where each is, and where tensors are; a launch's options."""
+
+    values: list[Any]
+    places: dict[str, int]
+    of_tensors: list[tuple[str, int]]
+    options: dict[str, int]
+
+
 class _Plan:
     """Tiles and numbers of a call, which are kept by its sizes."""
 
@@ -206,7 +214,7 @@ class _Plan:
         has_bias = sizes.has_bias_s or sizes.has_bias_t
         biased = (self.config.wide if is_wide else None) or self.config.biased or self.config.narrow
         self.strips = biased if has_bias else self.config.rows  # compares networks head by head
-        self._templates: dict[tuple[int, Tile], tuple[list[Any], dict[str, int], dict[str, int]]] = {}
+        self._templates: dict[tuple[int, Tile], Template] = {}
 
     def _fused(self) -> Tile | None:
         """Return the tile of the kernel that computes every score once; whole heads and all keys must fit on chip, and
@@ -220,23 +228,22 @@ class _Plan:
         tiles = (*self.config.fused, *self.config.plain) if is_plain else self.config.fused
         return next((tile for tile in tiles if tile.BLOCK_N >= self.N_k), None)
 
-    def template(
-        self, kernel: Any, tile: Tile, others: Iterable[str]
-    ) -> tuple[list[Any], dict[str, int], dict[str, int]]:
-        """Return a kernel's arguments without the others, the place of each name among them, and the launch's options.
+    def template(self, kernel: Any, tile: Tile, tensors: dict[str, Any], more: dict[str, Any]) -> Template:
+        """Return what a kernel's launches have in common.
 
         Raises:
-            KeyError: the kernel takes an argument that is neither a number of the plan nor among the others.
+            KeyError: the kernel takes an argument that is neither a number of the plan nor given.
         """
         found = self._templates.get((id(kernel), tile))
         if found is None:
-            named = {**self.numbers, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N}
+            named = {**dict.fromkeys(tensors), **self.numbers, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N}
+            named = {**dict.fromkeys(more), **named}
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
             if self.sizes.architecture == "cdna":
                 options["matrix_instr_nonkdim"] = 16  # rows that a warp computes, as elsewhere; 32 needs larger tiles
-            named |= {name: None for name in others if name not in named}
             places = {name: at for at, name in enumerate(kernel.arg_names)}
-            found = [named[name] for name in kernel.arg_names], places, options
+            of_tensors = [(name, places[name]) for name in tensors if name in places]
+            found = Template([named[name] for name in kernel.arg_names], places, of_tensors, options)
             self._templates[id(kernel), tile] = found
         return found
 
@@ -285,13 +292,13 @@ class _Problem:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
         """Run a kernel with those of the arguments that it names."""
-        values, places, options = self.plan.template(kernel, tile, (*self.tensors, *more))
+        values, places, of_tensors, options = self.plan.template(kernel, tile, self.tensors, more)
         values = values.copy()
-        for named in (self.tensors, more):
-            for name, value in named.items():
-                at = places.get(name)
-                if at is not None:
-                    values[at] = value
+        for name, at in of_tensors:
+            values[at] = self.tensors[name]
+        for name, value in more.items():
+            if name in places:
+                values[places[name]] = value
         kernel[grid](*values, **options)
 
     def tiles(self, rows: int, columns: int, tile: Tile) -> dict[str, int]:
@@ -442,7 +449,7 @@ def attention_fwd(
     has_softmax = divergence != "score_mse"
     student = _Network(q_student, k, bias_student, scale_student, has_softmax)
     teacher = _Network(q_teacher, k_teacher, bias_teacher, scale_teacher, has_softmax)
-    B, H, N_q = q_student.shape[:3]
+    B, H, N_q, _ = q_student.shape
     H_out = 1 if heads == "mean" else H
     losses = q_student.new_empty((B, H_out, N_q), dtype=torch.float32)
     with_dq, with_dk, with_dbias = wanted
