@@ -21,107 +21,13 @@ from ._attention_bias import _attention_bias_kernel
 from ._attention_fused import _attention_fused_kernel
 from ._attention_match import _attention_keys_kernel, _attention_rows_kernel
 from ._attention_mean import _attention_head_kernel, _attention_mean_kernel, _attention_stats_kernel
+from ._attention_operands import Network, strided, width_of
 from ._attention_rows import LOG2_E
-from ._attention_scores import CENTRE_BLOCK, _attention_centre_kernel
 from ._attention_tiles import CONFIGS, Tile
 from ._common import PLANS, architecture, cdiv, empty_gradient, float32_products, multiprocessors
 
 STRIP_BYTES = 64 << 20  # of what averages of heads keep
 PARTIAL_BYTES = 32 << 20  # of a bias gradient's partial sums
-
-
-def _broadcast(x: Tensor | None, ndim: int) -> tuple[int, ...]:
-    """Strides, 0 along dimensions of size 1."""
-    if x is None:
-        return (0,) * ndim
-    return tuple(0 if n == 1 else stride for n, stride in zip(x.shape[:ndim], x.stride()[:ndim], strict=True))
-
-
-def _strided(x: Tensor | None, ndim: int) -> tuple[Any, ...] | None:
-    """A tensor and its strides as one argument."""
-    return None if x is None else (x, *_broadcast(x, ndim))
-
-
-def _width(d: int) -> int:
-    return max(1 << (d - 1).bit_length(), 16)  # triton.next_power_of_2 takes microseconds
-
-
-class Operands(NamedTuple):
-    """A network in a launch: one argument, because each takes a microsecond. It holds no tuples, of which Triton 3.6
-    loses the strides of 1 in loops."""
-
-    q: Tensor  # (B, H, N_q, d)
-    q_stride_b: int
-    q_stride_h: int
-    q_stride_n: int
-    q_stride_d: int
-    k: Tensor  # (B, H, N_k, d)
-    k_stride_b: int
-    k_stride_h: int
-    k_stride_n: int
-    k_stride_d: int
-    mean: Tensor | None  # (B, H, d), of keys that are centred
-    D: int
-
-
-class Biased(NamedTuple):
-    """A network with a bias: what Operands holds, and more."""
-
-    q: Tensor
-    q_stride_b: int
-    q_stride_h: int
-    q_stride_n: int
-    q_stride_d: int
-    k: Tensor
-    k_stride_b: int
-    k_stride_h: int
-    k_stride_n: int
-    k_stride_d: int
-    mean: Tensor | None
-    D: int
-    bias: Tensor  # (B | 1, H | 1, N_q | 1, N_k | 1)
-    bias_stride_b: int
-    bias_stride_h: int
-    bias_stride_q: int
-    bias_stride_k: int
-    top: Tensor | None  # (B | 1, H | 1, N_q | 1), maxima of the bias' rows under a softmax
-    top_stride_b: int
-    top_stride_h: int
-    top_stride_q: int
-
-
-class _Network:
-    """Arguments of one network in a launch."""
-
-    def __init__(self, q: Tensor, k: Tensor, bias: Tensor | None, scale: float, has_softmax: bool) -> None:
-        self.q, self.k, self.scale = q, k, scale
-        self.bias = None if has_softmax and bias is not None and bias.shape[3] == 1 else bias  # the same for all keys
-        self.top = None if self.bias is None or not has_softmax else self.bias.amax(-1)
-        self.has_softmax, self.is_centred = has_softmax, False
-        self.mean: Tensor | None = None
-
-    def widen(self) -> None:
-        """Convert to float32 like the other network: 16-bit beside float32 saves little and spills registers."""
-        q = self.q.float()
-        self.q, self.k = q, q if self.k is self.q else self.k.float()
-
-    def centre(self, mask: Tensor | None) -> None:
-        self.is_centred = self.has_softmax and self.k.dtype == torch.float32
-        if not self.is_centred:
-            return
-        B, H, N_k, D = self.k.shape
-        self.mean = self.k.new_empty((B, H, D), dtype=torch.float32)
-        BLOCK_D = min(_width(D), 64)
-        _attention_centre_kernel[(B * H, cdiv(D, BLOCK_D))](
-            self.k, _strided(mask, 2), self.mean, self.k.stride(), H, N_k, D,
-            HAS_MASK=mask is not None, BLOCK_N=CENTRE_BLOCK, BLOCK_D=BLOCK_D,
-        )  # fmt: skip
-
-    def operands(self) -> Operands | Biased:
-        plain = (self.q, *self.q.stride(), self.k, *self.k.stride(), self.mean, self.q.shape[3])
-        if self.bias is None:
-            return Operands._make(plain)
-        return Biased._make((*plain, self.bias, *_broadcast(self.bias, 4), self.top, *_broadcast(self.top, 3)))
 
 
 class _Sizes(NamedTuple):
@@ -167,10 +73,10 @@ class _Plan:
         self.B, self.H, self.N_q, D_s = sizes.shape
         self.N_k, self.sizes = sizes.N_k, sizes
         table = CONFIGS[sizes.architecture, 2 if sizes.itemsize == 2 else sizes.precision]
-        width, widest = max(_width(D_s), _width(sizes.D_t)), max(table)
+        width, widest = max(width_of(D_s), width_of(sizes.D_t)), max(table)
         is_wide = width > widest
         self.config = table[widest if is_wide else min(w for w in table if w >= width)]
-        self.BLOCK_DS, self.BLOCK_DT = (widest if is_wide else _width(D) for D in (D_s, sizes.D_t))
+        self.BLOCK_DS, self.BLOCK_DT = (widest if is_wide else width_of(D) for D in (D_s, sizes.D_t))
         self.pieces = cdiv(D_s, self.BLOCK_DS)
         in_log2 = LOG2_E.value if sizes.divergence != "score_mse" else 1.0
         self.scale_s, self.scale_t = sizes.scale_s * in_log2, sizes.scale_t * in_log2
@@ -256,8 +162,8 @@ class _Problem:
 
     def __init__(
         self,
-        student: _Network,
-        teacher: _Network,
+        student: Network,
+        teacher: Network,
         key_mask: Tensor | None,
         weight: Tensor | None,
         factor: float,
@@ -286,8 +192,8 @@ class _Problem:
         self.config, self.pieces = self.plan.config, self.plan.pieces
         # y, dlog and sum: stand-ins of what a launch may not have
         self.tensors = {
-            "student": student.operands(), "teacher": teacher.operands(), "key_mask": _strided(mask, 2),
-            "weight": _strided(weight, 3), "y_ptr": q, "dlog_ptr": q, "sum_ptr": q,
+            "student": student.operands(), "teacher": teacher.operands(), "key_mask": strided(mask, 2),
+            "weight": strided(weight, 3), "y_ptr": q, "dlog_ptr": q, "sum_ptr": q,
         }  # fmt: skip
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
@@ -372,7 +278,7 @@ def _match(p: _Problem, loss: Tensor, dq: Tensor | None, dk: Tensor | None, dbia
         dbias.copy_(partial.sum(0))
 
 
-def _stats(p: _Problem, network: _Network, scale: float, BLOCK_D: int, planes: int) -> Tensor:
+def _stats(p: _Problem, network: Network, scale: float, BLOCK_D: int, planes: int) -> Tensor:
     """(planes, B, H, N_q): m, l, and room."""
     B, H, N_q, _ = network.q.shape
     stats = network.q.new_empty((planes, B, H, N_q), dtype=torch.float32)
@@ -447,8 +353,8 @@ def attention_fwd(
     k = q_student if k_student is None else k_student
     scale_student, scale_teacher, bias_scale = scales
     has_softmax = divergence != "score_mse"
-    student = _Network(q_student, k, bias_student, scale_student, has_softmax)
-    teacher = _Network(q_teacher, k_teacher, bias_teacher, scale_teacher, has_softmax)
+    student = Network(q_student, k, bias_student, scale_student, has_softmax)
+    teacher = Network(q_teacher, k_teacher, bias_teacher, scale_teacher, has_softmax)
     B, H, N_q, _ = q_student.shape
     H_out = 1 if heads == "mean" else H
     losses = q_student.new_empty((B, H_out, N_q), dtype=torch.float32)
